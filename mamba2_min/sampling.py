@@ -1,0 +1,130 @@
+"""From logits to a token: temperature, top-k, top-p, min-p and a repetition penalty, as plain functions of tensors.
+
+    logits ─► repetition penalty ─► temperature ─► top-k ─► top-p ─► min-p ─► draw ─► token
+
+Each of the three cuts keeps the likeliest tokens and drops a tail. Nothing is sorted: `draw` finds out whether a token
+lies in the top-p nucleus after it has been drawn, from the weight of those before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def penalise(scores: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
+    """The logits with every token of `ids` made less likely, however often it occurs (CTRL, arXiv:1909.05858, 4.1).
+
+    scores (v,) float; ids within [0, v). Returns a new (v,): positive logits divided by `penalty`, others multiplied.
+    """
+    index = torch.tensor(sorted(set(ids)), dtype=torch.long)
+    old = scores[index]
+    return scores.index_put((index,), torch.where(old > 0, old / penalty, old * penalty))
+
+
+def draw(weights: Tensor, mass: float = math.inf, generator: torch.Generator | None = None) -> int:
+    """The index of one token, drawn by weight from the nucleus: the fewest likeliest that together weigh `mass`.
+
+    weights (v,) float64 on the CPU, >= 0, of any finite sum above 0; among equal weights the lower index comes first.
+    The likeliest token always belongs to the nucleus. Instead of a sort, rejection: a token is drawn from all of them,
+    and if those before it already weigh `mass`, it and all behind it are dropped and the draw is repeated. What is
+    drawn in the end is distributed by weight over the nucleus, after about 1 / top_p rounds.
+    """
+    while True:
+        # Inverse of the cumulative distribution. A uniform double is at most 1 - 2^-53, so the product stays below the
+        # sum, and with right=True a token of weight 0 is never found.
+        cumulative = weights.cumsum(0)
+        uniform = torch.rand((), dtype=torch.float64, generator=generator)
+        found = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+        if mass == math.inf:
+            return found
+        ahead = weights > weights[found]
+        ahead[:found] |= weights[:found] == weights[found]
+        weights = torch.where(ahead, weights, 0.0)
+        before = float(weights.sum())
+        if before == 0 or before < mass:
+            return found
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Picks tokens. Its values are checked where it is made (ValueError, one line); it owns its random numbers.
+
+    temperature     0 is greedy, the lowest id among equals; 1 is the model's own distribution
+    top_k           only the k likeliest; 0 is off
+    top_p           only the fewest likeliest that hold this share of what top_k left; 1 is off, 0 keeps one
+    min_p           only those at least this fraction as likely as the likeliest; 0 is off
+    repeat_penalty  above 1, tokens among the last `repeat_window` become less likely; 1 is off
+    seed            None: different every time
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+    repeat_window: int = 64
+    _generator: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0, math.inf, "a number of at least 0")
+        _check_number("top_p", self.top_p, 0, 1, "a number from 0 to 1")
+        _check_number("min_p", self.min_p, 0, 1, "a number from 0 to 1")
+        _check_number("repeat_penalty", self.repeat_penalty, 1e-3, 1e3, "a number from 0.001 to 1000")
+        _check_whole("top_k", self.top_k, 2**63 - 1)
+        _check_whole("repeat_window", self.repeat_window, 2**31 - 1)
+        if self.seed is None:
+            self._generator.seed()
+        else:
+            _check_whole("seed", self.seed, 2**63 - 1)
+            self._generator.manual_seed(self.seed)
+
+    def adjusted(self, **changes: Any) -> Sampler:
+        """A sampler with other values that goes on with the same random numbers (a new seed starts new ones)."""
+        other = dataclasses.replace(self, **changes)
+        if "seed" not in changes:
+            object.__setattr__(other, "_generator", self._generator)
+        return other
+
+    def pick(self, logits: Tensor, history: Sequence[int] | deque[int] = ()) -> int:
+        """One token id from logits (v,) of any float type and device; history: the ids so far, the latest last.
+
+        Costs the same however long `history` is. FloatingPointError where the largest logit is NaN or infinite.
+        """
+        scores = logits.detach().to("cpu", torch.float64)  # float64, so that no temperature above 0 rounds to 0
+        if self.repeat_penalty != 1 and history:
+            scores = penalise(scores, list(islice(reversed(history), self.repeat_window)), self.repeat_penalty)
+        peak = float(scores.max())
+        if not math.isfinite(peak):
+            raise FloatingPointError(f"the model's largest logit is {peak}: its weights are broken")
+        if self.temperature == 0 or self.top_k == 1:
+            return int(scores.argmax())
+        weights = ((scores - peak) / self.temperature).exp()  # the likeliest weighs 1
+        ids = None
+        if 0 < self.top_k < weights.numel():
+            weights, ids = weights.topk(self.top_k)
+        mass = self.top_p * float(weights.sum()) if self.top_p < 1 else math.inf
+        if self.min_p > 0:
+            weights = torch.where(weights >= self.min_p, weights, 0.0)
+        found = draw(weights, mass, self._generator)
+        return found if ids is None else int(ids[found])
+
+
+def _check_number(name: str, value: Any, low: float, high: float, wanted: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be {wanted}, not {value!r}")
+
+
+def _check_whole(name: str, value: Any, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= high:
+        raise ValueError(f"{name} must be a whole number from 0 to {high}, not {value!r}")
