@@ -34,6 +34,7 @@ class Mamba2Config:
     pad_vocab_size_multiple: int = 1  # rows of the embedding are rounded up to this; the extra ids are never produced
     norm_eps: float = 1e-5
     norm_before_gate: bool = False  # False: RMSNorm(y * silu(z)), as the official models do
+    norm_per_group: bool = False  # True: that norm runs over each group on its own, as the official code does for ngroups > 1
     conv_bias: bool = True
     proj_bias: bool = False
     residual_in_fp32: bool = True
@@ -48,7 +49,7 @@ class Mamba2Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, not {value!r}")
-        for name in ("tie_embeddings", "norm_before_gate", "conv_bias", "proj_bias", "residual_in_fp32"):
+        for name in ("tie_embeddings", "norm_before_gate", "norm_per_group", "conv_bias", "proj_bias", "residual_in_fp32"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.d_inner % self.headdim:

@@ -1,0 +1,47 @@
+"""The short causal convolution of a Mamba block: each channel sees its own last few values, then SiLU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def causal_conv_silu(
+    u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """silu(bias + sum_k weight[:, k] u_{t - (K - 1) + k}): a depthwise convolution of K taps that never looks ahead.
+
+    u (b, l, c), weight (c, K), bias (c,) or None; state (b, K - 1, c), the inputs before the first, zeros if None;
+    seq_idx (b, l): a tap that would reach into another document reads zero. The state belongs to the first document.
+    Returns (b, l, c) in u's dtype, and the state after the last token. (Mamba-2 paper, arXiv:2405.21060, section 7.1.)
+    """
+    K = weight.shape[1]
+    if state is None:
+        state = u.new_zeros(u.shape[0], K - 1, u.shape[2])
+    padded = torch.cat([state.to(u.dtype), u], dim=1)  # (b, K - 1 + l, c)
+    new_state = padded[:, padded.shape[1] - (K - 1) :].clone()  # a view would keep all of `padded` alive
+    if seq_idx is None:
+        y = F.conv1d(padded.transpose(1, 2), weight[:, None].to(u.dtype), _cast(bias, u.dtype), groups=u.shape[2])
+        return F.silu(y.transpose(1, 2)), new_state
+
+    documents = torch.cat([seq_idx[:, :1].expand(-1, K - 1), seq_idx], dim=1)
+    l, y = u.shape[1], 0
+    for k in range(K):
+        same = (documents[:, k : k + l] == seq_idx)[..., None]
+        y = y + torch.where(same, padded[:, k : k + l], 0) * weight[:, k].to(u.dtype)
+    if bias is not None:
+        y = y + bias.to(u.dtype)
+    same = (documents[:, documents.shape[1] - (K - 1) :] == seq_idx[:, -1:])[..., None]
+    return F.silu(y), torch.where(same, new_state, 0)
+
+
+def causal_conv_silu_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of `causal_conv_silu`: u (b, c), state (b, K - 1, c) -> y (b, c), the next state."""
+    window = torch.cat([state, u[:, None]], dim=1)  # (b, K, c)
+    y = (window * weight.t()).sum(1)
+    return F.silu(y if bias is None else y + bias), window[:, 1:]
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)

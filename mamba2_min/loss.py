@@ -1,0 +1,82 @@
+"""Cross-entropy of a language model's head, without ever holding the (tokens, vocabulary) logits.
+
+Projection and loss are one function that works through the tokens in slices: each slice's logits turn into its loss and,
+in the same breath, into its share of the gradients, and are gone before the next slice begins.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100  # a target that does not count
+
+# Elements of one slice's logits: enough for the matrix products to be efficient, little enough to stay in cache.
+_SLICE_ELEMENTS = {"cpu": 1 << 22}
+_SLICE_ELEMENTS_GPU = 1 << 28
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None = None, reduction: str = "mean"
+) -> Tensor:
+    """The cross-entropy of softmax(hidden weight^T) in nats: a float32 scalar.
+
+    hidden (..., d), weight (v, d), targets (...) int64 with IGNORE (-100) where a position does not count; rows of
+    `weight` from vocab_size on are padding and get no probability. reduction "mean" is over the targets that count
+    (0 where none does), "sum" their sum. Under autocast the products run in its dtype, the softmax in float32.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])}, as hidden is, not {tuple(targets.shape)}")
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    total = _LinearCrossEntropy.apply(flat, weight, flat_targets, vocab_size or weight.shape[0], dtype)
+    if reduction == "sum":
+        return total
+    return total / (flat_targets != IGNORE).sum().clamp_min(1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The summed loss; the gradients are made in the forward pass, where the softmax is at hand, and kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, vocab_size, dtype):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        w = weight[:vocab_size].to(dtype)
+        dhidden = torch.empty_like(hidden) if need_hidden else None
+        dweight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if need_weight else None
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        rows = max(1, _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS_GPU) // vocab_size)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            h, target = hidden[part].to(dtype), targets[part]
+            counts = target != IGNORE
+            index = target.clamp_min(0)[:, None]
+            logp = F.log_softmax((h @ w.t()).to(total.dtype), dim=-1)
+            total -= (logp.gather(1, index)[:, 0] * counts).sum()
+            if not (need_hidden or need_weight):
+                continue
+            dlogits = logp.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=logp.dtype))
+            dlogits = dlogits.mul_(counts[:, None]).to(dtype)
+            if need_hidden:
+                dhidden[part] = dlogits @ w
+            if need_weight:
+                if dtype == dweight.dtype:
+                    dweight[:vocab_size].addmm_(dlogits.t(), h)
+                else:
+                    dweight[:vocab_size] += dlogits.t() @ h
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal):
+        dhidden, dweight = ctx.saved_tensors
+        return (
+            None if dhidden is None else dhidden * dtotal.to(dhidden.dtype),
+            None if dweight is None else (dweight * dtotal).to(ctx.weight_dtype),
+            None, None, None,
+        )  # fmt: skip

@@ -1,0 +1,340 @@
+"""Mamba-2 as a language model: token ids in, logits and a state of constant size out.
+
+    ids ─► embedding ─►(+)──────────────►(+)─► ... ─► norm_f ─► lm_head ─► logits
+                        └► norm ─► mixer ─┘
+                        (one block, n_layer times; the residual stream is float32)
+
+The mixer (arXiv:2405.21060, figure 6, the parallel block), for l tokens of width d_model:
+
+    in_proj ─► z | x B C | dt
+               │   └────────── causal convolution, SiLU ─► x, B, C ─┐
+               │                   softplus(dt + dt_bias) ─► dt ────┤ A = -exp(A_log)
+               │                                             y = SSD(x, dt, A, B, C) + D x
+               └──────────────► RMSNorm(y * silu(z)) ─► out_proj
+
+Parameters have the names and shapes of the official checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mamba2_min import checkpoint
+from mamba2_min.config import Mamba2Config
+from mamba2_min.conv import causal_conv_silu, causal_conv_silu_step
+from mamba2_min.hippo import a_log_init, dt_bias_init
+from mamba2_min.loss import linear_cross_entropy
+from mamba2_min.sampling import Sampler
+from mamba2_min.ssd import ssd_chunked, ssd_step
+
+_PREFILL_SLICE = 2048  # tokens of a prompt that are read at a time
+
+
+@dataclass
+class State:
+    """What a model remembers of the tokens so far: of constant size, however many there were.
+
+    conv: a tensor (b, d_conv - 1, conv_dim) a layer, the convolution's last inputs; ssm: one (b, h, p, n) a layer.
+    """
+
+    conv: list[Tensor]
+    ssm: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.conv, *self.ssm))
+
+    def clone(self) -> State:
+        return State([t.clone() for t in self.conv], [t.clone() for t in self.ssm])
+
+    def detach(self) -> State:
+        """The same numbers without their history: what is carried from window to window."""
+        return State([t.detach() for t in self.conv], [t.detach() for t in self.ssm])
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(y * silu(z)), or RMSNorm(y) * silu(z) with norm_before_gate; over each of `groups` parts separately."""
+
+    def __init__(self, width: int, eps: float, norm_before_gate: bool, groups: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps, self.norm_before_gate, self.groups = eps, norm_before_gate, groups
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        gate = F.silu(z.to(self.weight.dtype))
+        y = y.to(self.weight.dtype)
+        if self.norm_before_gate:
+            return self._norm(y) * gate
+        return self._norm(y * gate)
+
+    def _norm(self, y: Tensor) -> Tensor:
+        if self.groups == 1:
+            return F.rms_norm(y, self.weight.shape, self.weight, self.eps)
+        parts = y.unflatten(-1, (self.groups, -1))
+        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight
+
+
+class Mamba2Mixer(nn.Module):
+    """The Mamba-2 layer: (b, l, d_model) -> (b, l, d_model)."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.config = c = config
+        self.in_proj = nn.Linear(c.d_model, c.d_in_proj, bias=c.proj_bias)
+        # Holds the convolution's parameters under their official names; conv.py does the work.
+        self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.d_conv, groups=c.conv_dim, bias=c.conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(c.nheads))
+        self.A_log = nn.Parameter(torch.empty(c.nheads))
+        self.D = nn.Parameter(torch.empty(c.nheads))
+        norm_groups = c.ngroups if c.norm_per_group else 1
+        self.norm = GatedRMSNorm(c.d_inner, c.norm_eps, c.norm_before_gate, norm_groups)
+        self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.proj_bias)
+
+    def forward(
+        self, u: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
+        xBC, conv_state = causal_conv_silu(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state, seq_idx)
+        x, B, C = self._split_heads(xBC)
+        y, ssm_state = ssd_chunked(
+            x, self._dt(dt), self._A(), B, C, self.D, ssm_state, seq_idx, chunk_size=c.chunk_size
+        )
+        return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
+
+    def step(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, u (b, d_model)."""
+        c = self.config
+        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
+        xBC, conv_state = causal_conv_silu_step(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state)
+        x, B, C = self._split_heads(xBC)
+        y, ssm_state = ssd_step(ssm_state, x, self._dt(dt), self._A(), B, C, self.D)
+        return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
+
+    def _split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views: x (..., h, p), B and C (..., g, n)."""
+        c = self.config
+        x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
+        return x.unflatten(-1, (-1, c.headdim)), B.unflatten(-1, (c.ngroups, -1)), C.unflatten(-1, (c.ngroups, -1))
+
+    # The two quantities whose rounding the recurrence multiplies up: float32 or wider, whatever autocast does.
+    def _dt(self, dt: Tensor) -> Tensor:
+        return F.softplus(_widen(dt) + _widen(self.dt_bias))
+
+    def _A(self) -> Tensor:
+        return -_widen(self.A_log).exp()
+
+
+def _widen(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), with dropout on what is added."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mamba2Mixer(config)
+        self.dropout = config.dropout
+
+    def forward(self, x, conv_state, ssm_state, seq_idx):
+        out, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state, seq_idx)
+        return x + F.dropout(out, self.dropout, self.training), conv_state, ssm_state
+
+    def step(self, x, conv_state, ssm_state):
+        out, conv_state, ssm_state = self.mixer.step(self.norm(x), conv_state, ssm_state)
+        return x + out, conv_state, ssm_state
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+
+class Mamba2LM(nn.Module):
+    """The language model. `config` fixes its shape; `seed` draws its parameters, or torch's own generator if None."""
+
+    def __init__(self, config: Mamba2Config, seed: int | None = None):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+        init_parameters(self, generator)
+
+    def forward(
+        self, input_ids: Tensor, state: State | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Logits (b, l, vocab_size) for every next token, and the state after the last.
+
+        input_ids (b, l) int64, l >= 1; a `state` that an earlier call returned is continued exactly. seq_idx (b, l):
+        documents packed in a row do not see each other; padding is a document of its own.
+        Raises ValueError for ids outside the vocabulary or of the wrong shape.
+        """
+        hidden, state = self.hidden(input_ids, state, seq_idx)
+        return self.lm_head(hidden)[..., : self.config.vocab_size], state
+
+    def hidden(
+        self, input_ids: Tensor, state: State | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """What the head reads: (b, l, d_model) after the last norm, and the state. Arguments as for `forward`."""
+        self._check_ids(input_ids)
+        x = self.backbone.embedding(input_ids)
+        new = State([], [])
+        for i, layer in enumerate(self.backbone.layers):
+            conv, ssm = (None, None) if state is None else (state.conv[i], state.ssm[i])
+            x, conv, ssm = layer(x, conv, ssm, seq_idx)
+            new.conv.append(conv)
+            new.ssm.append(ssm)
+        return self.backbone.norm_f(x), new
+
+    def loss(
+        self, input_ids: Tensor, targets: Tensor, state: State | None = None, seq_idx: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross-entropy in nats over the targets (b, l) that are not -100. The logits are never held."""
+        hidden, _ = self.hidden(input_ids, state, seq_idx)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size)
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before any token: zeros, as if nothing had ever been read."""
+        c, p = self.config, self.lm_head.weight
+        wide = torch.promote_types(p.dtype, torch.float32)
+        return State(
+            [p.new_zeros(batch, c.d_conv - 1, c.conv_dim) for _ in range(c.n_layer)],
+            [p.new_zeros(batch, c.nheads, c.headdim, c.d_state, dtype=wide) for _ in range(c.n_layer)],
+        )
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
+        x = F.embedding(ids, self.backbone.embedding.weight)
+        for i, layer in enumerate(self.backbone.layers):
+            x, state.conv[i], state.ssm[i] = layer.step(x, state.conv[i], state.ssm[i])
+        return self.lm_head(self.backbone.norm_f(x))[:, : self.config.vocab_size], state
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Reads a prompt (b, l) in slices, in memory that does not grow with l: the last logits (b, vocab_size), state."""
+        for part in input_ids.split(_PREFILL_SLICE, dim=1):
+            hidden, state = self.hidden(part, state)
+        return self.lm_head(hidden[:, -1])[:, : self.config.vocab_size], state
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[int]:
+        """Yields up to max_new_tokens ids that continue prompt_ids, until one of stop_ids, which is not yielded.
+
+        Temperature 0 takes the likeliest. Each token costs the same time and memory, the ten-thousandth as the first.
+        Raises ValueError for an empty prompt, an id outside the vocabulary, or impossible sampling values.
+        """
+        sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+        history = list(prompt_ids)
+        if not history:
+            raise ValueError("the prompt is empty; start a document with its end-of-document token")
+        return self._generate(history, max_new_tokens, sampler, frozenset(stop_ids))
+
+    @torch.no_grad()
+    def _generate(self, history: list[int], max_new_tokens: int, sampler: Sampler, stop_ids: frozenset[int]):
+        device = self.lm_head.weight.device
+        logits, state = self.prefill(torch.tensor([history], device=device))
+        for k in range(max_new_tokens):
+            token = sampler.pick(logits[0], history)
+            if token in stop_ids:
+                return
+            yield token
+            history.append(token)
+            if k + 1 < max_new_tokens:
+                logits, state = self.step(torch.tensor([token], device=device), state)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Mamba2LM:
+        """The model that `save_pretrained` or `train.py` left in a folder. Raises UserError where it cannot be read."""
+        config, weights = checkpoint.load_model(folder)
+        model = cls(config)
+        checkpoint.load_weights(model, weights, folder)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.pt. Raises UserError where the folder cannot be written."""
+        checkpoint.save_model(folder, self.config, self.state_dict())
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.shape[1] < 1:
+            raise ValueError(f"input_ids must be (b, l) with l >= 1, not {tuple(ids.shape)}")
+        # On a GPU the check would wait for the device; there the embedding's own assertion stands guard.
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(f"input_ids must lie in [0, {self.config.vocab_size}), the vocabulary")
+
+
+@torch.no_grad()
+def init_parameters(model: Mamba2LM, generator: torch.Generator) -> None:
+    """Draws every parameter of a new model.
+
+    parameter          drawn from                       why
+    embedding, head    N(0, 0.02)                       logits start small, so the loss starts at log(vocab_size)
+    in_proj            U(+-1/sqrt(d_model))             outputs of variance 1/3 from inputs of variance 1
+    out_proj           U(+-1/sqrt(d_inner))/sqrt(n_layer)  the residual stream keeps its scale, however deep (GPT-2)
+    conv1d             U(+-1/sqrt(d_conv))              the same, over its taps
+    A_log              S4D-Real or log U(1, 16)         hippo.py: one time scale a head
+    dt_bias            softplus^-1 of log-uniform dt    a head's step, and so its memory, from 10 to 1000 tokens
+    D, norms           1                                the skip and the scales start neutral
+    biases             0 (in_proj, out_proj)            nothing to learn from yet
+    """
+    c = model.config
+
+    def uniform_(parameter: Tensor, bound: float) -> None:
+        parameter.uniform_(-bound, bound, generator=generator)
+
+    model.backbone.embedding.weight.normal_(0, 0.02, generator=generator)
+    if not c.tie_embeddings:
+        model.lm_head.weight.normal_(0, 0.02, generator=generator)
+    for layer in model.backbone.layers:
+        mixer = layer.mixer
+        uniform_(mixer.in_proj.weight, 1 / math.sqrt(c.d_model))
+        uniform_(mixer.out_proj.weight, 1 / math.sqrt(c.d_inner * c.n_layer))
+        for projection in (mixer.in_proj, mixer.out_proj):
+            if projection.bias is not None:
+                projection.bias.zero_()
+        uniform_(mixer.conv1d.weight, 1 / math.sqrt(c.d_conv))
+        if c.conv_bias:
+            uniform_(mixer.conv1d.bias, 1 / math.sqrt(c.d_conv))
+        mixer.A_log.copy_(a_log_init(c.nheads, c.a_init, generator))
+        mixer.dt_bias.copy_(dt_bias_init(c.nheads, c.dt_min, c.dt_max, c.dt_init_floor, generator))
+        for ones in (mixer.D, mixer.norm.weight, layer.norm.weight):
+            ones.fill_(1)
+    model.backbone.norm_f.weight.fill_(1)
