@@ -59,7 +59,7 @@ class Sampler:
     """Picks tokens. Its values are checked where it is made (ValueError, one line); it owns its random numbers.
 
     temperature     0 is greedy, the lowest id among equals; 1 is the model's own distribution
-    top_k           only the k likeliest; 0 is off
+    top_k           only the k likeliest, any of those that are equal in the last place; 0 is off
     top_p           only the fewest likeliest that hold this share of what top_k left; 1 is off, 0 keeps one
     min_p           only those at least this fraction as likely as the likeliest; 0 is off
     repeat_penalty  above 1, tokens among the last `repeat_window` become less likely; 1 is off
@@ -100,7 +100,7 @@ class Sampler:
 
         Costs the same however long `history` is. FloatingPointError where the largest logit is NaN or infinite.
         """
-        scores = logits.detach().to("cpu", torch.float64)  # float64, so that no temperature above 0 rounds to 0
+        scores = logits.detach().cpu().double()  # float64, so that no temperature above 0 rounds to 0
         if self.repeat_penalty != 1 and history:
             scores = penalise(scores, list(islice(reversed(history), self.repeat_window)), self.repeat_penalty)
         peak = float(scores.max())
