@@ -230,7 +230,7 @@ class Windows:
     """
 
     def __init__(self, tokens: torch.Tensor, context: int, batch_size: int, seed: int = 0):
-        """`tokens` (l,) of integers, on the CPU. Raises UserError for fewer than two tokens, ValueError for sizes below 1."""
+        """`tokens` (l,), on the CPU. Raises UserError for fewer than two tokens, ValueError for sizes below 1."""
         if context < 1 or batch_size < 1:
             raise ValueError(f"context and batch_size must be at least 1, not {context} and {batch_size}")
         self.targets_per_epoch = len(tokens) - 1
@@ -281,14 +281,17 @@ class Windows:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes to the place that `state_dict` gave. The batch size may be another; else raises UserError."""
+        damaged = UserError("cannot go on: the saved place in the data is damaged")
         if state.keys() != self.state_dict().keys() or any(type(value) is not int for value in state.values()):
-            raise UserError("cannot go on: the saved place in the data is damaged")
+            raise damaged
         for name, here in (("tokens", len(self.tokens)), ("context", self.context)):
             if state[name] != here:
                 raise UserError(f"cannot go on at the saved place in the data: {name} were {state[name]}, now {here}")
         self.seed = state["seed"]
         self._begin(state["epoch"])
-        self.position = min(max(state["position"], 0), len(self._starts))
+        if not 0 <= state["position"] <= len(self._starts):
+            raise damaged
+        self.position = state["position"]
 
     def _begin(self, epoch: int) -> None:
         """Draws the phase and the order of `epoch`; `_starts` (w,) holds the index of each window's first input."""

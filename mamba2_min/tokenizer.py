@@ -22,6 +22,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from operator import index
 from pathlib import Path
 
@@ -35,12 +36,13 @@ MAX_FILE_BYTES = 512 * 2**20
 
 _EOS, _UNK = "<eos>", "<unk>"
 
-# Vowel signs and accents of the scripts that set them apart from their letter: `re` does not count them as letters.
+# Where accents and vowel signs are characters of their own, which `re` does not count as letters: blocks of them, or of
+# letters with them. They go on with a word.
 _MARK = "\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u0610-\u061a\u064b-\u065f"  # Latin to Arabic
 _MARK += "\u0900-\u0963\u0971-\u0dff\u0e31-\u0e4e\u200c\u200d"  # South Asia, Thai, the joiners
 # Kana and Han stand without spaces: one character is one piece, or each clause would be a word of its own.
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_LETTER = rf"[^\W\d_{_IDEOGRAPH}{_MARK}]"
+_LETTER = rf"[^\W\d_{_IDEOGRAPH}]"
 
 # One expression that covers every character: whatever it is given, the pieces put together are the text again.
 # An alternative never has to give back more than one character, so the time is linear in the length of the text.
@@ -216,6 +218,8 @@ class WordTokenizer:
             partial.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
             os.replace(partial, path)
         except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
             raise UserError(f"cannot write the tokenizer {path}: {error.strerror or error}") from None
 
     @classmethod
@@ -241,10 +245,10 @@ class WordTokenizer:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f'its "format" is not "{FORMAT}"')
         if content.get("version") != VERSION:
-            raise ValueError(f"its version is {str(content.get('version'))[:20]}, this program reads {VERSION}")
+            raise ValueError(f"its version is {str(content.get('version'))[:20]!r}, this program reads {VERSION}")
         if content.keys() != fields.keys():
             odd = sorted(content.keys() ^ fields.keys())[0]
-            raise ValueError(f'field "{odd[:40]}" is {"missing" if odd in fields else "unknown"}')
+            raise ValueError(f'field {odd[:40]!r} is {"missing" if odd in fields else "unknown"}')
         for name, kind in fields.items():
             if type(content[name]) is not kind:
                 raise ValueError(f'field "{name}" is not a {kind.__name__}')

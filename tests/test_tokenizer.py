@@ -1,0 +1,388 @@
+"""The tokenizer: nothing is lost or unknown, no text ends a document, and a bad file is refused in one line."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mamba2_min.errors import UserError
+from mamba2_min.tokenizer import MAX_WORD_LENGTH, StreamDecoder, WordTokenizer
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+TEXT = """Anna's cat didn't see the cat. "It's 1984," said the old cat…
+
+The cat slept; the old dog didn't. <start>The end of the day."""
+TOK = WordTokenizer.train([TEXT], special_words=["<start>"])
+BASE = 1 + 256
+
+AWKWARD = [
+    "",
+    " ",
+    "\0",
+    "\n",
+    "\r\n\r\n",
+    "  the  cat  ",
+    " \t \n\n\n\tx\v\f\x1c\x85\u2028\u00a0 ",
+    "👍🏽👨‍👩‍👧 ❤️",
+    "e\u0301\u0302\u0303 \u0301",
+    "שָׁלוֹם עולם \u202eabc\u202c مرحبا بالعالم",
+    "नमस्ते दुनिया 我爱你 カタカナ 한국어 ไทย",
+    "12 345,678.90 ½ ² ٣ Ⅷ",
+    "_a__b_ don't 'quoted' O'Brien’s '' 's S's",
+    "<eos> <end> <start> <|endoftext|> <unk> <0x0A>",
+    "\ufeff\ufffd\uffff\U0010ffff",
+    "".join(map(chr, range(0x250))),
+]
+
+
+def pieces(text):
+    """The text of `text` token by token, in a vocabulary of all of its pieces."""
+    tok = WordTokenizer.train([text])
+    return [tok.decode([i]) for i in tok.encode(text)]
+
+
+class TestVocabulary:
+    def test_layout_eos_bytes_special_words_words_by_frequency_then_alphabet(self):
+        tok = WordTokenizer.train(["b b a a c c c d"], special_words=["<start>"])
+        assert tok.eos_id == 0
+        assert [tok.token_bytes(i) for i in range(1, 257)] == [bytes([i]) for i in range(256)]
+        assert tok.special_words == ("<start>",)
+        # The first "b" stands without a space, and is a byte already.
+        assert tok.words == (" c", " a", " b", " d")
+        assert [tok.word(i) for i in range(BASE, len(tok))] == ["<start>", " c", " a", " b", " d"]
+        assert tok.encode(" c a") == [BASE + 1, BASE + 2]
+
+    def test_does_not_depend_on_the_order_of_the_texts(self):
+        texts = ["one two three", "two three four", "five six"]
+        assert WordTokenizer.train(texts).digest() == WordTokenizer.train(reversed(texts)).digest()
+
+    def test_vocab_size_bounds_the_whole(self):
+        for size in (BASE, BASE + 1, BASE + 4):
+            assert len(WordTokenizer.train([TEXT], vocab_size=size)) == size
+        assert len(WordTokenizer.train([TEXT], vocab_size=10**6)) == len(WordTokenizer.train([TEXT]))
+        assert WordTokenizer.train([TEXT], vocab_size=BASE + 1).words == (" cat",)
+
+    def test_vocab_size_too_small_says_the_arithmetic(self):
+        with pytest.raises(UserError, match=r"of 257 is too small: .* \+ 256 bytes \+ 1 special word = 258"):
+            WordTokenizer.train([TEXT], vocab_size=257, special_words=["<start>"])
+        with pytest.raises(UserError, match="2"):
+            WordTokenizer.train([TEXT], vocab_size=1, pattern="whitespace")
+
+    def test_min_count(self):
+        assert WordTokenizer.train([" a a a b b c"], min_count=2).words == (" a", " b")
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"pattern": "letters"},
+            {"min_count": 0},
+            {"min_count": 1.5},
+            {"vocab_size": "300"},
+            {"vocab_size": True},
+            {"special_words": [""]},
+            {"special_words": ["<a>", "<a>"]},
+            {"special_words": ["\ud800"]},
+            {"special_words": [1]},
+            {"special_words": ["<a>"], "pattern": "whitespace"},
+            {"texts": "one string"},
+            {"texts": ["fine", "bad \udfff"]},
+        ],
+    )
+    def test_bad_arguments(self, arguments):
+        with pytest.raises(ValueError):
+            WordTokenizer.train(**{"texts": ["a b"], **arguments})
+
+    def test_no_texts_and_empty_texts(self):
+        assert len(WordTokenizer.train([])) == len(WordTokenizer.train([""])) == BASE
+        assert WordTokenizer.train([]).decode(WordTokenizer.train([]).encode("héllo")) == "héllo"
+
+    def test_an_endless_word_is_no_word(self):
+        long = "x" * (MAX_WORD_LENGTH + 1)
+        for pattern in ("words", "whitespace"):
+            assert long not in WordTokenizer.train([long, " fine fine"], pattern=pattern).words
+
+    def test_word_is_a_name_to_show(self):
+        assert [TOK.word(i) for i in (0, 1 + 0x0A, 1 + 0x20, 1 + ord("x"), 1 + 0xFF, BASE)] == [
+            "<eos>",
+            "<0x0A>",
+            "<0x20>",
+            "x",
+            "<0xFF>",
+            "<start>",
+        ]
+
+    def test_digest_tells_vocabularies_apart(self):
+        digests = {
+            WordTokenizer.train([" a b"]).digest(),
+            WordTokenizer.train([" a c"]).digest(),
+            WordTokenizer.train([" a b"], special_words=["<s>"]).digest(),
+            WordTokenizer.train([" a b"], pattern="whitespace").digest(),
+            WordTokenizer([" b", " a"]).digest(),
+        }
+        assert len(digests) == 5
+        assert WordTokenizer.train([" a b"]).digest() == WordTokenizer([" a", " b"]).digest()
+
+
+class TestPieces:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("The old cat", ["The", " old", " cat"]),
+            ("I don't. I don’t.", ["I", " don't", ".", " I", " don’t", "."]),
+            ("Anna's cat, THE DOG'S", ["Anna", "'s", " cat", ",", " THE", " DOG", "'S"]),
+            ("O'Brien rock'n'roll", ["O'Brien", " rock'n'roll"]),
+            ("in 1984, 10,500", ["in", " 19", "84", ",", " 10", ",", "50", "0"]),
+            ('said. "Oh?" "…"', ["said", ".", ' "', "Oh", '?"', ' "…"']),
+            ("a\n\nb\n", ["a", "\n\n", "b", "\n"]),
+            ("a   b\t\tc", ["a", "  ", " b", "\t", "\t", "c"]),
+            ("été e\u0301te\u0301", ["été", " e\u0301te\u0301"]),
+            ("नमस्ते दुनिया", ["नमस्ते", " दुनिया"]),
+            ("我爱 hello", ["我", "爱", " hello"]),
+            ("ok 😀😀", ["ok", " 😀", "😀"]),
+            ("snake_case", ["snake", "_", "case"]),
+        ],
+    )
+    def test_where_the_text_is_cut(self, text, expected):
+        assert pieces(text) == expected
+
+    def test_an_unknown_piece_becomes_its_bytes(self):
+        assert TOK.encode(" zoé") == [byte + 1 for byte in " zoé".encode()]
+        assert TOK.encode(" cat zoo cat")[0] == TOK.encode(" cat zoo cat")[-1] == TOK.encode(" cat")[0]
+
+
+class TestLossless:
+    @pytest.mark.parametrize("text", AWKWARD)
+    def test_awkward_texts(self, text):
+        own = WordTokenizer.train([text], special_words=["<start>"])
+        for tok in (TOK, own, WordTokenizer.train([])):
+            for allow_special in (False, True):
+                ids = tok.encode(text, allow_special)
+                assert tok.decode(ids) == text
+                assert tok.decode_bytes(ids) == text.encode()
+                assert tok.eos_id not in ids
+                assert all(0 < i < len(tok) for i in ids)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+    def test_any_text(self, text):
+        assert TOK.decode(TOK.encode(text)) == text
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.sampled_from([*" \n\t'’s.1_éx\u0301😀我ि<", " cat", "<start>"]), max_size=25))
+    def test_any_mixture_in_a_vocabulary_of_its_own(self, parts):
+        text = "".join(parts)
+        tok = WordTokenizer.train([text], special_words=["<start>"])
+        assert tok.decode(tok.encode(text, allow_special=True)) == text
+        assert "".join(pieces(text)) == text
+
+    def test_a_lone_surrogate_is_an_error_that_says_where(self):
+        for pattern in ("words", "whitespace"):
+            tok = WordTokenizer.train(["a b"], pattern=pattern)
+            with pytest.raises(ValueError, match=r"character 3 is the lone surrogate U\+D83D"):
+                tok.encode("ab \ud83d c")
+
+    def test_time_is_linear(self):
+        n = 10**6
+        for text in ("a" * n, "\0" * n, " " * n + "x", "a'" * (n // 2), "a" + "\u0301" * n, "the cat " * (n // 8)):
+            start = time.perf_counter()
+            ids = TOK.encode(text)
+            assert time.perf_counter() - start < 10  # about a second on an idle machine; a square would take hours
+            assert TOK.decode_bytes(ids) == text.encode()
+
+
+class TestDecode:
+    def test_special_words_are_written_and_the_end_is_not(self):
+        ids = [TOK.eos_id, *TOK.encode("<start>The", allow_special=True), TOK.eos_id]
+        assert ids[1] == BASE
+        assert TOK.decode(ids) == "<start>The"
+
+    def test_bytes_that_are_no_utf8_become_replacement_characters(self):
+        assert TOK.decode([1 + 0xFF]) == "\ufffd"
+        assert TOK.decode([1 + 0xE2, 1 + 0x82]) == "\ufffd"
+        assert TOK.decode([1 + 0xE2, *TOK.encode(" cat")]) == "\ufffd cat"
+
+    @pytest.mark.parametrize("bad", [-1, len(TOK), 10**20])
+    def test_an_id_outside_the_vocabulary_is_an_error(self, bad):
+        for call in (TOK.decode, TOK.decode_bytes, StreamDecoder(TOK).feed):
+            with pytest.raises(ValueError, match="outside the vocabulary"):
+                call([1, bad])
+        with pytest.raises(ValueError):
+            TOK.word(bad)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.integers(0, len(TOK) - 1) | st.sampled_from([1 + b for b in "é…😀".encode()]), max_size=30))
+    def test_a_stream_is_the_whole(self, ids):
+        stream = StreamDecoder(TOK)
+        assert "".join([stream.feed(i) for i in ids]) + stream.flush() == TOK.decode(ids)
+
+    def test_a_stream_gives_a_character_when_it_is_complete(self):
+        stream = StreamDecoder(TOK)
+        assert [stream.feed(byte + 1) for byte in "é😀".encode()] == ["", "é", "", "", "", "😀"]
+        assert stream.feed([1 + 0xF0, 1 + 0x9F]) == ""
+        assert stream.flush() == "\ufffd"
+        assert stream.feed(TOK.encode(" cat")) == " cat"  # and can be used on
+
+
+class TestSpecialWords:
+    def test_only_where_the_caller_allows_it(self):
+        assert BASE not in TOK.encode("<start>")
+        assert TOK.encode("<start>", allow_special=True) == [BASE]
+        text = "the cat<start>The cat<start><start>"
+        assert TOK.encode(text, allow_special=True).count(BASE) == 3
+
+    @pytest.mark.parametrize("typed", ["<eos>", "<end>", "<|endoftext|>", "<unk>", "<0x00>", "\0", "</s>"])
+    def test_nothing_typed_ends_a_document(self, typed):
+        tok = WordTokenizer.train([f"a {typed} b {typed}"], special_words=["<end>", "<eos>"])
+        for allow_special in (False, True):
+            assert tok.eos_id not in tok.encode(f"x {typed} {typed}y", allow_special)
+
+    def test_the_longest_wins_and_letters_that_mean_something_to_re_mean_nothing(self):
+        tok = WordTokenizer.train([], special_words=["<a", "<a>", ".*"])
+        assert tok.encode("<a><a.*", allow_special=True) == [BASE + 1, BASE, BASE + 2]
+
+    def test_do_not_count_as_words(self):
+        tok = WordTokenizer.train(["cat cat cat"], special_words=[" cat"])
+        assert tok.words == ("cat",)
+        assert tok.decode(tok.encode("cat cats", allow_special=True)) == "cat cats"
+
+
+class TestFile:
+    def test_there_and_back(self, tmp_path):
+        for i, text in enumerate(AWKWARD):
+            tok = WordTokenizer.train([text, TEXT], special_words=["<start>"])
+            tok.save(tmp_path / f"{i}.json")
+            again = WordTokenizer.load(tmp_path / f"{i}.json")
+            assert again.digest() == tok.digest()
+            assert (len(again), again.words, again.special_words) == (len(tok), tok.words, tok.special_words)
+            assert again.encode(text, allow_special=True) == tok.encode(text, allow_special=True)
+        tok = WordTokenizer.train([TEXT], pattern="whitespace")
+        tok.save(str(tmp_path / "w.json"))
+        assert WordTokenizer.load(str(tmp_path / "w.json")).encode(TEXT) == tok.encode(TEXT)
+        assert not list(tmp_path.glob("*.partial"))
+
+    def saved(self, tmp_path, **changes):
+        TOK.save(tmp_path / "t.json")
+        content = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
+        content.update(changes)
+        return content
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"format": "other"}, "format"),
+            ({"version": 2}, "version is '2'"),
+            ({"version": True}, "version"),
+            ({"version": 1.0}, "version"),
+            ({"pattern": "letters"}, "pattern"),
+            ({"pattern": ["words"]}, "pattern"),
+            ({"pattern": "whitespace"}, "special words|cannot be a word"),
+            ({"words": {}}, "words"),
+            ({"words": None}, "words"),
+            ({"words": [" a", 3]}, "not a string"),
+            ({"words": [" a", " b", " a"]}, "' a' is there twice"),
+            ({"words": [" a", ""]}, "0 characters"),
+            ({"words": ["x" * 10_000]}, "10000 characters"),
+            ({"words": ["\ud800"]}, "surrogate"),
+            ({"words": list(TOK.words[1:])}, "changed"),
+            ({"words": [*TOK.words[1:], TOK.words[0]]}, "changed"),
+            ({"special_words": ["<start>", "<start>"]}, "twice"),
+            ({"special_words": [" cat"]}, "twice"),
+            ({"sha256": "0" * 64}, "changed"),
+            ({"more\nthan": 1}, "unknown"),
+        ],
+    )
+    def test_what_is_not_exactly_that_is_refused(self, tmp_path, changes, message):
+        (tmp_path / "t.json").write_text(json.dumps(self.saved(tmp_path, **changes)))
+        with pytest.raises(UserError, match=message) as caught:
+            WordTokenizer.load(tmp_path / "t.json")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+    def test_a_missing_field(self, tmp_path):
+        for name in self.saved(tmp_path):
+            content = self.saved(tmp_path)
+            del content[name]
+            (tmp_path / "t.json").write_text(json.dumps(content))
+            with pytest.raises(UserError, match=name):
+                WordTokenizer.load(tmp_path / "t.json")
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe", b"[" * 100_000, b"\x80\x04K\x01.", b"1" * 5000]
+    )
+    def test_no_tokenizer_at_all(self, tmp_path, content):
+        (tmp_path / "t.json").write_bytes(content)
+        with pytest.raises(UserError, match="no tokenizer"):
+            WordTokenizer.load(tmp_path / "t.json")
+
+    def test_half_a_file(self, tmp_path):
+        TOK.save(tmp_path / "t.json")
+        whole = (tmp_path / "t.json").read_bytes()
+        for size in range(0, len(whole) - 2, 97):
+            (tmp_path / "t.json").write_bytes(whole[:size])
+            with pytest.raises(UserError):
+                WordTokenizer.load(tmp_path / "t.json")
+
+    def test_no_file_or_a_folder(self, tmp_path):
+        for path in (tmp_path / "absent.json", tmp_path):
+            with pytest.raises(UserError, match="cannot read"):
+                WordTokenizer.load(path)
+
+    def test_cannot_write(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        (tmp_path / "folder").mkdir()
+        for path in (tmp_path / "absent" / "t.json", tmp_path / "file" / "t.json", tmp_path / "folder"):
+            with pytest.raises(UserError, match="cannot write"):
+                TOK.save(path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+class TestWhitespace:
+    def test_the_convention(self):
+        tok = WordTokenizer.train([" a b a \n \n"], pattern="whitespace")
+        assert [tok.word(i) for i in range(len(tok))] == ["<eos>", "<unk>", "a", "b"]
+        assert tok.encode(" a x b \n \n a") == [2, 1, 3, 0, 0, 2]
+        assert tok.encode("<eos> <unk>") == [1, 1]
+        assert tok.encode("") == []
+        assert tok.encode("\n") == [tok.eos_id]
+
+    def test_decode_gives_lines_of_the_wikitext_form(self):
+        text = " \n = Title = \n \n One <unk> , two . \n"
+        tok = WordTokenizer.train([text], pattern="whitespace")
+        assert tok.decode(tok.encode(text)) == text
+        assert tok.decode(tok.encode("One,\t two .")) == " <unk> two ."
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.text(st.sampled_from("ab \n\t\u2028\x1cé"), max_size=30))
+    def test_words_and_line_ends_of_any_text_come_back(self, text):
+        tok = WordTokenizer.train([text], pattern="whitespace")
+        back = tok.decode(tok.encode(text))
+        assert [line.split() for line in back.split("\n")] == [line.split() for line in text.split("\n")]
+
+    def test_wikitext_has_the_published_counts(self):
+        folder = DATA / "wikitext-2"
+        if not folder.is_dir():
+            pytest.skip("needs WikiText-2 in ../shared/data/wikitext-2")
+        texts = {name: (folder / f"{name}.txt").read_bytes().decode() for name in ("train", "valid", "test")}
+        tok = WordTokenizer.train([texts["train"]], pattern="whitespace")
+        assert len(tok) == 33_278
+        assert tok.word(tok.eos_id) == "<eos>"
+        for name, count in {"train": 2_088_628, "valid": 217_646, "test": 245_569}.items():
+            ids = tok.encode(texts[name])
+            assert len(ids) == count
+            assert tok.decode(ids) == texts[name]
+
+
+def test_llama_stories_are_encoded_quickly_and_exactly():
+    if not (DATA / "llama-stories").is_dir():
+        pytest.skip("needs the stories in ../shared/data/llama-stories")
+    text = "".join(path.read_bytes().decode() for path in sorted((DATA / "llama-stories").glob("*.md")))
+    tok = WordTokenizer.train([text], min_count=2, special_words=["<start>"])
+    start = time.perf_counter()
+    ids = tok.encode(text, allow_special=True)
+    assert time.perf_counter() - start < 10  # 0.6 s on an idle machine
+    assert tok.decode(ids) == text
+    assert ids.count(BASE) == 1000
+    assert tok.eos_id not in ids
+    assert len(ids) < 0.25 * len(text)  # more than four characters a token
