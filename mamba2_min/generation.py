@@ -1,0 +1,292 @@
+"""The completer: a prompt becomes a state, and the state becomes words, one by one, at the same cost each.
+
+It knows no terminal; `run.py` and a notebook use it alike:
+
+    completer = Completer.load("runs/demo")
+    for piece in completer.complete("Once upon a time", 100, Sampler(seed=1)):
+        print(piece, end="", flush=True)
+    for piece in completer.continue_(100):
+        print(piece, end="", flush=True)
+
+What is kept between two tokens is the model's state, the one token that it has not read yet and a few recent ids for
+the repetition penalty: nothing that grows. And nothing is lost: the text of `complete` and of every `continue_` after
+it, put together, is what one longer `complete` would have written, wherever the first stopped and why.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba2_min import checkpoint
+from mamba2_min.errors import UserError
+from mamba2_min.model import Mamba2LM, State
+from mamba2_min.sampling import Sampler
+from mamba2_min.tokenizer import StreamDecoder, WordTokenizer
+
+
+@dataclass
+class Stats:
+    """What a text has cost so far. Seconds are those of the model and the sampler, not of whoever shows the text."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    tokens: int = 0  # written since the prompt, over all continuations
+    seconds: float = 0.0
+    state_bytes: int = 0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return self.prompt_tokens / max(self.prompt_seconds, 1e-9)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+class Completer:
+    """Completes text with a model and its tokenizer, and can go on from where it stopped.
+
+    `stopped_by` says why the last text ended: "end" (of the document), "stop" (one of the stop texts), "length"
+    (`max_tokens`) or "interrupted" (Ctrl-C, the iterator was closed, or it is still being read); None before the first.
+    `stats` are those of the last prompt and all that followed it. The model is put in evaluation mode.
+    Raises UserError where the tokenizer is not the model's.
+    """
+
+    def __init__(self, model: Mamba2LM, tokenizer: WordTokenizer):
+        if len(tokenizer) != model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: "
+                "they are not of one run"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.stopped_by: str | None = None
+        self.stats = Stats()
+        self._session: _Session | None = None
+        self._stream: Generator[str, None, None] | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Completer:
+        """The completer of a run's folder. Raises UserError for whatever is missing, broken or of another run."""
+        model = Mamba2LM.from_pretrained(folder)
+        return cls(model.to(device), WordTokenizer.load(Path(folder) / checkpoint.TOKENIZER))
+
+    def complete(self, prompt: str, max_tokens: int, sampler: Sampler, stop: Sequence[str] = ()) -> Iterator[str]:
+        """Reads the prompt at once, then yields the text that follows it, piece by piece, as it is written.
+
+        An empty prompt begins a document: the model starts from the end-of-document token. A space at the prompt's end
+        is taken for the one before the next word, which is where the tokenizer has it. Whatever the prompt says is
+        text: no spelling of it becomes the end-of-document token. A stop text is not yielded, and is found where it
+        spans several tokens. Raises UserError for a lone surrogate, ValueError for a bad `max_tokens` or `stop`. If
+        this is interrupted before it returns, the text before it can still be continued.
+        """
+        stop = _checked(max_tokens, stop)
+        word_is_next = self.tokenizer.pattern == "words" and prompt.endswith(" ")
+        try:
+            ids = self.tokenizer.encode(prompt[:-1] if word_is_next else prompt, allow_special=True)  # as in training
+        except ValueError as error:
+            raise UserError(f"the prompt is no text: {error}") from None
+        recent = deque(ids, maxlen=sampler.repeat_window)
+        ids = ids or [self.tokenizer.eos_id]
+        self._device = next(self.model.parameters()).device
+        started = time.perf_counter()
+        with torch.inference_mode():
+            logits, state = self.model.prefill(torch.tensor([ids], device=self._device))
+            logits = logits[0].cpu()  # (vocab,); waits for the device, so that the time is the prompt's own
+            if word_is_next:
+                logits = logits.masked_fill(~self._begins_with_space, -torch.inf)
+        self.stats = Stats(len(ids), time.perf_counter() - started, state_bytes=state.nbytes)
+        decoder = StreamDecoder(self.tokenizer)
+        self._session = _Session(state, logits, recent, decoder, sampler, stop, drop_space=word_is_next)
+        return self._start(max_tokens)
+
+    def continue_(
+        self, max_tokens: int, sampler: Sampler | None = None, stop: Sequence[str] | None = None
+    ) -> Iterator[str]:
+        """Goes on exactly where the last text stopped and reads nothing again; yields text as `complete` does.
+
+        `sampler` and `stop` are the last ones unless given. Text that a stop or an interruption held back comes first;
+        after the end of a document, the next one begins. Raises UserError where there is nothing to go on from.
+        """
+        if self._session is None:
+            raise UserError("there is nothing to continue yet; give a prompt first")
+        session = self._session
+        stop = session.stop if stop is None else stop
+        session.stop = _checked(max_tokens, stop)
+        session.sampler = sampler or session.sampler
+        session.recent = deque(session.recent, maxlen=session.sampler.repeat_window)
+        return self._start(max_tokens)
+
+    def _start(self, max_tokens: int) -> Iterator[str]:
+        if self._stream is not None:
+            self._stream.close()  # two readers of one state would each get half of the words
+        self.stopped_by = "interrupted"
+        self._stream = self._write(self._session, max_tokens)
+        return self._stream
+
+    def _write(self, session: _Session, max_tokens: int) -> Generator[str, None, None]:
+        ctrl_c = _CtrlCLater()
+        for k in range(max_tokens + 1):
+            with ctrl_c:
+                if k == 0:
+                    stopped_by = "stop" if session.text.resume(session.stop) else None
+                else:
+                    stopped_by = self._next_token(session)
+                if k == max_tokens and not stopped_by:
+                    stopped_by = "length"
+                if stopped_by:
+                    self.stopped_by = stopped_by
+                    if stopped_by != "stop":
+                        session.text.release()
+            if session.text.ready:
+                yield from session.text.hand_over()
+            ctrl_c.deliver()
+            if stopped_by:
+                return
+
+    @torch.inference_mode()
+    def _next_token(self, session: _Session) -> str | None:
+        """Writes one token into the session's text; returns why the text ends with it, or None."""
+        started = time.perf_counter()
+        if session.unread is not None:
+            logits, session.state = self.model.step(torch.tensor([session.unread], device=self._device), session.state)
+            session.logits, session.unread = logits[0], None
+        token = session.unread = session.sampler.pick(session.logits, session.recent)
+        self.stats.seconds += time.perf_counter() - started
+        self.stats.tokens += 1
+
+        ended = token == self.tokenizer.eos_id
+        piece = session.decoder.feed(token)
+        if ended:
+            piece += session.decoder.flush()
+        else:
+            session.recent.append(token)  # the end of a document is no repetition
+        if session.drop_space and piece:
+            piece, session.drop_space = piece[1:], False
+        if session.text.add(piece, session.stop):
+            return "stop"
+        return "end" if ended else None
+
+    @cached_property
+    def _begins_with_space(self) -> Tensor:
+        """(vocab,) bool: the tokens that a word after a space can be."""
+        return torch.tensor([self.tokenizer.token_bytes(i)[:1] == b" " for i in range(len(self.tokenizer))])
+
+
+class _Text:
+    """The text on its way out: what may be the beginning of a stop text waits until that is known."""
+
+    def __init__(self) -> None:
+        self.ready = ""  # may be handed over
+        self._tail = ""  # the last characters, as many as may belong to a stop text
+        self._passed = 0  # how many of them have gone through `ready`
+        self._stop_end = 0  # where in the tail the stop text ends that was found
+
+    def add(self, piece: str, stop: Sequence[str]) -> bool:
+        """Takes a piece; True where it completes a stop text, and then only what precedes that becomes ready."""
+        self._tail += piece
+        found = [
+            (at, -len(s)) for s in stop if (at := self._tail.find(s, max(0, self._passed - len(s) + 1))) >= 0
+        ]
+        if found:
+            at, minus_length = min(found)  # the first, and the longest of those
+            self._stop_end = at - minus_length
+            self._pass(at)
+            return True
+        longest = max(map(len, stop), default=1)
+        waiting = min(longest - 1, len(self._tail))
+        while waiting and not any(s.startswith(self._tail[-waiting:]) for s in stop):
+            waiting -= 1
+        self._pass(len(self._tail) - waiting)
+        self._forget(max(0, len(self._tail) - longest + 1))
+        return False
+
+    def release(self) -> None:
+        """Lets all that waits become ready, for nothing comes after it now; it may still begin a stop text."""
+        self._pass(len(self._tail))
+
+    def resume(self, stop: Sequence[str]) -> bool:
+        """Lets the stop text that was found become ready, and looks at what came with it, as `add` does."""
+        self._pass(self._stop_end)
+        self._forget(self._stop_end)
+        self._stop_end = 0
+        return self.add("", stop)
+
+    def hand_over(self) -> Generator[str, None, None]:
+        """Yields what is ready. It counts as handed over once it was, whether or not its reader comes back for more."""
+        try:
+            yield self.ready
+        finally:
+            self.ready = ""
+
+    def _pass(self, end: int) -> None:
+        self.ready += self._tail[self._passed : end]
+        self._passed = max(self._passed, end)
+
+    def _forget(self, count: int) -> None:
+        self._tail = self._tail[count:]
+        self._passed = max(0, self._passed - count)
+
+
+@dataclass
+class _Session:
+    """Where a text stands. The state has read every token but the last one written, which is `unread`."""
+
+    state: State
+    logits: Tensor  # (vocab,): of what follows all that the state has read
+    recent: deque[int]  # for the repetition penalty
+    decoder: StreamDecoder
+    sampler: Sampler
+    stop: Sequence[str]
+    drop_space: bool  # the prompt has the space already that the next token brings
+    unread: int | None = None
+    text: _Text = field(default_factory=_Text)
+
+
+class _CtrlCLater:
+    """Holds Ctrl-C back within its `with`: a state that is half updated could never be continued.
+
+    `deliver` then does what the Ctrl-C would have done. Outside the main thread, which alone gets it, nothing is held.
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+        self._handler: Any = None
+
+    def __enter__(self) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            self._handler = handler
+            signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def deliver(self) -> None:
+        if self._came:
+            self._came = False
+            self._handler(signal.SIGINT, None)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self._came = True
+
+
+def _checked(max_tokens: int, stop: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
+        raise ValueError(f"max_tokens must be a whole number of at least 0, not {max_tokens!r}")
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in stop):
+        raise ValueError("a stop text cannot be empty")
+    return stop
