@@ -26,7 +26,7 @@ from contextlib import suppress
 from operator import index
 from pathlib import Path
 
-from .errors import UserError
+from mamba2_min.errors import UserError
 
 PATTERNS = ("words", "whitespace")
 FORMAT, VERSION = "mamba2_min.tokenizer", 1
