@@ -174,6 +174,7 @@ class _ChunkedScan(torch.autograd.Function):
         c = l // q
         xm, dtm, Bm, Cm = _chunks(x, dt, B, C, q)
         s, enter, leave, across = _decays(dtm, A, segment, b, q)
+        visible = _visible(segment, q, x)
 
         # Step 1, the low-rank blocks' right factor: what each chunk adds to the state that leaves it.
         # H[:, k + 1] first holds chunk k's own contribution.
@@ -193,8 +194,8 @@ class _ChunkedScan(torch.autograd.Function):
             # Step 3, the low-rank blocks' left factor: what each token reads from the state that enters its chunk.
             ym = torch.einsum("mqgn,mgnrp->mqgrp", Cm[part], states[part]).mul_(enter[part][..., None])
             # Step 4, the diagonal blocks: attention without softmax, masked by the decays.
-            M = _decay_matrix(s, segment, part, x.dtype)
-            M *= torch.einsum("mign,mjgn->mgij", Cm[part], Bm[part])[:, :, None]
+            M = _decay_matrix(s, part, x.dtype)
+            M *= _products(Bm[part], Cm[part], visible, part)
             M *= dtm[part].movedim(1, -1)[..., None, :]
             ym += torch.einsum("mgrij,mjgrp->migrp", M, xm[part])
             if D is not None:
@@ -215,6 +216,7 @@ class _ChunkedScan(torch.autograd.Function):
         xm, dtm, Bm, Cm = _chunks(x, dt, B, C, q)
         dym = dy.reshape(b * c, q, g, h // g, p)
         s, enter, leave, across = _decays(dtm, A, segment, b, q)
+        visible = _visible(segment, q, x)
         states = H[:, :c].reshape(b * c, g, n, -1, p)
 
         # Step 3 reversed, then step 2: dH[:, k] is the gradient of the state that enters chunk k.
@@ -232,8 +234,8 @@ class _ChunkedScan(torch.autograd.Function):
         dB, dC = Bm.new_empty(Bm.shape), Cm.new_empty(Cm.shape)
         for part in _parts(b * c, h * q * q, x.device):
             X, dY, dtp, Bp, Cp = xm[part], dym[part], dtm[part], Bm[part], Cm[part]
-            L = _decay_matrix(s, segment, part, x.dtype)
-            G = torch.einsum("mign,mjgn->mgij", Cp, Bp)
+            L = _decay_matrix(s, part, x.dtype)
+            G = _products(Bp, Cp, visible, part)
             dt_j = dtp.movedim(1, -1)[..., None, :]  # (m, g, r, 1, q)
 
             # Step 4, with M = G L dt_j. dM is dY x^T; E is its derivative by each exponent s_i - s_j. E's diagonal,
@@ -242,11 +244,11 @@ class _ChunkedScan(torch.autograd.Function):
             dM = torch.einsum("migrp,mjgrp->mgrij", dY, X)
             dM *= L
             dM *= dt_j
-            dG = dM.sum(2)
-            E = dM.mul_(G[:, :, None])
+            dG = dM.sum(2).mul_(visible[part] if segment is not None else visible)
+            E = dM.mul_(G)
             E.diagonal(dim1=-2, dim2=-1).zero_()
             exponent = (E.sum(-1,dtype=torch.float64) - E.sum(-2,dtype=torch.float64)).movedim(-1, 1)  # (m, q, g, r)
-            L *= G[:, :, None]
+            L *= G
             u = torch.einsum("mgrij,migrp->mjgrp", L, dY)
             direct = (X * u).sum(-1)
 
@@ -314,20 +316,29 @@ def _decays(dtm: Tensor, A: Tensor, segment: Tensor | None, b: int, q: int) -> t
     return s, enter, leave, across
 
 
-def _decay_matrix(s: Tensor, segment: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
-    """L (m, g, r, q, q) of the chunks in `part`: exp(s_i - s_j) for j <= i in i's document, zero elsewhere.
+def _decay_matrix(s: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+    """L (m, g, r, q, q) of the chunks in `part`: exp(s_i - s_j), for j <= i. What stands above the diagonal is finite
+    and without meaning: it meets the zeros of `_products`.
 
-    The exponent is masked before exp and never positive, so that nothing overflows (what a rounded difference of
-    cumulative sums can do on a GPU).
+    The exponent is bounded before exp, so that nothing overflows, neither above the diagonal nor where the rounded
+    difference of two sums comes out positive; below -88 exp would only be slow.
     """
-    q = s.shape[1]
     sp = s[part].movedim(1, -1)
-    visible = torch.ones(q, q, dtype=torch.bool, device=s.device).tril_()
+    return (sp[..., :, None] - sp[..., None, :]).to(dtype).clamp_(_FORGOTTEN, 0).exp_()
+
+
+def _products(Bp: Tensor, Cp: Tensor, visible: Tensor, part: slice) -> Tensor:
+    """G (m, g, 1, q, q): C_i . B_j where j is visible from i, zero elsewhere. Once a group, not once a head."""
+    return torch.einsum("mign,mjgn->mgij", Cp, Bp).mul_(visible[part if len(visible) > 1 else slice(None)])[:, :, None]
+
+
+def _visible(segment: Tensor | None, q: int, like: Tensor) -> Tensor:
+    """1 where token j of a chunk may reach token i: j <= i in the same document. (1 or m, 1, q, q) of `like`'s dtype."""
+    causal = torch.ones(q, q, dtype=torch.bool, device=like.device).tril_()[None, None]
     if segment is not None:
-        seg = segment.view(-1, q)[part]
-        visible = (visible & (seg[:, :, None] == seg[:, None, :]))[:, None, None]
-    exponent = (sp[..., :, None] - sp[..., None, :]).to(dtype)
-    return exponent.clamp_max_(0).masked_fill_(~visible, -torch.inf).exp_()
+        seg = segment.view(-1, q)
+        causal = causal & (seg[:, None, :, None] == seg[:, None, None, :])
+    return causal.to(like.dtype)
 
 
 def _parts(chunks: int, elements: int, device: torch.device) -> list[slice]:

@@ -1,0 +1,149 @@
+"""Where the work runs and in what precision, how much memory there is, and how much a training will need."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from mamba2_min.config import Mamba2Config
+from mamba2_min.errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """"auto" is the first of cuda, mps, cpu that is there. Raises UserError for one that is not."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(device for device, there in available.items() if there))
+    kind = name.split(":")[0]
+    if kind not in available:
+        raise UserError(f"unknown device {name!r}; there are auto, cpu, cuda and mps")
+    if not available[kind]:
+        raise UserError(f"this machine has no {kind} device that torch can use; try --device cpu")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """"auto" is bf16 where matrix units make it faster (GPUs, CPUs with AMX) and float32 elsewhere."""
+    if name not in ("auto", "float32", "bf16"):
+        raise UserError(f"unknown precision {name!r}; there are auto, float32 and bf16")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bf16" if device.type == "cpu" and has_amx() else "float32"
+
+
+def has_amx() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware; where it does not, bf16 is slower than float32."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bf16 for the matrix products of what runs inside; parameters, states and sums stay float32."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on the device, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    for limit, used in _CGROUPS:  # a container may be allowed less than the machine has
+        with contextlib.suppress(OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(free, 0)
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def training_memory(config: Mamba2Config, batch_size: int, context: int) -> int:
+    """An estimate of a training step's bytes: what the parameters need, and what each token of a batch needs.
+
+    Weights, gradients and AdamW's two moments are four float32 copies of the parameters, and while the head's gradient
+    is made there is one more of the embedding. A token keeps, for each layer, the residual stream and the outputs and
+    inputs of its projections, convolution, scan and norms until the backward pass.
+    """
+    head = config.padded_vocab_size * config.d_model
+    a_token = config.n_layer * (
+        6 * config.d_model
+        + 2 * config.d_in_proj
+        + 3 * config.conv_dim
+        + 5 * config.d_inner
+        + config.d_inner * config.d_state // config.chunk_size
+    )
+    a_token += 4 * config.d_model
+    scratch = 1 << 28  # slices of logits and of the scan, and torch itself
+    return 4 * (4 * config.num_parameters() + head + batch_size * context * a_token) + scratch
+
+
+def check_memory(config: Mamba2Config, batch_size: int, context: int, device: torch.device) -> tuple[int, int | None]:
+    """The estimate and what is free, in bytes. Raises UserError that says what to lower, and to what, where it exceeds.
+    """
+    needed, free = training_memory(config, batch_size, context), free_memory(device)
+    if free is None or needed <= free:
+        return needed, free
+    fixed = training_memory(config, 0, 0)
+    a_token = (needed - fixed) / (batch_size * context)
+    tokens = int((free - fixed) / a_token)
+    says = f"a step needs about {size(needed)}, and {size(free)} is free"
+    if tokens < 1:
+        raise UserError(f"{says}: the model alone is too large; lower --d-model, --n-layer or --vocab-size")
+    options = []
+    if tokens // context >= 1:
+        options.append(f"--batch-size from {batch_size} to {tokens // context}")
+    if tokens // batch_size >= 1:
+        options.append(f"--context from {context} to {tokens // batch_size}")
+    options = options or [f"--batch-size to 1 and --context to {tokens}"]
+    raise UserError(f"{says}: lower {' or '.join(options)} (or pass --ignore-memory to try all the same)")
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people: 4.2 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            return f"{n_bytes:.0f} {unit}" if n_bytes >= 100 or unit == "bytes" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed blocks instead of giving them back to the system.
+
+    A training step frees and asks for the same large tensors again and again, and by default each of them costs page
+    faults anew. Elsewhere than on Linux with glibc nothing is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 64 << 20)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def cpu_threads() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,60 @@
+"""The exact perplexity of a model on a text: every token counts once, each with everything before it as context."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mamba2_min.corpus import validation_windows
+from mamba2_min.loss import linear_cross_entropy
+
+WINDOW = 2048  # tokens a forward pass; the state is carried across, so the figure does not depend on it
+
+
+@dataclass(frozen=True)
+class Score:
+    """The total surprise of `tokens` predictions that stand for `n_bytes` bytes of text, in nats."""
+
+    nats: float
+    tokens: int
+    n_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The only one of the three that compares models with different tokenizers."""
+        return self.nats / math.log(2) / self.n_bytes
+
+
+@torch.no_grad()
+def evaluate(model, tokens: Tensor, n_bytes: int, start_id: int, window: int = WINDOW, autocast=None) -> Score:
+    """Scores `tokens` (l,), read in order as one stream after `start_id`, with the state carried from window to window.
+
+    `n_bytes` is what the tokens stand for (`Corpus.validation_bytes`); `autocast` a context to run the model in. The
+    model's training mode is put back as it was. Raises UserError for no tokens.
+    """
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    state, nats, count = None, torch.zeros((), dtype=torch.float64, device=device), 0
+    try:
+        for input_ids, targets in validation_windows(tokens, window, start_id):
+            input_ids, targets = input_ids.to(device), targets.to(device)
+            with autocast or contextlib.nullcontext():
+                hidden, state = model.hidden(input_ids, state)
+                nats += linear_cross_entropy(hidden, model.lm_head.weight, targets, model.config.vocab_size, "sum")
+            count += targets.numel()
+    finally:
+        model.train(training)
+    return Score(float(nats), count, n_bytes)

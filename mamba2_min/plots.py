@@ -1,0 +1,80 @@
+"""Pictures, readable on light and dark pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+import matplotlib.pyplot as plt
+
+from mamba2_min.checkpoint import write_atomically
+
+BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e07b39", "#4c9f70", "#7f8790"
+STYLE = {
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "savefig.dpi": 110,
+    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+    "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "font.size": 10,
+}  # fmt: skip
+
+
+def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draws a run's curve: training and validation loss, the best marked, the learning rate beneath.
+
+    `metrics` are the records of metrics.jsonl (`read_metrics`). The training loss is drawn faintly as it was and firmly
+    as a running mean. Raises UserError where the picture cannot be written.
+    """
+    train = [m for m in metrics if m["split"] == "train" and _is_number(m["loss"])]
+    validation = [m for m in metrics if m["split"] == "validation" and _is_number(m["loss"])]
+    with plt.rc_context(STYLE):
+        figure, (top, bottom) = plt.subplots(
+            2, 1, figsize=(8, 5.2), height_ratios=(4, 1), sharex=True, layout="constrained"
+        )
+        steps, losses = [m["step"] for m in train], [m["loss"] for m in train]
+        top.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
+        top.plot(steps, _running_mean(losses), color=BLUE, label="training, running mean")
+        top.plot(
+            [m["step"] for m in validation], [m["loss"] for m in validation], "o-", color=ORANGE, markersize=3.5,
+            label="validation",
+        )  # fmt: skip
+        if validation:
+            best = min(validation, key=lambda m: m["loss"])
+            top.axvline(best["step"], color=GREEN, linewidth=0.8, linestyle="--")
+            top.plot(best["step"], best["loss"], "*", color=GREEN, markersize=14, label=_describe(best))
+        shown = sorted(losses[len(losses) // 50 :] + [m["loss"] for m in validation])
+        if shown and shown[-1] > shown[0]:  # the first steps of a training would squeeze all others flat
+            margin = 0.05 * (shown[-1] - shown[0])
+            top.set_ylim(shown[0] - margin, shown[-1] + margin)
+        top.set_ylabel("loss, nats per token")
+        top.set_title(title, loc="left", fontsize=10)
+        top.legend()
+        bottom.plot(steps, [m["lr"] for m in train], color=GREY)
+        bottom.set_ylabel("learning rate")
+        bottom.set_xlabel("step")
+        bottom.ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
+        # Neutral grey on a transparent page: lines of text stay readable whatever lies behind them.
+        write_atomically(path, lambda file: figure.savefig(file, format="png"))
+        plt.close(figure)
+
+
+def _describe(best: dict[str, Any]) -> str:
+    text = f"best: {best['loss']:.3f} at step {best['step']}"
+    return f"{text} ({best['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in best else text
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """An exponential mean that follows about a thirtieth of the curve."""
+    keep, mean, out = 1 - 1 / max(1, len(values) / 30), None, []
+    for value in values:
+        mean = value if mean is None else keep * mean + (1 - keep) * value
+        out.append(mean)
+    return out
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
