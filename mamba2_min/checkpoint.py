@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -33,8 +35,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     path = Path(path)
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -65,7 +68,16 @@ def load_json(path: str | Path) -> Any:
 
 
 def save_tensors(path: str | Path, value: Any) -> None:
-    write_atomically(path, lambda file: torch.save(value, file))
+    """`torch.save`, atomically: the old file stays until the new one is on disk and has been read back."""
+
+    def write(file: BinaryIO) -> None:
+        torch.save(value, file)
+        file.flush()
+        damaged = zipfile.ZipFile(file.name).testzip()  # compares every record with its checksum
+        if damaged:
+            raise OSError(f"{damaged} was not read back as it was written")
+
+    write_atomically(path, write)
 
 
 def load_tensors(path: str | Path) -> Any:
@@ -109,8 +121,7 @@ def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Copies weights into a model; every name and shape must match. Raises UserError that names the first that does not.
-    """
+    """Copies weights into a model; every name and shape must match. Raises UserError for the first that does not."""
     expected = model.state_dict()
     if "lm_head.weight" not in weights and model.config.tie_embeddings:
         weights = {**weights, "lm_head.weight": weights.get("backbone.embedding.weight")}
@@ -125,6 +136,32 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
         if name not in expected:
             raise UserError(f"{source} holds an unexpected tensor {name}")
     model.load_state_dict(weights)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Makes the folder if need be and holds it for this process alone. Raises UserError where another one holds it.
+
+    The lock is on the open folder itself, so it leaves no file and dies with the process. What an earlier process left
+    half written is taken away. Windows has no such lock, and there nothing is held.
+    """
+    folder = make_folder(folder)
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another training is writing into {folder}; wait for it, or take another --out") from error
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 def make_folder(folder: str | Path) -> Path:

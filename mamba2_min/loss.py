@@ -1,7 +1,7 @@
 """Cross-entropy of a language model's head, without ever holding the (tokens, vocabulary) logits.
 
-Projection and loss are one function that works through the tokens in slices: each slice's logits turn into its loss and,
-in the same breath, into its share of the gradients, and are gone before the next slice begins.
+Projection and loss are one function that works through the tokens in slices: each slice's logits turn into its loss
+and, in the same breath, into its share of the gradients, and are gone before the next slice begins.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     every save_every steps: everything needed to go on goes to last.pt
     patience evaluations without a better one, max_steps or max_minutes: the end
 
-A run's folder: config.json, tokenizer.json, settings.json, model.pt (the best on validation), last.pt (to go on),
+A run's folder: config.json, tokenizer.json, model.pt (the best on validation), last.pt (to go on),
 metrics.jsonl, loss.png. On a CPU a run bounded by steps ends with the same weights, bit for bit, however often it was
 stopped and resumed.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,21 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_min import checkpoint, devices
-from mamba2_min.config import Mamba2Config
 from mamba2_min.corpus import Corpus, Windows
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import Score, evaluate
 from mamba2_min.metrics import MetricsLog, read_metrics
-from mamba2_min.model import Mamba2LM
-
-SETTINGS = "settings.json"
-
-# Shapes to start from: about 2, 5 and 130 million parameters with a vocabulary of some thousand words.
-PRESETS = {
-    "tiny": {"d_model": 128, "n_layer": 3, "d_state": 32, "headdim": 32},
-    "small": {"d_model": 256, "n_layer": 4},
-    "base": {"d_model": 768, "n_layer": 24, "d_state": 128, "chunk_size": 128},
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in (
             ("context", 1), ("batch_size", 1), ("micro_batch", 0), ("max_steps", 0), ("eval_every", 1),
-            ("save_every", 1), ("patience", 0), ("warmup_steps", 0), ("seed", 0), ("log_every", 1), ("max_bad_steps", 1),
+            ("save_every", 1), ("patience", 0), ("warmup_steps", 0), ("seed", 0), ("log_every", 1),
+            ("max_bad_steps", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -84,7 +73,7 @@ class Settings:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}")
-        if not 0 < self.lr:
+        if self.lr <= 0:
             raise ValueError("lr must be above 0")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr must not exceed lr, and {self.min_lr} is above {self.lr}")
@@ -118,6 +107,14 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def _resolved(settings: Settings, windows: Windows) -> Settings:
+    """The settings with what depends on the data filled in, and a warm-up that a short run has time for."""
+    max_steps = settings.max_steps
+    if not max_steps:
+        max_steps = max(200, round(20 * windows.targets_per_epoch / (windows.context * settings.batch_size)))
+    return dataclasses.replace(settings, max_steps=max_steps, warmup_steps=min(settings.warmup_steps, max_steps // 5))
+
+
 class Trainer:
     """Trains `model` on `corpus` in the folder `out`. `resume` goes on from its last.pt, where there is one.
 
@@ -141,10 +138,7 @@ class Trainer:
         self.model = model.to(self.device)
         self.corpus, self.report = corpus, report
         self.windows = Windows(corpus.train, settings.context, settings.batch_size, settings.seed)
-        if not settings.max_steps:
-            steps_an_epoch = self.windows.targets_per_epoch / (self.windows.context * settings.batch_size)
-            settings = dataclasses.replace(settings, max_steps=max(200, round(20 * steps_an_epoch)))
-        self.settings = settings
+        self.settings = settings = _resolved(settings, self.windows)
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.model, settings.weight_decay),
             lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=self.device.type in ("cpu", "cuda"),
@@ -153,6 +147,7 @@ class Trainer:
         self.seconds = 0.0  # of training, over all sittings
         self.best: Score | None = None
         self.best_step = 0
+        self.evaluated_step = -1
         self.stale = 0  # evaluations since the best
         self.bad_steps = 0  # in a row
         self.skipped = 0
@@ -182,15 +177,13 @@ class Trainer:
                     break
                 began = time.perf_counter()
                 self._step()
-                if self.step % self.settings.eval_every == 0:
-                    self._evaluate()
+                better = self.step % self.settings.eval_every == 0 and self._evaluate()
                 self.seconds += time.perf_counter() - began
-                if self.step % self.settings.save_every == 0:
+                if better or self.step % self.settings.save_every == 0:
                     self.save()
-            if reason != "signal" and (self.best is None or self.step % self.settings.eval_every):
+            if reason != "signal" and self.evaluated_step != self.step:
                 self._evaluate()
             self.save()
-        self._draw()
         if reason != "signal":
             self._restore_best()
         return Result(reason, self.step, self.best_step, self.best, caught[0] if reason == "signal" else 0)
@@ -250,8 +243,8 @@ class Trainer:
             total += float(loss.detach())
         return total
 
-    def _evaluate(self) -> None:
-        """The exact validation loss; the best so far is saved at once."""
+    def _evaluate(self) -> bool:
+        """The exact validation loss, and whether it is the best so far: then the model goes to model.pt at once."""
         score = evaluate(
             self.model, self.corpus.validation, self.corpus.validation_bytes, self.corpus.tokenizer.eos_id,
             autocast=self.autocast,
@@ -267,10 +260,10 @@ class Trainer:
             step=self.step, split="validation", loss=score.loss, perplexity=score.perplexity,
             bits_per_byte=score.bits_per_byte, best=better,
         )  # fmt: skip
-        if better:
-            self.save()
+        self.evaluated_step = self.step
         self._draw()
         self.report("evaluation", {"step": self.step, "score": score, "best": better, "stale": self.stale})
+        return better
 
     def _draw(self) -> None:
         from mamba2_min.plots import plot_loss  # matplotlib takes a second to import: not before it is needed
@@ -285,7 +278,8 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "step": self.step, "seconds": self.seconds, "pending": self.pending,
             "best": dataclasses.asdict(self.best) if self.best else None, "best_step": self.best_step,
-            "stale": self.stale, "bad_steps": self.bad_steps, "skipped": self.skipped,
+            "evaluated_step": self.evaluated_step, "stale": self.stale,
+            "bad_steps": self.bad_steps, "skipped": self.skipped,
             "digest": self.corpus.digest,
         })  # fmt: skip
 
@@ -295,7 +289,6 @@ class Trainer:
             (self.out / name).unlink(missing_ok=True)
         self.corpus.tokenizer.save(self.out / checkpoint.TOKENIZER)
         checkpoint.save_json(self.out / checkpoint.CONFIG, self.model.config.to_dict())
-        checkpoint.save_json(self.out / SETTINGS, dataclasses.asdict(self.settings))
 
     def _load(self) -> None:
         path = self.out / checkpoint.RESUME
@@ -311,7 +304,9 @@ class Trainer:
             self.windows.load_state_dict(saved["windows"])
             self.step, self.seconds, self.pending = saved["step"], saved["seconds"], saved["pending"]
             self.best = Score(**saved["best"]) if saved["best"] else None
-            self.best_step, self.stale = saved["best_step"], saved["stale"]
+            self.best_step, self.evaluated_step, self.stale = (
+                saved["best_step"], saved["evaluated_step"], saved["stale"],
+            )  # fmt: skip
             self.bad_steps, self.skipped = saved["bad_steps"], saved["skipped"]
             torch.set_rng_state(saved["torch_rng"])
             if self.device.type == "cuda" and saved["cuda_rng"]:
