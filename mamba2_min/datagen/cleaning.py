@@ -1,0 +1,120 @@
+"""From what a model sends to what it was asked for: thinking, talk about the text, and unprintable characters go.
+
+A model likes to say "Sure! Here is a story about a fox:" before the fox and "Let me know if you would like another
+one!" after it. A set in which half of the documents begin so teaches a small model just that.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import printable
+
+_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_THINKING_END = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
+
+# ESC [ ... letter, and ESC ] ... BEL: what a terminal would obey has to go as a whole, not only its first byte.
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+_LINE_END = re.compile(r"\r\n?|\u2028|\u2029|\x0b|\x0c|\x85")
+_INVISIBLE = re.compile("[\u200b\u2060\ufffe\uffff\U000e0000-\U000e007f]")
+
+# Delimiters of documents in training, and the turn markers of chat templates that some models let through.
+_MARKER = (
+    r"<\s*/?\s*(?:start|end)\s*>|<\|[\w ]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>"
+    r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<\|begin▁of▁sentence\|>|<｜[^｜\n]{1,40}｜>"
+)
+MARKER = re.compile(_MARKER, re.IGNORECASE)
+_MARKERS_AT_THE_EDGES = re.compile(rf"\A(?:\s*(?:{_MARKER}))+|(?:(?:{_MARKER})\s*)+\Z", re.IGNORECASE)
+
+_FENCE = re.compile(r"\A```[\w-]*\n(.*)\n```\Z", re.DOTALL)
+
+_OF_THE_TEXT = (
+    r"(?:stor(?:y|ies)|tales?|texts?|dialogues?|conversations?|letters?|explanations?|requests?|answers?|versions?"
+    r"|poems?|pieces?|responses?|drafts?|examples?|narratives?|attempts?|rewrites?|scenes?|passages?)"
+)
+_ACKNOWLEDGED = r"(?:sure(?: thing)?|certainly|absolutely|of course|gladly|with pleasure|no problem|okay|alright|great)"
+_TALK_BEFORE = re.compile(
+    rf"""
+      {_ACKNOWLEDGED}[!.,]*[ ]*\n+
+    | (?:{_ACKNOWLEDGED}[!.,:—–-]*\s+)?
+      (?: (?:here(?:['’]s|[ ]is|[ ]are)|below[ ]is|the[ ]following[ ]is|i(?:['’]ve|[ ]have)[ ]written)
+          \b[^\n:]{{0,200}}?\b{_OF_THE_TEXT}\b[^\n:]{{0,200}}(?::\s*|[.!…]*[ ]*\n\s*)
+        | (?:here(?:['’]s|[ ]is|[ ]are)|below[ ]is)\b[^\n:]{{0,200}}:[ ]*\n\s*
+        | i(?:['’]d|[ ]would)[ ]be[ ](?:happy|glad|delighted)[ ]to\b[^\n]{{0,200}}\n\s*
+        | (?:hier[ ]ist|hier[ ]kommt|voici|aquí[ ](?:está|tienes)|ecco|aqui[ ]está)\b[^\n:]{{0,200}}:\s*
+      )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_TITLE = re.compile(
+    r"""
+      \#{1,6}[ ][^\n]{1,150}(?:\n|\Z)
+    | (?:\*\*|__)[^*\n]{1,120}(?<!:)(?:\*\*|__)[ ]*(?:\n|\Z)
+    | [*_]{0,2}(?:title|titel|titre|título|titolo)[*_]{0,2}[ ]*:[^\n]{1,150}(?:\n|\Z)
+    | (?:-{3,}|\*{3,}|_{3,}|={3,})[ ]*(?:\n|\Z)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_TALK_AFTER = re.compile(
+    rf"""
+    (?:\A|\n)[ ]*(?:
+        [*_(\[]*(?:total[ ])?word[ ]count\b[^\n]{{0,60}}
+      | [*_(\[]*\d{{2,5}}[ ]words[)\]*_.]*
+      | let[ ]me[ ]know[ ]if[ ]you(?:['’]d|[ ]would)?[^\n]{{0,40}}
+        \b(?:me[ ]to|{_OF_THE_TEXT}|changes?|adjustments?|else)\b[^\n]*
+      | would[ ]you[ ]like[ ]me[ ]to\b[^\n]*
+      | i[ ]hope[ ](?:this|you[ ]enjoy(?:ed)?|that)\b[^\n]{{0,60}}
+        \b(?:{_OF_THE_TEXT}|helps?|request|needs)\b[^\n]{{0,150}}
+      | [*_(\[]*(?:the[ ]end|fin)[.!]?[)\]*_]*
+      | -{{3,}} | \*{{3,}} | _{{3,}} | ={{3,}}
+    )[ ]*\Z
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def clean(raw: str) -> str:
+    """What is left of a model's answer when all that was not asked for is taken off; "" where nothing is."""
+    text = _plain_characters(_without_thinking(raw)).strip()
+    fenced = _FENCE.match(text)
+    text = _without_talk(fenced[1] if fenced else text)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def clean_request(raw: str) -> str:
+    """The same for a request that a model wrote: a single paragraph, without `Request:` and enclosing quotes."""
+    text = re.sub(r"\A[*_]{0,2}(?:request|prompt|instruction)s?[*_]{0,2}\s*:[*_]{0,2}\s*", "", clean(raw), flags=re.I)
+    text = " ".join(text.split())
+    for left, right in ('""', "“”", "„“", "«»", "''", "``"):
+        inner = text[1:-1]
+        if len(text) > 2 and text[0] == left and text[-1] == right and left not in inner and right not in inner:
+            return inner.strip()
+    return text
+
+
+def _without_thinking(text: str) -> str:
+    """A thought that was never closed goes to its end: there is no answer after it."""
+    text = _THINKING.sub("", text)
+    return _THINKING_END.sub("", text)  # some templates open the thought themselves, and only its end is sent
+
+
+def _plain_characters(text: str) -> str:
+    """Line ends as \\n, and no character left that a terminal would act on; `printable` knows which those are."""
+    text = _INVISIBLE.sub("", _LINE_END.sub("\n", _ESCAPE.sub("", text)))
+    if printable(text, keep="\n\t") == text:
+        return text
+    return "".join(c for c in text if c in "\n\t" or printable(c) == c)
+
+
+def _without_talk(text: str) -> str:
+    """Talk, titles and markers can stand in front of and behind each other: they are taken off until none is left."""
+    before = None
+    while text != before:
+        before = text
+        text = _MARKERS_AT_THE_EDGES.sub("", text).strip()
+        for pattern in (_TALK_BEFORE, _TITLE):
+            found = pattern.match(text)
+            text = text[found.end() :].lstrip("\n") if found else text
+        text = _TALK_AFTER.sub("", text).rstrip()
+    return text
