@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
+
+_LARGEST = 1 << 24  # of every size: beyond it stands a slip, or a file that means harm
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Mamba2Config:
     pad_vocab_size_multiple: int = 1  # rows of the embedding are rounded up to this; the extra ids are never produced
     norm_eps: float = 1e-5
     norm_before_gate: bool = False  # False: RMSNorm(y * silu(z)), as the official models do
-    norm_per_group: bool = False  # True: that norm runs over each group on its own, as the official code does for ngroups > 1
+    norm_per_group: bool = False  # True: each group is normalised on its own, as the official code does for ngroups > 1
     conv_bias: bool = True
     proj_bias: bool = False
     residual_in_fp32: bool = True
@@ -43,13 +46,14 @@ class Mamba2Config:
         for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand", "headdim", "ngroups",
                      "chunk_size", "pad_vocab_size_multiple"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+                raise ValueError(f"{name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
         for name in ("dt_min", "dt_max", "dt_init_floor", "dropout", "norm_eps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{name} must be a finite number, not {value!r}")
-        for name in ("tie_embeddings", "norm_before_gate", "norm_per_group", "conv_bias", "proj_bias", "residual_in_fp32"):
+        for name in ("tie_embeddings", "norm_before_gate", "norm_per_group", "conv_bias", "proj_bias",
+                     "residual_in_fp32"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.d_inner % self.headdim:
