@@ -7,14 +7,17 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from mamba2_min import interop
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 
@@ -83,59 +86,135 @@ def save_tensors(path: str | Path, value: Any) -> None:
 def load_tensors(path: str | Path) -> Any:
     """What `save_tensors` wrote, on the CPU; code in the file is refused, never run. Raises UserError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of a foreign file's details; what counts is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds something other than tensors and numbers; it was not loaded") from error
     except Exception as error:  # a truncated or foreign file fails in torch's reader in many ways
-        raise UserError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0][:200]}") from error
+        raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
 
 
-def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tensor]) -> None:
-    """Writes config.json and model.pt into a folder, which is made if need be."""
+def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tensor], format: str = "own") -> None:
+    """Writes a model's config and weights into a folder, which is made if need be.
+
+    format: "own" (config.json, model.pt), "official" (config.json, pytorch_model.bin: state-spaces' mamba_ssm) or "hf"
+    (config.json, model.safetensors: transformers). Raises UserError where that layout cannot say what the config says,
+    where the folder holds a model in another layout, or where it cannot be written; ValueError for any other format.
+    """
+    if format not in interop.WEIGHT_FILES:
+        raise ValueError(f"format must be one of {', '.join(interop.WEIGHT_FILES)}, not {format!r}")
+    try:
+        values = interop.config_to(format, config)
+    except ValueError as error:
+        raise UserError(f'the model cannot be saved in the layout "{format}": {error}') from error
     folder = make_folder(folder)
-    if config.tie_embeddings:
-        weights = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
-    save_json(folder / CONFIG, config.to_dict())
-    save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in weights.items()})
+    if (folder / CONFIG).exists() and _read_config(folder)[0] != format:
+        raise UserError(f"{folder} holds a model in another layout, which this one would break; choose another folder")
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    weights = interop.weights_to(format, config, on_cpu)
+    path = folder / interop.WEIGHT_FILES[format][0]
+    if format == "hf":
+        data = _safetensors(path).save(weights, metadata={"format": "pt"})
+        write_atomically(path, lambda file: file.write(data))
+        save_json(folder / "generation_config.json", interop.hf_generation_config(config))
+    else:
+        save_tensors(path, weights)
+    save_json(folder / CONFIG, values)  # last: without it a folder holds no model
 
 
 def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
-    """The config and the weights in a folder. Raises UserError where either is missing or cannot be understood."""
+    """The config and the weights in a folder of any of the three layouts, under our names and on the CPU.
+
+    The weights are all there, finite, and of the shapes that the config asks for; no more memory is taken than the
+    files hold. Raises UserError where anything is missing, damaged, at odds with the rest, or asks for what a
+    `Mamba2LM` does not have.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; train a model first, or name the folder of one")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} holds no {name}: no model was saved there")
-    values = load_json(folder / CONFIG)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no {CONFIG}: no model was saved there")
+    layout, values = _read_config(folder)
     try:
-        config = Mamba2Config.from_dict(values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from error
-    weights = load_tensors(folder / WEIGHTS)
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"{folder / WEIGHTS} is not a model's weights")
+        config = interop.config_from(layout, values)
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: {_first_line(error)}") from error
+    files = interop.WEIGHT_FILES[layout]
+    path = next((folder / name for name in files if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} holds no {' or '.join(files)}: no model was saved there")
+    weights = _read_weights(path)
+    try:
+        weights = interop.with_tied_head(interop.weights_from(layout, weights), config.tie_embeddings)
+        interop.check_shapes(interop.parameter_shapes(config), weights)
+        interop.check_tensors(weights, config.tie_embeddings)
+    except ValueError as error:
+        raise UserError(f"{path}: {_first_line(error)}") from error
     return config, weights
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Copies weights into a model; every name and shape must match. Raises UserError for the first that does not."""
-    expected = model.state_dict()
-    if "lm_head.weight" not in weights and model.config.tie_embeddings:
-        weights = {**weights, "lm_head.weight": weights.get("backbone.embedding.weight")}
-    for name, tensor in expected.items():
-        if weights.get(name) is None:
-            raise UserError(f"{source} lacks the tensor {name}")
-        if weights[name].shape != tensor.shape:
-            raise UserError(
-                f"{source}: {name} is {tuple(weights[name].shape)}, and the config asks for {tuple(tensor.shape)}"
-            )
-    for name in weights:
-        if name not in expected:
-            raise UserError(f"{source} holds an unexpected tensor {name}")
+    """Copies weights into a model, whose dtype they take. Raises UserError for the first name or shape that differs."""
+    weights = interop.with_tied_head(weights, model.config.tie_embeddings)
+    try:
+        interop.check_shapes(((name, tensor.shape) for name, tensor in model.state_dict().items()), weights)
+    except ValueError as error:
+        raise UserError(f"{source}: {_first_line(error)}") from error
     model.load_state_dict(weights)
+
+
+def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The layout of a folder's config.json, and what it says."""
+    values = load_json(folder / CONFIG)
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / CONFIG} is not a JSON object: it describes no model")
+    return interop.layout_of(values), values
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file, or of the shards that an index names."""
+    files = [path]
+    if path.name.endswith(interop.INDEX):
+        try:
+            files = [path.parent / name for name in interop.shards(load_json(path))]
+        except ValueError as error:
+            raise UserError(f"{path}: {_first_line(error)}") from error
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        part = _read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file)
+        if not isinstance(part, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in part.items()):
+            raise UserError(f"{file} is not a model's weights")
+        for name in part:
+            if name in weights:
+                raise UserError(f"{file} holds the tensor {name!r}, which another shard holds too")
+        weights.update(part)
+    return weights
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    safetensors = _safetensors(path)
+    try:
+        return safetensors.load_file(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or _first_line(error)}") from error
+    except Exception as error:  # its reader is not Python's, and has errors of its own
+        raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
+
+
+def _safetensors(path: Path) -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError(f'{path} needs the package safetensors: pip install "mamba2-min[hf]"') from error
+    return safetensors.torch
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, in a line that fits a screen."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextlib.contextmanager

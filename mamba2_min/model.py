@@ -283,15 +283,22 @@ class Mamba2LM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Mamba2LM:
-        """The model that `save_pretrained` or `train.py` left in a folder. Raises UserError where it cannot be read."""
+        """The float32 model in a folder: what `save_pretrained` or `train.py` left there, or a published Mamba-2.
+
+        The layout is told from the files: our own, the official one (state-spaces) or Hugging Face's. Raises UserError,
+        of one line, where anything is missing, damaged, or asks for what this model does not have.
+        """
         config, weights = checkpoint.load_model(folder)
         model = cls(config)
         checkpoint.load_weights(model, weights, folder)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.pt. Raises UserError where the folder cannot be written."""
-        checkpoint.save_model(folder, self.config, self.state_dict())
+    def save_pretrained(self, folder: str | Path, format: str = "own") -> None:
+        """Writes the config and the weights: format "own", "official" (mamba_ssm) or "hf" (transformers, extra `hf`).
+
+        Raises UserError where that layout has no words for this model, or the folder cannot be written.
+        """
+        checkpoint.save_model(folder, self.config, self.state_dict(), format)
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.shape[1] < 1:
