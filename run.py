@@ -30,19 +30,19 @@ OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "seed": No
 
 # What the dialogue sets: a value's name, how it is read, and a line of help.
 SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
-    "/temperature": ("temperature", float, "0 is always the likeliest word, 1 the model's own mixture, more is wilder"),
-    "/top-k": ("top_k", int, "only this many of the likeliest words, or off"),
-    "/top-p": ("top_p", float, "only the likeliest words that share this much of the probability, such as 0.9, or off"),
-    "/min-p": ("min_p", float, "only words at least this fraction as likely as the likeliest, such as 0.05, or off"),
-    "/repeat-penalty": ("repeat_penalty", float, "above 1, such as 1.1, words of late become less likely, or off"),
-    "/length": ("max_tokens", int, "how many tokens at most"),
-    "/seed": ("seed", int, "a number, and a prompt is completed the same way each time, or off"),
+    "/temperature": ("temperature", float, "0: always the likeliest; 1: as the model has it"),
+    "/top-k": ("top_k", int, "only this many of the likeliest words"),
+    "/top-p": ("top_p", float, "only the likeliest, up to this share, say 0.9"),
+    "/min-p": ("min_p", float, "only those this likely beside the likeliest, say 0.05"),
+    "/repeat-penalty": ("repeat_penalty", float, "above 1, say 1.1: recent words become less likely"),
+    "/length": ("max_tokens", int, "at most this many tokens"),
+    "/seed": ("seed", int, "a number: a prompt gets the same text every time"),
 }
 ACTIONS = {
-    "/continue": "goes on from where the text stopped; nothing is read again",
+    "/continue": "goes on exactly where the text stopped",
     "/stats": "speeds, and the size of the model's state",
-    "/help": "this list",
-    "/quit": "leaves, and so do exit and Ctrl-D",
+    "/help": "shows this",
+    "/quit": "leaves, as exit and Ctrl-D do",
 }
 
 
@@ -66,7 +66,7 @@ def main() -> int:
     device = pick_device(args.device)
     completer = Completer.load(folder, device)
     print(
-        f"model     {printable(str(folder))}{found}, {completer.model.config.num_parameters() / 1e6:.1f} million "
+        f"model     {printable(str(folder))}{found}, {completer.model.config.num_parameters():,} "
         f"parameters, {len(completer.tokenizer):,} tokens known, on {device.type}\n"
         f"sampling  {_described(sampler)}\n"
         f"length    at most {args.max_tokens:,} tokens, to the end of the document"
@@ -132,10 +132,11 @@ class Dialogue:
             self._print_stats()
         elif command == "/help":
             for name, (_, _, what) in SETTINGS.items():
-                print(f"  {name:16} {what} (now {self._value(name)})")
+                print(f"  {name:16}{self._value(name):>5}  {what}")
             for name, what in ACTIONS.items():
-                print(f"  {name:16} {what}")
-            print("Any other line is the beginning of a text; an empty one lets the model begin a document itself.")
+                print(f"  {name:16}{'':5}  {what}")
+            print('"off" as a value switches one off. Any other line is the beginning of a text;')
+            print("with an empty one, the model begins a document itself.")
         else:
             near = difflib.get_close_matches(command, [*SETTINGS, *ACTIONS], n=1)
             hint = f"did you mean {near[0]}?" if near else "see /help (a space before the / makes it a text)"
@@ -146,7 +147,8 @@ class Dialogue:
             _show(pieces, prompt)
         except KeyboardInterrupt:
             print()
-        print(_styled(f"[{_how_it_ended(self.completer)}; /continue goes on]", _DIM))
+        further = "begins another" if self.completer.stopped_by == "end" else "goes on"
+        print(_styled(f"[{_how_it_ended(self.completer)}; /continue {further}]", _DIM))
 
     def _set(self, command: str, text: str) -> None:
         if not text:
@@ -298,7 +300,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if name in defaults:
             sampling.add_argument(
                 "-" + command.replace("/", "-"), metavar="N" if read is int else "X", type=read, default=defaults[name],
-                help=f"{what.removesuffix(', or off')} (default: {'off' if name in OFF else defaults[name]})",
+                help=f"{what} (default: {'off' if name in OFF else defaults[name]})",
             )  # fmt: skip
     return parser.parse_args(arguments)
 

@@ -80,12 +80,12 @@ class Sampler:
         _check_number("top_p", self.top_p, 0, 1, "a number from 0 to 1")
         _check_number("min_p", self.min_p, 0, 1, "a number from 0 to 1")
         _check_number("repeat_penalty", self.repeat_penalty, 1e-3, 1e3, "a number from 0.001 to 1000")
-        _check_whole("top_k", self.top_k, 2**63 - 1)
-        _check_whole("repeat_window", self.repeat_window, 2**31 - 1)
+        _check_whole("top_k", self.top_k)
+        _check_whole("repeat_window", self.repeat_window)
         if self.seed is None:
             self._generator.seed()
         else:
-            _check_whole("seed", self.seed, 2**63 - 1)
+            _check_whole("seed", self.seed)
             self._generator.manual_seed(self.seed)
 
     def adjusted(self, **changes: Any) -> Sampler:
@@ -125,6 +125,6 @@ def _check_number(name: str, value: Any, low: float, high: float, wanted: str) -
         raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
 
-def _check_whole(name: str, value: Any, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= high:
-        raise ValueError(f"{name} must be a whole number from 0 to {high}, not {value!r}")
+def _check_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError(f"{name} must be a whole number from 0 to 2^63 - 1, not {value!r}")

@@ -1,0 +1,412 @@
+"""run.py as its users meet it: a process with arguments and pipes, and a dialogue at a terminal."""
+
+import importlib.util
+import io
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mamba2_min.config import Mamba2Config
+from mamba2_min.errors import UserError, printable
+from mamba2_min.generation import Completer
+from mamba2_min.model import Mamba2LM
+from mamba2_min.sampling import Sampler
+from mamba2_min.tokenizer import WordTokenizer
+
+SCRIPT = Path(__file__).resolve().parent.parent / "run.py"
+TEXT = "Once upon a time a small owl lived in the old tower, and nobody in the town knew her name.\n"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "NO_COLOR": "1", "TERM": "dumb"}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("run_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+run = load_script()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run whose model, greedy, writes for long without an end of document."""
+    folder = tmp_path_factory.mktemp("runs") / "owl"
+    tokenizer = WordTokenizer.train([TEXT])
+    config = Mamba2Config(vocab_size=len(tokenizer), d_model=32, n_layer=1, d_state=16, headdim=16)
+    for seed in range(20):
+        model = Mamba2LM(config, seed=seed).eval()
+        if tokenizer.eos_id not in model.generate(tokenizer.encode("The owl"), 400, temperature=0):
+            break
+    model.save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, folder):
+    """Runs `main` in this process: returns what it wrote to standard output and to standard error."""
+
+    def call(*arguments, stdin=None, model=folder):
+        monkeypatch.setattr(sys, "argv", ["run.py", *(["--model", str(model)] if model else []), *arguments])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        assert run.main() == 0
+        return capsys.readouterr()
+
+    return call
+
+
+def written(folder, prompt, tokens, sampler):
+    return "".join(Completer.load(folder).complete(prompt, tokens, sampler))
+
+
+def process(folder, *arguments, **options):
+    command = [sys.executable, str(SCRIPT), "--model", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=120, **options)
+
+
+def test_a_script_gets_the_completion_alone(folder):
+    done = process(folder, "--max-tokens", "12", "--seed", "3", "--temperature", "1.5", input=b"The owl\n")
+    text = written(folder, "The owl", 12, Sampler(1.5, seed=3))
+    assert done.stdout.decode() == printable(text, keep="\n\t").removesuffix("\n") + "\n"
+    said = done.stderr.decode()
+    assert done.returncode == 0
+    assert said.splitlines()[0].startswith(f"model     {folder}, ")
+    assert "temperature 1.5, top-k off, top-p off, min-p off, repeat-penalty off, seed 3" in said
+    assert "at most 12 tokens" in said and "12 tokens at " in said.splitlines()[-1]
+
+
+def test_a_reader_who_leaves_is_no_error(folder):
+    command = [sys.executable, str(SCRIPT), "--model", str(folder), "--prompt", "The owl", "--temperature", "0"]
+    with subprocess.Popen(
+        [*command, "--max-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    ) as writer:
+        writer.stdout.read(5)
+        writer.stdout.close()
+        said = writer.stderr.read().decode()
+        assert writer.wait(60) == 141
+    assert "Error" not in said and len(said.splitlines()) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="arguments are not bytes here")
+def test_arguments_that_are_not_utf_8_are_answered_in_one_line(folder):
+    done = process(folder, "--prompt", b"caf\xe9")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"error: argument --prompt: character 4 is not UTF-8\n"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "🦉🦉", "\x1b[31m\x00\x07\r", "<end>", "a" * 100, TEXT * 1200, "-dash"], ids=range(7)
+)
+def test_any_prompt_is_completed(call, prompt):
+    assert call(f"--prompt={prompt}", "--max-tokens", "3", "--seed", "1").out
+    assert call("--max-tokens", "3", "--seed", "1", stdin=prompt.encode()).out
+
+
+def test_standard_input_loses_the_line_end_that_echo_adds_and_nothing_else(call):
+    def out(stdin):
+        return call("--max-tokens", "9", "--temperature", "0", stdin=stdin).out
+
+    plain = out(b"in the\n\nold tower")
+    assert out(b"in the\n\nold tower\n") == out(b"\xef\xbb\xbfin the\r\n\r\nold tower\r\n") == plain
+    assert call("--max-tokens", "9", "--temperature", "0", "--prompt", "in the\n\nold tower").out == plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--top-p", "1.5"], "--top-p must be a number from 0 to 1, not 1.5"),
+        (["--temperature", "nan"], "--temperature must be a number of at least 0, not nan"),
+        (["--repeat-penalty", "0"], "--repeat-penalty must be"),
+        (["--seed", "-1"], "--seed must be a whole number"),
+        (["--top-k", "some"], "argument --top-k: invalid int value: 'some'"),
+        (["--max-tokens", "0"], "argument --max-tokens: must be a whole number of at least 1, not '0'"),
+        (["--max-tokens", "x"], "argument --max-tokens: must be a whole number of at least 1, not 'x'"),
+        (["--stop", ""], "argument --stop: a stop text cannot be empty"),
+        (["--stop", "\udc80"], "argument --stop: character 1 is not UTF-8"),
+        (["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
+        (["--temp", "1"], "unrecognized arguments: --temp 1"),
+        (["--model", "no/such/run"], "no/such/run is not a folder"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_answered_in_one_line(call, arguments, line):
+    with pytest.raises(UserError) as error:
+        call("--prompt", "x", *arguments)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_input_that_is_not_utf_8_is_answered_in_one_line(call):
+    with pytest.raises(UserError, match=r"^standard input is not UTF-8: byte 0xE9 at offset 3$"):
+        call(stdin=b"caf\xe9")
+
+
+def test_no_input_at_all_is_answered_in_one_line(call, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="neither a prompt nor a terminal"):
+        call()
+
+
+def test_the_demo_is_the_default_then_the_newest_run(call, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no trained model in runs/"):
+        call("--prompt", "x", model=None)
+    for age, name in enumerate(["new", "old", "demo"]):
+        run_folder = tmp_path / "runs" / name
+        Mamba2LM.from_pretrained(folder).save_pretrained(run_folder)
+        (run_folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        os.utime(run_folder / "model.pt", (0, 1e9 - age))
+        said = call("--prompt", "x", "--max-tokens", "1", model=None).err.splitlines()[0]
+        expected = "runs/demo, " if name == "demo" else "runs/new (the newest run), "
+        assert said.startswith(f"model     {Path(expected)}")
+
+
+def test_a_stop_text_and_the_end_of_the_document_stop(call, folder):
+    text = written(folder, "The owl", 30, Sampler(0))
+    stop = text[4:7]
+    said = call("--prompt", "The owl", "--temperature", "0", "--stop", stop)
+    assert said.out == printable(text[: text.index(stop)], keep="\n\t") + "\n"
+    assert "a stop text follows" in said.err
+
+
+class FakeTerminal(io.TextIOWrapper):
+    def __init__(self, text=""):
+        super().__init__(io.BytesIO(text.encode()), encoding="utf-8", newline="\n")
+
+    def isatty(self):
+        return True
+
+    def shown(self):
+        self.flush()
+        return self.buffer.getvalue().decode()
+
+
+HARMFUL = b"\x1b]0;title\x07\tok\n\x9b31m\xe2\x80\xae\r\x08\x7f\x00"
+HARMLESS = "\\x1b]0;title\\x07\tok\n\ufffd31m\\u202e\\r\\x08\\x7f\\x00\n"
+
+
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_nothing_that_a_terminal_would_act_on_is_written(call, monkeypatch, capsys, at_terminal):
+    ids = iter([*(byte + 1 for byte in HARMFUL), 0])
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits, history: next(ids))
+    monkeypatch.setenv("NO_COLOR", "1")
+    if not at_terminal:
+        assert call("--prompt", "\x1b\x02").out == HARMLESS
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", FakeTerminal())
+        call("--prompt", "\x1b[2J")
+        shown = sys.stdout.shown()
+    assert shown.startswith("model ")  # at a terminal, the settings come first, then the prompt with its text
+    assert shown.endswith("\n\\x1b[2J" + HARMLESS)
+
+
+def test_a_long_prompt_shows_its_end(call, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", FakeTerminal())
+        patch.setenv("NO_COLOR", "1")
+        call("--prompt", "x" * 5000 + " the owl", "--max-tokens", "1")
+        assert "\n…" + "x" * 992 + " the owl" in sys.stdout.shown()
+
+
+@pytest.fixture
+def answers(folder, capsys):
+    """A dialogue without its terminal: what it answers to a line."""
+    dialogue = run.Dialogue(Completer.load(folder), Sampler(0), max_tokens=8, stop=())
+
+    def answers(line):
+        dialogue.answer(line)
+        return capsys.readouterr().out
+
+    answers.dialogue = dialogue
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("/temperature", "temperature is 0"),
+        ("/temperature 0.5", "temperature is 0.5"),
+        ("/temperature  1 ", "temperature is 1.0"),
+        ("/temperature hot", "temperature must be a number of at least 0, not 'hot'; it stays 0"),
+        ("/temperature \x1b[2J", "temperature must be a number of at least 0, not '\\x1b[2J'; it stays 0"),
+        ("/temperature off", "temperature must be a number of at least 0, not 'off'; it stays 0"),
+        ("/top-p 0.9", "top-p is 0.9"),
+        ("/top-p 2", "top-p must be a number from 0 to 1, not 2.0; it stays off"),
+        ("/top-k 5", "top-k is 5"),
+        ("/top-k 5.5", "top-k must be a whole number from 0 to 2^63 - 1, not '5.5'; it stays off"),
+        ("/top-k off", "top-k is off"),
+        ("/min-p nan", "min-p must be a number from 0 to 1, not nan; it stays off"),
+        ("/repeat-penalty 1.2", "repeat-penalty is 1.2"),
+        ("/seed 7", "seed is 7"),
+        ("/seed -7", "seed must be a whole number from 0 to 2^63 - 1, not -7; it stays off"),
+        ("/length 50", "length is 50"),
+        ("/length 0", "length must be a whole number of at least 1, not 0; it stays 8"),
+        ("/length off", "length must be a whole number of at least 1, not 'off'; it stays 8"),
+        ("/temprature 1", "there is no /temprature; did you mean /temperature?"),
+        ("/topk 3", "there is no /topk; did you mean /top-k?"),
+        ("/stat", "there is no /stat; did you mean /stats?"),
+        ("/\x1b", "there is no /\\x1b; see /help (a space before the / makes it a text)"),
+        ("/", "there is no /; see /help (a space before the / makes it a text)"),
+    ],
+    ids=str,
+)
+def test_a_command_is_answered_in_one_line(answers, line, answer):
+    assert answers(line) == answer + "\n"
+
+
+def test_values_are_listed_and_kept(answers):
+    for line in ("/top-k 12", "/top-k x", "/seed 5", "/length 3"):
+        answers(line)
+    listed = {line.split()[0]: line for line in answers("/help").splitlines()[: len(run.SETTINGS) + len(run.ACTIONS)]}
+    assert list(listed) == [*run.SETTINGS, *run.ACTIONS]
+    assert all(len(line) <= 80 for line in listed.values())
+    assert " 12 " in listed["/top-k"] and " 5 " in listed["/seed"] and " 3 " in listed["/length"]
+
+
+def test_a_text_and_its_continuation(answers, folder):
+    whole = printable(written(folder, "The owl", 24, Sampler(0)), keep="\n\t")
+    with pytest.raises(UserError, match="nothing to continue"):
+        answers("/continue")
+    first, note = answers("The owl").rsplit("\n", 2)[:2]
+    assert note.startswith("[8 tokens at ") and note.endswith(" a second, cut at the length; /continue goes on]")
+    answers("/length 16")
+    assert first + answers("/continue").rsplit("\n", 2)[0] == "The owl" + whole
+    stats = answers("/stats").splitlines()
+    assert [line.split()[0] for line in stats] == ["prompt", "text", "state"]
+    assert stats[1].startswith("text    24 tokens, ") and "KiB" in stats[2]
+
+
+def test_a_seed_gives_a_prompt_its_text_again_and_a_value_set_between_does_not_start_it_anew(answers, folder):
+    for line in ("/temperature 1.5", "/seed 9"):
+        answers(line)
+    text = answers("The owl").rsplit("\n", 2)[0]
+    assert answers("The owl").rsplit("\n", 2)[0] == text
+    answers("/top-p 1")
+    text += answers("/continue").rsplit("\n", 2)[0]
+    assert text == "The owl" + printable(written(folder, "The owl", 16, Sampler(1.5, seed=9)), keep="\n\t")
+
+
+def test_a_prompt_that_fails_leaves_the_dialogue_as_it_was(answers):
+    text = answers("The owl").rsplit("\n", 2)[0]
+    with pytest.raises(UserError, match=r"^the prompt is no text"):
+        answers("\udce9")
+    more = answers("/continue").rsplit("\n", 2)[0]
+    answers("/length 16")
+    assert answers("The owl").rsplit("\n", 2)[0] == text + more
+
+
+@pytest.mark.parametrize("line", ["exit", "/quit", "/exit", " exit "])
+def test_a_dialogue_is_left_by_name(answers, monkeypatch, tmp_path, line):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "not" / "there"))
+    monkeypatch.setattr("builtins.input", lambda prompt: line)
+    answers.dialogue.run()
+
+
+def test_a_dialogue_survives_what_a_line_may_raise(answers, monkeypatch, tmp_path, capsys):
+    raised = iter([KeyboardInterrupt, UnicodeDecodeError("utf-8", b"\xff", 0, 1, ""), "/continue", EOFError])
+
+    def line(prompt):
+        thing = next(raised)
+        if isinstance(thing, str):
+            return thing
+        raise thing
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))  # no history can be kept there
+    monkeypatch.setattr("builtins.input", line)
+    answers.dialogue.run()
+    said = capsys.readouterr().out
+    for words in ("Ctrl-D or /quit leaves", "not UTF-8", "error: there is nothing to continue yet"):
+        assert words in said
+
+
+class Process:
+    """run.py at a terminal of its own."""
+
+    def __init__(self, *arguments, **environment):
+        import fcntl
+        import pty
+        import termios
+
+        self.screen, terminal = pty.openpty()
+        self.child = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
+            env={**ENVIRONMENT, **environment},
+        )
+        os.close(terminal)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.child.kill()
+        self.child.wait()
+        os.close(self.screen)
+
+    def type(self, text):
+        os.write(self.screen, text.encode())
+
+    def until(self, words, seconds=60):
+        """What the screen shows up to and with `words`."""
+        shown, end = b"", time.monotonic() + seconds
+        while not shown.endswith(words.replace("\n", "\r\n").encode()):
+            ready, _, _ = select.select([self.screen], [], [], max(0, end - time.monotonic()))
+            assert ready, f"waited for {words!r} and saw {shown.decode(errors='replace')!r}"
+            shown += os.read(self.screen, 1)
+        return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
+def test_a_session_at_a_terminal(folder, tmp_path):
+    whole = printable(written(folder, "The owl", 3000, Sampler(0)), keep="\n\t")
+    arguments = ("--model", str(folder), "--temperature", "0")
+    with Process(*arguments, XDG_STATE_HOME=str(tmp_path)) as session:
+        session.until("\n\n> ")
+        session.type("/length 100000\n")
+        session.until("length is 100000\n\n> ")
+
+        session.type("The owl\n")
+        session.until("The owl\n")  # as typed
+        session.until("The owl")  # as the beginning of the text
+        text = session.until(whole[20:40])
+        session.type("\x03")
+        text += session.until("\n[").removesuffix("\n[")
+        assert "interrupted; /continue goes on]" in session.until("\n\n> ")
+
+        session.type("/length 5\n")
+        session.until("\n\n> ")
+        session.type("/continue\n")
+        session.until("/continue\n")
+        text += session.until("\n[").removesuffix("\n[")
+        assert "cut at the length" in session.until("\n\n> ")
+        text = text.replace("^C", "")
+        assert len(text) > 40 and whole.startswith(text)
+
+        session.type("\x03")
+        session.until("(Ctrl-D or /quit leaves)\n\n> ")
+        session.type("\x10\x10\n")  # back twice in the history
+        session.until("length is 5\n\n> ")
+        session.type("top-p 0.25\x08\x01/\n")  # edited: the last character taken back, one put in at the beginning
+        session.until("top-p is 0.2\n\n> ")
+        session.type("\x04")
+        assert session.child.wait(60) == 0
+
+    with Process(*arguments, XDG_STATE_HOME=str(tmp_path)) as session:
+        session.until("\n\n> ")
+        session.type("\x10\x10\n")
+        session.until("length is 5\n\n> ")
+        session.type("exit\n")
+        assert session.child.wait(60) == 0
