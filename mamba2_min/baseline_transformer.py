@@ -1,0 +1,367 @@
+"""A Transformer to compare with: token ids in, logits and a cache that grows with every token out.
+
+    ids ─► embedding ─►(+)────────────────►(+)──────────────►(+)─► ... ─► norm_f ─► lm_head ─► logits
+                        └► norm ─► attention ─┘└► norm ─► SwiGLU ─┘
+
+It is today's usual decoder: RMSNorm before each part, rotary positions (arXiv:2104.09864), causal attention by
+`scaled_dot_product_attention`, a SwiGLU (arXiv:2002.05202), no biases, a tied head. Everything around the layers is
+`Mamba2LM`'s: initialisation, loss, trainer, completer. So what differs between two runs is the architecture alone.
+
+Sizes are matched as the Mamba papers match theirs (arXiv:2405.21060, section 9.2): one Transformer layer, attention of
+4 d^2 parameters and an MLP of about 8 d^2, does the work of two Mamba-2 layers of about 6 d^2 each.
+`TransformerConfig.matching` halves the layers and gives the SwiGLU the width that makes the parameters equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mamba2_min import checkpoint
+from mamba2_min.config import Mamba2Config
+from mamba2_min.errors import UserError
+from mamba2_min.language_model import LanguageModel
+
+_ARCHITECTURE = "transformer"  # in a saved config, so that it is not taken for a Mamba-2's
+_FF_MULTIPLE = 8  # widths of the SwiGLU: a bfloat16 row then fills whole 16-byte loads
+_BLOCK = 256  # the least number of tokens by which a cache grows
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The hyper-parameters of a `TransformerLM`. Impossible values raise ValueError."""
+
+    vocab_size: int
+    d_model: int = 256
+    n_layer: int = 2
+    headdim: int = 64  # channels a head
+    d_ff: int = 768  # width of the SwiGLU
+    rope_base: float = 10_000.0  # the slowest rotation takes 2 pi times this many tokens
+    dropout: float = 0.0  # on what each attention and each SwiGLU adds to the residual stream
+    tie_embeddings: bool = True
+    pad_vocab_size_multiple: int = 1
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layer", "headdim", "d_ff", "pad_vocab_size_multiple"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.d_model % self.headdim or self.headdim % 2:
+            raise ValueError(f"headdim must be even and divide d_model = {self.d_model}, and {self.headdim} does not")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+
+    @classmethod
+    def matching(cls, mamba: Mamba2Config, n_layer: int | None = None) -> TransformerConfig:
+        """The Transformer of the same d_model, vocabulary and, within 1% for usual sizes, number of parameters.
+
+        n_layer: half the Mamba-2's unless given; with as many, the SwiGLU is only about 0.8 d_model wide.
+        Raises ValueError where d_model is odd or the layers leave nothing for the SwiGLU.
+        """
+        n_layer = n_layer or -(-mamba.n_layer // 2)
+        d = mamba.d_model
+        even = [width for width in range(2, d + 1, 2) if d % width == 0]
+        if not even:
+            raise ValueError(f"rotary positions need an even d_model, and {d} is odd")
+        shape = cls(
+            vocab_size=mamba.vocab_size, d_model=d, n_layer=n_layer, d_ff=1, dropout=mamba.dropout,
+            headdim=min(even, key=lambda width: abs(width - 64)), tie_embeddings=mamba.tie_embeddings,
+            pad_vocab_size_multiple=mamba.pad_vocab_size_multiple, norm_eps=mamba.norm_eps,
+        )  # fmt: skip
+        width = 1 + (mamba.num_parameters() - shape.num_parameters()) / (3 * d * n_layer)
+        if width < 1:
+            raise ValueError(f"attention alone, in {n_layer} layers, has more parameters than the whole Mamba-2")
+        multiple = _FF_MULTIPLE if width >= _FF_MULTIPLE else 1
+        return dataclasses.replace(shape, d_ff=multiple * round(width / multiple))
+
+    @property
+    def n_head(self) -> int:
+        return self.d_model // self.headdim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to a multiple of pad_vocab_size_multiple."""
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+    def num_parameters(self) -> int:
+        """Parameters of the model, counted from the shapes alone."""
+        d = self.d_model
+        layer = 4 * d * d + 3 * d * self.d_ff + 2 * d
+        heads = 1 if self.tie_embeddings else 2
+        return heads * self.padded_vocab_size * d + self.n_layer * layer + d
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"architecture": _ARCHITECTURE, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+        """The config that `to_dict` gave. Raises ValueError for another architecture's or for unknown keys."""
+        values = dict(values)
+        if values.pop("architecture", None) != _ARCHITECTURE:
+            raise ValueError("this is not the config of a Transformer")
+        unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown config keys {sorted(unknown)}")
+        return cls(**values)
+
+
+@dataclass
+class KVCache:
+    """What a Transformer remembers of the tokens so far: all of them, twice a layer.
+
+    keys, values: a tensor (b, h, capacity, headdim) a layer, of which the first `length` tokens count.
+    begin: (b,), where each row's current document begins, what precedes being out of sight; None: at 0 in every row.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+    begin: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def clone(self) -> KVCache:
+        return self._map(Tensor.clone)
+
+    def detach(self) -> KVCache:
+        """The same numbers without their history: what is carried from window to window."""
+        return self._map(Tensor.detach)
+
+    def _map(self, change) -> KVCache:
+        begin = None if self.begin is None else change(self.begin)
+        return KVCache([change(t) for t in self.keys], [change(t) for t in self.values], self.length, begin)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions: (b, l, d_model) -> (b, l, d_model)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, rotation: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`past`: keys and values (b, h, past, headdim) before x. Returns also those of past and x together.
+
+        mask (b or 1, 1, l, past + l): True where a token may look; None: causal, and there is no past.
+        """
+        q, k, v = self._project(x, rotation)
+        if past is not None:
+            k, v = (torch.cat([old.to(new.dtype), new], dim=2) for old, new in zip(past, (k, v), strict=True))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), k, v
+
+    def step(
+        self, x: Tensor, keys: Tensor, values: Tensor, at: int, rotation: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        """One token, x (b, d_model), which is written into the cache at place `at`."""
+        q, k, v = self._project(x[:, None], rotation)
+        keys[:, :, at], values[:, :, at] = k[:, :, 0], v[:, :, 0]
+        seen = keys[:, :, : at + 1].to(q.dtype), values[:, :, : at + 1].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, *seen, attn_mask=mask)
+        return self.out_proj(y.flatten(1))
+
+    def _project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.headdim))  # (b, l, 3, h, headdim)
+        qk = rotate(qkv[:, :, :2], *rotation)
+        q, k = qk.unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+
+
+def rotary_angles(positions: Tensor, headdim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (l, 1, 1, headdim / 2) of each position's rotations, the fastest one radian a token."""
+    speeds = base ** (-torch.arange(0, headdim, 2, device=positions.device, dtype=positions.dtype) / headdim)
+    angles = torch.outer(positions, speeds)[:, None, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates channel i of (..., headdim) together with channel i + headdim / 2 (arXiv:2104.09864, equation 34).
+
+    The product of a rotated query and a rotated key then depends on how far apart they are, not on where they stand.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up as one projection."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.out_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.out_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Attention(config)
+        self.norm2 = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = config.dropout
+
+    def forward(self, x, past, rotation, mask):
+        out, keys, values = self.mixer(self.norm(x), past, rotation, mask)
+        x = x + F.dropout(out, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training), keys, values
+
+    def step(self, x, keys, values, at, rotation, mask):
+        x = x + self.mixer.step(self.norm(x), keys, values, at, rotation, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = nn.RMSNorm(config.d_model, config.norm_eps)
+
+
+class TransformerLM(LanguageModel):
+    """The language model, with the interface of `Mamba2LM`. Its state is a `KVCache`.
+
+    `config` fixes its shape; `seed` draws its parameters, or torch's own generator if None.
+    """
+
+    def __init__(self, config: TransformerConfig, seed: int | None = None):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        init_parameters(self, torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed))
+
+    def hidden(
+        self, input_ids: Tensor, state: KVCache | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, KVCache]:
+        self._check_ids(input_ids)
+        b, l = input_ids.shape
+        past = 0 if state is None else state.length
+        mask, begin = _visible(past, b, l, None if state is None else state.begin, seq_idx, input_ids.device)
+        rotation = self._rotation(past, l)
+        x = self.backbone.embedding(input_ids)
+        new = KVCache([], [], past + l, begin)
+        for i, layer in enumerate(self.backbone.layers):
+            before = (state.keys[i][:, :, :past], state.values[i][:, :, :past]) if past else None
+            x, keys, values = layer(x, before, rotation, mask)
+            new.keys.append(keys)
+            new.values.append(values)
+        return self.backbone.norm_f(x), new
+
+    def initial_state(self, batch: int = 1) -> KVCache:
+        """The state before any token: an empty cache."""
+        c, p = self.config, self.lm_head.weight
+        empty = [p.new_empty(batch, c.n_head, 0, c.headdim) for _ in range(2 * c.n_layer)]
+        return KVCache(empty[: c.n_layer], empty[c.n_layer :])
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
+        """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
+        at = state.length
+        if at >= state.keys[0].shape[2]:
+            _grow(state)
+        mask = None
+        if state.begin is not None:
+            mask = (torch.arange(at + 1, device=ids.device) >= state.begin[:, None])[:, None, None]
+        rotation = self._rotation(at, 1)
+        x = F.embedding(ids, self.backbone.embedding.weight)
+        for i, layer in enumerate(self.backbone.layers):
+            x = layer.step(x, state.keys[i], state.values[i], at, rotation, mask)
+        state.length += 1
+        return self.lm_head(self.backbone.norm_f(x))[:, : self.config.vocab_size], state
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> TransformerLM:
+        """The model that `save_pretrained` or `train.py` left in a folder. Raises UserError where it cannot be read."""
+        folder = Path(folder)
+        try:
+            config = TransformerConfig.from_dict(checkpoint.load_json(folder / checkpoint.CONFIG))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / checkpoint.CONFIG}: {error}") from error
+        model = cls(config)
+        checkpoint.load_weights(model, checkpoint.load_tensors(folder / checkpoint.WEIGHTS), folder)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.pt. Raises UserError where the folder cannot be written."""
+        checkpoint.save_model(folder, self.config, self.state_dict())
+
+    def _rotation(self, start: int, l: int) -> tuple[Tensor, Tensor]:
+        """Angles of the places start to start + l, in digits that late ones need, then in those of the activations."""
+        weight = self.lm_head.weight
+        wide = torch.float32 if weight.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        positions = torch.arange(start, start + l, device=weight.device, dtype=wide)
+        cos, sin = rotary_angles(positions, self.config.headdim, self.config.rope_base)
+        kept = torch.promote_types(weight.dtype, torch.float32)
+        return cos.to(kept), sin.to(kept)
+
+
+def _visible(
+    past: int, b: int, l: int, begin: Tensor | None, seq_idx: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which of past + l tokens each of the last l may look at, and where each row's last document begins.
+
+    The mask is None where it is the causal one from the first token on: attention then needs none in memory.
+    """
+    if seq_idx is None and begin is None and past == 0:
+        return None, None
+    at = torch.arange(past + l, device=device)
+    causal = at <= at[past:, None]  # (l, past + l)
+    if seq_idx is None and begin is None:
+        return causal[None, None], None
+    begins = torch.zeros(b, l, dtype=torch.int64, device=device)  # of each token's document
+    if begin is not None:
+        begins += begin[:, None]
+    if seq_idx is not None:
+        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))  # the first token goes on with the past
+        begins = torch.where(starts, at[past:], begins).cummax(1).values
+    return (causal & (at >= begins[..., None]))[:, None], begins[:, -1]
+
+
+def _grow(state: KVCache) -> None:
+    """Makes room for more tokens: half as many again, so that all the copying together stays in proportion."""
+    room = max(_BLOCK, state.length // 2)
+    for tensors in (state.keys, state.values):
+        for i, old in enumerate(tensors):
+            tensors[i] = F.pad(old[:, :, : state.length], (0, 0, 0, room))
+
+
+@torch.no_grad()
+def init_parameters(model: TransformerLM, generator: torch.Generator) -> None:
+    """Draws every parameter of a new model by the rules of `mamba2_min.model.init_parameters`.
+
+    Embedding N(0, 0.02), projections U(+-1/sqrt(inputs)), norms 1; the projections that end on the residual stream, two
+    a layer, are divided by sqrt(2 n_layer).
+    """
+    model.backbone.embedding.weight.normal_(0, 0.02, generator=generator)
+    if not model.config.tie_embeddings:
+        model.lm_head.weight.normal_(0, 0.02, generator=generator)
+    for layer in model.backbone.layers:
+        for part in (layer.mixer, layer.mlp):
+            for name, projection in part.named_children():
+                ends = 2 * model.config.n_layer if name == "out_proj" else 1
+                bound = 1 / math.sqrt(projection.in_features * ends)
+                projection.weight.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,105 @@
+"""What every language model here can do, whatever its layers are: loss, prompt, generation.
+
+A model gives `hidden`, `step` and `initial_state`; the rest follows. The trainer, the completer and the evaluation use
+nothing else, so that an architecture is compared with another by exchanging the model alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamba2_min.loss import linear_cross_entropy
+from mamba2_min.sampling import Sampler
+
+_PREFILL_SLICE = 2048  # tokens of a prompt that are read at a time
+
+
+class LanguageModel(nn.Module, ABC):
+    """Token ids in, logits and a state out. A subclass sets `config`, with a `vocab_size`, and `lm_head`."""
+
+    config: Any
+    lm_head: nn.Linear
+
+    @abstractmethod
+    def hidden(self, input_ids: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> tuple[Tensor, Any]:
+        """What the head reads: (b, l, d_model) after the last norm, and the state. Arguments as for `forward`."""
+
+    @abstractmethod
+    def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
+
+    @abstractmethod
+    def initial_state(self, batch: int = 1) -> Any:
+        """The state before any token."""
+
+    def forward(self, input_ids: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Logits (b, l, vocab_size) for every next token, and the state after the last.
+
+        input_ids (b, l) int64, l >= 1; a `state` that an earlier call returned is continued exactly. seq_idx (b, l):
+        documents packed in a row do not see each other; padding is a document of its own.
+        Raises ValueError for ids outside the vocabulary or of the wrong shape.
+        """
+        hidden, state = self.hidden(input_ids, state, seq_idx)
+        return self.lm_head(hidden)[..., : self.config.vocab_size], state
+
+    def loss(self, input_ids: Tensor, targets: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats over the targets (b, l) that are not -100. The logits are never held."""
+        hidden, _ = self.hidden(input_ids, state, seq_idx)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size)
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Reads a prompt (b, l) in slices, to bound what is held at a time: the last logits (b, v), the state."""
+        for part in input_ids.split(_PREFILL_SLICE, dim=1):
+            hidden, state = self.hidden(part, state)
+        return self.lm_head(hidden[:, -1])[:, : self.config.vocab_size], state
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[int]:
+        """Yields up to max_new_tokens ids that continue prompt_ids, until one of stop_ids, which is not yielded.
+
+        Temperature 0 takes the likeliest. What a token costs is what `step` costs.
+        Raises ValueError for an empty prompt, an id outside the vocabulary, or impossible sampling values.
+        """
+        sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+        history = list(prompt_ids)
+        if not history:
+            raise ValueError("the prompt is empty; start a document with its end-of-document token")
+        return self._generate(history, max_new_tokens, sampler, frozenset(stop_ids))
+
+    @torch.no_grad()
+    def _generate(self, history: list[int], max_new_tokens: int, sampler: Sampler, stop_ids: frozenset[int]):
+        device = self.lm_head.weight.device
+        logits, state = self.prefill(torch.tensor([history], device=device))
+        for k in range(max_new_tokens):
+            token = sampler.pick(logits[0], history)
+            if token in stop_ids:
+                return
+            yield token
+            history.append(token)
+            if k + 1 < max_new_tokens:
+                logits, state = self.step(torch.tensor([token], device=device), state)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.shape[1] < 1:
+            raise ValueError(f"input_ids must be (b, l) with l >= 1, not {tuple(ids.shape)}")
+        if ids.device.type != "cpu" or not ids.numel():
+            return  # on a GPU the check would wait for the device; there the embedding's own assertion stands guard
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(f"input_ids must lie in [0, {self.config.vocab_size}), the vocabulary")
