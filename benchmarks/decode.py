@@ -1,0 +1,120 @@
+"""Decoding, token by token and greedily: seconds a token and memory, after a short and after a long context.
+
+A round writes the same number of tokens with every peer; a cache is wound back after it, so that each round begins at
+the same place. Peak memory is that of the model, its state and the writing, once the context has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import harness, peers
+from benchmarks.harness import MemoryMeter, Options
+from mamba2_min.config import Mamba2Config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, how many texts it writes at once, after how many tokens, and how many of them a round."""
+
+    config: Mamba2Config
+    batch: int
+    context: int
+    tokens: int
+
+    def about(self) -> dict[str, Any]:
+        return {"batch": self.batch, "context": self.context, "tokens": self.tokens, "model": self.config.to_dict()}
+
+
+SETTINGS = {
+    "cpu": {
+        "small-b1-after10": Setting(peers.SMALL, 1, 10, 64),
+        "small-b1-after10000": Setting(peers.SMALL, 1, 10_000, 64),
+        "base-b1-after10": Setting(peers.BASE, 1, 10, 16),
+        "base-b1-after10000": Setting(peers.BASE, 1, 10_000, 16),
+    },
+    "cuda": {
+        "base-b1-after10": Setting(peers.BASE, 1, 10, 128),
+        "base-b1-after10000": Setting(peers.BASE, 1, 10_000, 128),
+        "base-b64-after10": Setting(peers.BASE, 64, 10, 128),
+        "base-b64-after10000": Setting(peers.BASE, 64, 10_000, 128),
+    },
+}
+QUICK = {
+    "tiny-b2-after10": Setting(peers.TINY, 2, 10, 4),
+    "tiny-b2-after700": Setting(peers.TINY, 2, 700, 4),
+}
+
+
+@torch.inference_mode()
+def writer_of(peer: peers.Peer, setting: Setting, options: Options) -> tuple[Callable[[], None], int]:
+    """One round's writing as a function, after the context has been read; and the bytes of the state then."""
+    peer.model.eval()
+    prompt = torch.randint(setting.config.vocab_size, (setting.batch, setting.context), device=options.device)
+    logits, state = peer.prefill(prompt)
+    first = logits.argmax(-1)
+
+    @torch.inference_mode()
+    def write() -> None:
+        nonlocal state
+        ids = first
+        peer.rewind(state, setting.context)
+        for _ in range(setting.tokens):
+            logits, state = peer.step(ids, state)
+            ids = logits.argmax(-1)
+
+    return write, peer.state_bytes(state)
+
+
+def build(name: str, setting: Setting, options: Options) -> peers.Peer:
+    """Weights are of the dtype asked for, as those who decode keep them; autocast would convert them every token."""
+    return peers.build(name, setting.config, options.device, getattr(torch, options.dtype))
+
+
+def peak_memory(name: str, setting: Setting, options: Options) -> int:
+    """Bytes that the model, its state and a round's writing take at their highest."""
+    options.prepare()
+    rehearsal = QUICK["tiny-b2-after10"]
+    writer_of(build(name, rehearsal, options), rehearsal, options)[0]()
+    meter = MemoryMeter(options.device)
+    write, _ = writer_of(build(name, setting, options), setting, options)
+    meter.start()
+    write()
+    options.synchronize()
+    return meter.peak()
+
+
+def measure(name: str, setting: Setting, wanted: list[str], options: Options) -> harness.Measurement:
+    """All peers at one setting."""
+    works, entries = {}, {}
+    for peer_name in wanted:
+        try:
+            peer = build(peer_name, setting, options)
+        except peers.Unavailable as reason:
+            entries[peer_name] = {"skipped": str(reason)}
+            continue
+        works[peer_name], state_bytes = writer_of(peer, setting, options)
+        entries[peer_name] = {"parameters": peers.parameters(peer.model), "state_bytes": state_bytes}
+    for peer_name, seconds in harness.take_turns(works, options).items():
+        entries[peer_name] |= harness.timed(seconds, divide_by=setting.tokens, tokens=setting.batch)
+    works.clear()
+    for peer_name, entry in entries.items():
+        if options.memory and "parameters" in entry:
+            entry["peak_bytes"] = harness.in_fresh_process(peak_memory, peer_name, setting, options)
+    return harness.measurement("decode", name, setting.about(), options, entries)
+
+
+def main() -> None:
+    args = harness.parser("decode", __doc__, peers.DEFAULT).parse_args()
+    options = harness.options(args)
+    options.prepare()
+    for name, setting in harness.choose(QUICK if args.quick else SETTINGS[args.device], args).items():
+        harness.finish(measure(name, setting, args.peers, options), args)
+
+
+if __name__ == "__main__":
+    main()

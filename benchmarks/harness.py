@@ -1,0 +1,292 @@
+"""How everything here is measured.
+
+Time:   all peers live in one process and take turns, round by round, each round beginning with another peer, so that a
+        machine that slows down slows all of them. Warm-up rounds are not counted. A speed is the median of the rounds,
+        its spread the quartiles, and a ratio the median of each round's own ratio.
+Memory: each peer alone in a fresh process, above what that process held before the model was built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "mamba2_min"  # the peer that the ratios are about
+FLOOR = "floor"  # the matrix products alone, a peer like the others
+
+Measurement = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark can be told. Small and picklable: the processes that measure memory get it too."""
+
+    device: str = "cpu"
+    threads: int = 2
+    dtype: str = "float32"  # "bfloat16": autocast, on a CPU too
+    rounds: int = 7
+    warmup: int = 2
+    quick: bool = False
+    memory: bool = True
+
+    def prepare(self) -> None:
+        """Sets this process up as the options say."""
+        torch.set_num_threads(self.threads)
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU that has it; nothing changes on a CPU
+
+    def autocast(self) -> AbstractContextManager:
+        if self.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device, dtype=getattr(torch, self.dtype))
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def parser(name: str, description: str, peers: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser with the flags that every benchmark has. `peers`: those it compares unless told otherwise."""
+    p = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    p.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
+    p.add_argument("--peers", nargs="+", default=list(peers), help=f"default: {' '.join(peers)}")
+    p.add_argument("--settings", nargs="+", help="only these (default: all for the device)")
+    p.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    p.add_argument("--quick", action="store_true", help="one round of tiny sizes: does it work? Nothing is written")
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: benchmarks/results)")
+    return p
+
+
+def options(args: argparse.Namespace) -> Options:
+    """The options that a parser of `parser` read."""
+    return Options(
+        device=args.device,
+        threads=args.threads,
+        dtype=args.dtype or ("bfloat16" if args.device == "cuda" else "float32"),
+        rounds=1 if args.quick else args.rounds,
+        warmup=1 if args.quick else Options.warmup,
+        quick=args.quick,
+        memory=not args.no_memory,
+    )
+
+
+def choose(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that --settings names. Exits with one line for an unknown one."""
+    unknown = set(args.settings or ()) - settings.keys()
+    if unknown:
+        sys.exit(f"error: no setting {', '.join(sorted(unknown))}; there are {', '.join(settings)}")
+    return {name: settings[name] for name in args.settings or settings}
+
+
+def take_turns(works: dict[str, Callable[[], Any]], options: Options) -> dict[str, list[float]]:
+    """Seconds that each work took in each round. Every work runs once a round; warm-up rounds are dropped."""
+    names = list(works)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(-options.warmup, options.rounds):
+        gc.collect()
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            options.synchronize()
+            started = time.perf_counter()
+            works[name]()
+            options.synchronize()
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def ratio(measurement: Measurement, slower: str, faster: str = OURS) -> float | None:
+    """How many times as long `slower` takes as `faster`: the median over rounds. None where either was not measured."""
+    pair = [measurement["peers"].get(name, {}).get("seconds") for name in (slower, faster)]
+    if not all(pair):
+        return None
+    return statistics.median(a / b for a, b in zip(*pair, strict=True))
+
+
+def timed(seconds: list[float], divide_by: int = 1, tokens: int | None = None) -> dict[str, Any]:
+    """A peer's entry in a measurement. Seconds are those of one of the `divide_by` things that a round does."""
+    each = [s / divide_by for s in seconds]
+    low, median, high = spread(each)
+    entry = {"seconds": each, "median": median, "quartiles": [low, high]}
+    if tokens is not None:
+        entry["tokens_per_second"] = tokens / median
+    return entry
+
+
+class MemoryMeter:
+    """Peak memory of this process (of the GPU, on one) above what it held when the meter was made, in bytes."""
+
+    def __init__(self, device: str):
+        self._device = device
+        self._before = self._held()
+
+    def start(self) -> None:
+        """Forgets earlier peaks. Only Linux can, for a CPU; elsewhere the highest of all is reported."""
+        gc.collect()
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with suppress(OSError):
+            release_free_memory()
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+
+    def peak(self) -> int:
+        if self._device == "cuda":
+            return torch.cuda.max_memory_allocated() - self._before
+        return self._resident("VmHWM") - self._before
+
+    def _held(self) -> int:
+        gc.collect()
+        if self._device == "cuda":
+            return torch.cuda.memory_allocated()
+        release_free_memory()
+        return self._resident("VmRSS")
+
+    @staticmethod
+    def _resident(field: str) -> int:
+        status = Path("/proc/self/status")
+        if status.exists():
+            return 1024 * int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def release_free_memory() -> None:
+    """Gives the heap's free pages back to the system, where the C library can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) in a process of its own. None where that runs out of memory or is stopped for taking too much."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
+            return None
+
+
+def measurement(benchmark: str, setting: str, about: dict[str, Any], options: Options, peers: dict) -> Measurement:
+    """One result, complete in itself: what was measured, where, when, how to do it again, and what came out."""
+    return {
+        "benchmark": benchmark,
+        "setting": setting,
+        "about": about | {"device": options.device, "dtype": options.dtype},
+        "machine": machine(options),
+        "versions": versions(),
+        "date": date.today().isoformat(),
+        "command": command(benchmark),
+        "peers": peers,
+    }
+
+
+def machine(options: Options) -> dict[str, Any]:
+    """What the figures depend on, and nothing that tells one machine of a kind from another."""
+    about = {
+        "cpu": _cpu_name(),
+        "architecture": platform.machine(),
+        "threads": options.threads,
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "system": platform.system(),
+    }
+    if options.device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        about |= {"gpu": gpu.name, "gpu_memory_gb": round(gpu.total_memory / 1e9)}
+    return about
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that a peer may come from."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "mamba_ssm", "causal_conv1d", "triton"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def command(benchmark: str) -> str:
+    """The command line, without the folder that --out names."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return " ".join(["python -m benchmarks." + benchmark, *kept])
+
+
+def save(result: Measurement, folder: Path) -> Path:
+    """Puts a measurement into folder/BENCHMARK-DEVICE.json, in the place of an older one of the same setting."""
+    path = folder / f"{result['benchmark']}-{result['about']['device']}.json"
+    kept = [old for old in load(path) if old["setting"] != result["setting"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(sorted([*kept, result], key=lambda r: r["setting"]), indent=1)
+    path.write_text(re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+    return path
+
+
+def load(path: Path) -> list[Measurement]:
+    """The measurements in a file; none where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def show(result: Measurement) -> None:
+    """Prints a measurement as a table."""
+    print(f"\n{result['benchmark']}  {result['setting']}  {result['about']['device']} {result['about']['dtype']}")
+    print(f"  {'':24} {'ms':>10} {'quartiles':>17} {'tokens/s':>12} {'x ours':>8} {'peak MB':>9}")
+    for name, peer in result["peers"].items():
+        if "seconds" not in peer:
+            print(f"  {name:24} {peer.get('skipped', '')}")
+            continue
+        low, high = (f"{1e3 * s:.4g}" for s in peer["quartiles"])
+        speed = f"{peer['tokens_per_second']:,.0f}" if "tokens_per_second" in peer else ""
+        times = ratio(result, name)
+        memory = f"{peer['peak_bytes'] / 1e6:,.0f}" if peer.get("peak_bytes") else ""
+        print(
+            f"  {name:24} {1e3 * peer['median']:10.4g} {low:>8} {high:>8} {speed:>12} "
+            f"{'' if times is None else f'{times:.2f}':>8} {memory:>9}"
+        )
+
+
+def finish(result: Measurement, args: argparse.Namespace) -> None:
+    """Shows a measurement and, unless --quick, writes it."""
+    show(result)
+    if not args.quick:
+        print(f"  -> {save(result, args.out).name}")

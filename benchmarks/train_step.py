@@ -1,0 +1,147 @@
+"""One training step: forward, loss, backward, gradient clipping, AdamW. Tokens a second and peak memory.
+
+Beside the peers runs the floor: the matrix products of the Mamba-2's projections and head alone, forward and backward,
+in the same dtype. No step can be faster than they are; the floor's share says how much of the time they take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from benchmarks import harness, peers
+from benchmarks.harness import FLOOR, MemoryMeter, Options
+from mamba2_min.config import Mamba2Config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The sizes of a step."""
+
+    config: Mamba2Config
+    batch: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    def about(self) -> dict[str, Any]:
+        return {"batch": self.batch, "length": self.length, "model": self.config.to_dict()}
+
+
+SETTINGS = {
+    "cpu": {
+        "small-b8-l256": Setting(peers.SMALL, 8, 256),
+        "small-b2-l1024": Setting(peers.SMALL, 2, 1024),
+        "small-b1-l4096": Setting(peers.SMALL, 1, 4096),
+    },
+    "cuda": {"base-b8-l2048": Setting(peers.BASE, 8, 2048), "small-b64-l768": Setting(peers.SMALL, 64, 768)},
+}
+QUICK = {"tiny-b2-l48": Setting(peers.TINY, 2, 48)}
+
+
+def step_of(peer: peers.Peer, ids: Tensor, targets: Tensor, options: Options) -> Callable[[], None]:
+    """One training step as a function: what `train.py` does, for every peer alike."""
+    weights = list(peer.model.parameters())
+    matrices = [p for p in weights if p.dim() > 1]
+    rest = [p for p in weights if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=1e-3, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+    peer.model.train()
+
+    def step() -> None:
+        with options.autocast():
+            loss = peer.loss(ids, targets)
+        loss.backward()
+        clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def floor_of(setting: Setting, options: Options) -> Callable[[], None]:
+    """The products that the parameters take part in: y = x W^T, and in the backward dx = dy W, dW = dy^T x."""
+    c, dtype = setting.config, getattr(torch, options.dtype)
+    shapes = [(c.d_model, c.d_in_proj, c.n_layer), (c.d_inner, c.d_model, c.n_layer), (c.d_model, c.vocab_size, 1)]
+    new = partial(torch.randn, device=options.device, dtype=dtype)
+    operands = [
+        (new(setting.tokens, inputs), new(outputs, inputs), new(setting.tokens, outputs), times)
+        for inputs, outputs, times in shapes
+    ]
+    results = [tuple(map(torch.empty_like, tensors[:3])) for tensors in operands]
+
+    def products() -> None:
+        for (x, w, dy, times), (dx, dw, y) in zip(operands, results, strict=True):
+            for _ in range(times):
+                torch.mm(x, w.t(), out=y)
+                torch.mm(dy, w, out=dx)
+                torch.mm(dy.t(), x, out=dw)
+
+    return products
+
+
+def batch_of(setting: Setting, device: str) -> tuple[Tensor, Tensor]:
+    """Random ids and targets (b, l): what a step costs does not depend on which tokens they are."""
+    ids = torch.randint(setting.config.vocab_size, (setting.batch, setting.length + 1), device=device)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def peak_memory(name: str, setting: Setting, options: Options) -> int:
+    """Bytes that a peer's model, gradients, optimiser state and activations take at their highest, in a third step."""
+    options.prepare()
+    rehearsal = QUICK["tiny-b2-l48"]  # loads libraries and starts threads, which are not the model's
+    step_of(peers.build(name, rehearsal.config, options.device), *batch_of(rehearsal, options.device), options)()
+    meter = MemoryMeter(options.device)
+    peer = peers.build(name, setting.config, options.device)
+    step = step_of(peer, *batch_of(setting, options.device), options)
+    for _ in range(2):
+        step()
+    meter.start()
+    step()
+    options.synchronize()
+    return meter.peak()
+
+
+def measure(name: str, setting: Setting, wanted: list[str], options: Options) -> harness.Measurement:
+    """All peers at one setting."""
+    ids, targets = batch_of(setting, options.device)
+    works, entries = {}, {}
+    for peer_name in wanted:
+        try:
+            peer = peers.build(peer_name, setting.config, options.device)
+        except peers.Unavailable as reason:
+            entries[peer_name] = {"skipped": str(reason)}
+            continue
+        works[peer_name] = step_of(peer, ids, targets, options)
+        entries[peer_name] = {"parameters": peers.parameters(peer.model)}
+    works[FLOOR] = floor_of(setting, options)
+    entries[FLOOR] = {}
+    for peer_name, seconds in harness.take_turns(works, options).items():
+        entries[peer_name] |= harness.timed(seconds, tokens=setting.tokens)
+    works.clear()
+    for peer_name, entry in entries.items():
+        if options.memory and "parameters" in entry:
+            entry["peak_bytes"] = harness.in_fresh_process(peak_memory, peer_name, setting, options)
+    return harness.measurement("train_step", name, setting.about(), options, entries)
+
+
+def main() -> None:
+    args = harness.parser("train_step", __doc__, peers.DEFAULT).parse_args()
+    options = harness.options(args)
+    options.prepare()
+    for name, setting in harness.choose(QUICK if args.quick else SETTINGS[args.device], args).items():
+        harness.finish(measure(name, setting, args.peers, options), args)
+
+
+if __name__ == "__main__":
+    main()
