@@ -85,11 +85,12 @@ class Completer:
     def complete(self, prompt: str, max_tokens: int, sampler: Sampler, stop: Sequence[str] = ()) -> Iterator[str]:
         """Reads the prompt at once, then yields the text that follows it, piece by piece, as it is written.
 
-        An empty prompt begins a document: the model starts from the end-of-document token. A space at the prompt's end
-        is taken for the one before the next word, which is where the tokenizer has it. Whatever the prompt says is
-        text: no spelling of it becomes the end-of-document token. A stop text is not yielded, and is found where it
-        spans several tokens. Raises UserError for a lone surrogate, ValueError for a bad `max_tokens` or `stop`. If
-        this is interrupted before it returns, the text before it can still be continued.
+        The prompt begins a document, also where it is empty: the model first reads the end of the one before, as it
+        did in training. A space at the prompt's end is taken for the one before the next word, which is where the
+        tokenizer has it. Whatever the prompt says is text: no spelling of it becomes the end-of-document token. A stop
+        text is not yielded, and is found where it spans several tokens. Raises UserError for a lone surrogate,
+        ValueError for a bad `max_tokens` or `stop`. If this is interrupted before it returns, the text before it can
+        still be continued.
         """
         stop = _checked(max_tokens, stop)
         word_is_next = self.tokenizer.pattern == "words" and prompt.endswith(" ")
@@ -98,7 +99,7 @@ class Completer:
         except ValueError as error:
             raise UserError(f"the prompt is no text: {error}") from None
         recent = deque(ids, maxlen=sampler.repeat_window)
-        ids = ids or [self.tokenizer.eos_id]
+        ids = [self.tokenizer.eos_id, *ids]
         self._device = next(self.model.parameters()).device
         started = time.perf_counter()
         with torch.inference_mode():

@@ -63,11 +63,11 @@ SETTINGS = pytest.mark.parametrize("name", ["greedy", "seeded", "cut"])
 
 
 @SETTINGS
-def test_it_writes_what_the_model_generates(completer, model, tokenizer, name):
-    prompt = "Once upon a time, 東京 and 🦉"
-    sampler = settings(name)
-    values = {k: getattr(sampler, k) for k in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")}
-    ids = list(model.generate(tokenizer.encode(prompt), 16, **values, stop_ids=[tokenizer.eos_id]))
+@pytest.mark.parametrize("prompt", ["Once upon a time, 東京 and 🦉", ""])
+def test_it_writes_what_the_model_generates_at_the_beginning_of_a_document(completer, model, tokenizer, name, prompt):
+    sampler = settings(name).adjusted(repeat_penalty=1.0)  # which counts the token before the document, there
+    values = {k: getattr(sampler, k) for k in ("temperature", "top_k", "top_p", "min_p", "seed")}
+    ids = list(model.generate([tokenizer.eos_id, *tokenizer.encode(prompt)], 16, **values, stop_ids=[tokenizer.eos_id]))
     text = "".join(completer.complete(prompt, 16, sampler))
     assert text == StreamDecoder(tokenizer).feed(ids)  # a character without its last bytes is not shown yet
 
@@ -91,13 +91,8 @@ def test_going_on_reads_nothing_again(completer, model, monkeypatch):
     "".join(completer.complete(" the old tower", 10, sampler))
     for _ in range(3):
         "".join(completer.continue_(5))
-    assert read == [3] + [1] * 24  # the prompt once, and each token once, when the next is wanted
-    assert (completer.stats.prompt_tokens, completer.stats.tokens) == (3, 25)
-
-
-def test_no_prompt_begins_a_document(completer, model, tokenizer):
-    ids = list(model.generate([tokenizer.eos_id], 12, temperature=0, stop_ids=[tokenizer.eos_id]))
-    assert "".join(completer.complete("", 12, Sampler(0))) == StreamDecoder(tokenizer).feed(ids)
+    assert read == [4] + [1] * 24  # the prompt once, and each token once, when the next is wanted
+    assert (completer.stats.prompt_tokens, completer.stats.tokens) == (4, 25)
 
 
 def test_a_document_ends_at_its_token_and_the_next_one_can_follow(completer, tokenizer):
@@ -282,15 +277,15 @@ def test_any_prompt_is_text(completer, tokenizer, model, monkeypatch, prompt):
     seen, prefill = [], model.prefill
     monkeypatch.setattr(model, "prefill", lambda ids: (seen.extend(ids[0].tolist()), prefill(ids))[1])
     "".join(completer.complete(prompt, 3, Sampler(0)))
-    assert tokenizer.eos_id not in seen
-    assert tokenizer.decode(seen) == (prompt.removesuffix(" "))
+    assert seen[0] == tokenizer.eos_id not in seen[1:]
+    assert tokenizer.decode(seen) == prompt.removesuffix(" ")
 
 
 def test_a_special_word_is_the_token_that_it_was_in_training(completer, tokenizer, model, monkeypatch):
     seen, prefill = [], model.prefill
     monkeypatch.setattr(model, "prefill", lambda ids: (seen.extend(ids[0].tolist()), prefill(ids))[1])
     completer.complete("<start>Once", 0, Sampler(0))
-    assert seen == tokenizer.encode("<start>Once", allow_special=True) and len(seen) == 2
+    assert seen == [tokenizer.eos_id, *tokenizer.encode("<start>Once", allow_special=True)] and len(seen) == 3
 
 
 def test_a_prompt_of_100_000_characters(completer):
