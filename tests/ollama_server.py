@@ -138,6 +138,13 @@ class _Handler(BaseHTTPRequestHandler):
     def stand_in(self) -> OllamaServer:
         return self.server.stand_in
 
+    def parse_request(self) -> bool:
+        """A server that has been closed answers nobody, not even over a connection that is still open."""
+        if self.stand_in.closing.is_set():
+            self.close_connection = True
+            return False
+        return super().parse_request()
+
     def log_message(self, *_) -> None:
         pass
 

@@ -80,10 +80,8 @@ class Asker:
         self._think: bool | None = None
         patience = httpx.Timeout(manner.first_timeout, connect=min(CONNECT_SECONDS, manner.first_timeout))
         try:
-            self._client = ollama.Client(
-                self.address, timeout=patience, event_hooks={"response": [self._bound_the_answer]}
-            )
-            self._quick = ollama.Client(self.address, timeout=CONNECT_SECONDS)  # for questions about the server
+            hooks = {"request": [_hurry_the_rest], "response": [self._bound_the_answer]}
+            self._client = ollama.Client(self.address, timeout=patience, event_hooks=hooks)
         except (ValueError, httpx.InvalidURL) as error:
             raise UserError(f"{self.address!r} is not the address of a server ({error})") from error
 
@@ -91,7 +89,7 @@ class Asker:
         """Raises UserError with what to do where no server answers, or where it does not have the model."""
         names = self._names()
         try:
-            shown = self._quick.show(self.model)
+            shown = self._client.show(self.model)
         except ollama.ResponseError as error:
             if error.status_code == 404 and not _has(names, self.model):
                 raise self._missing(names) from error
@@ -105,7 +103,7 @@ class Asker:
 
     def _names(self) -> list[str]:
         try:
-            return [model.model for model in self._quick.list().models if model.model]
+            return [model.model for model in self._client.list().models if model.model]
         except (httpx.ConnectError, httpx.ConnectTimeout, ConnectionError) as error:
             raise self._unreachable() from error
         except (ollama.ResponseError, httpx.HTTPError, *_BROKEN) as error:
@@ -186,6 +184,12 @@ class Asker:
             f"nearest there: {', '.join(nearest)}" if nearest else "it has " + (", ".join(names[:5]) or "none at all")
         )
         return UserError(f"{self.address} has no model {self.model!r} ({there}); to get it: ollama pull {self.model}")
+
+
+def _hurry_the_rest(request: httpx.Request) -> None:
+    """Called by httpx before each request: only writing takes time, what models there are is known at once."""
+    if not request.url.path.endswith("/api/chat"):
+        request.extensions["timeout"] = httpx.Timeout(CONNECT_SECONDS).as_dict()
 
 
 class _TookTooLong(httpx.ReadTimeout):

@@ -92,6 +92,9 @@ def generate(job: Job, asker: Asker, store: Store, stop: threading.Event, progre
             if isinstance(result, Draft):
                 result = known.rejection(result) or result
             if isinstance(result, Draft):
+                if under_way < job.documents - len(store) - 1:  # the server need not wait for the disk
+                    todo.put(next(attempts))
+                    under_way += 1
                 entry = store.add(_slug(job, result), result.text, result.request, _record(job, asker, result))
                 known.add(entry["file"], result)
                 in_a_row.clear()

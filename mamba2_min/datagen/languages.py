@@ -8,6 +8,7 @@ cannot tell Norwegian from Danish (neither is offered), and can be wrong about t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -133,19 +134,17 @@ def is_written_in(text: str, code: str) -> bool:
         return _share(text, _KANA) >= KANA_OF_JAPANESE
     if not language.common:
         return True
-    found = re.findall(r"[^\W\d_]+", text.casefold())
+    found = Counter(re.findall(r"[^\W\d_]+", text.casefold()))
     rivals = [rival.common for rival in LANGUAGES.values() if rival.script == language.script]
     own = _common(found, language.common)
     return own >= COMMON_WORDS and own >= max(_common(found, words) for words in rivals)
 
 
 def _share(text: str, script: str) -> float:
-    """Which part of the letters of `text` lie in `script`; 0 where there are none."""
-    letters = [c for c in text if c.isalpha()]
-    if not letters:
-        return 0.0
-    return len(re.findall(f"[{script}]", "".join(letters))) / len(letters)
+    """Which part of the letters of `text` lie in `script`."""
+    letters = "".join(filter(str.isalpha, text))
+    return len(re.findall(f"[{script}]", letters)) / max(len(letters), 1)
 
 
-def _common(found: list[str], common: frozenset[str]) -> float:
-    return sum(word in common for word in found) / max(len(found), 1)
+def _common(found: Counter[str], common: frozenset[str]) -> float:
+    return sum(found[word] for word in common) / max(found.total(), 1)

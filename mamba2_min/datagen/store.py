@@ -4,11 +4,12 @@ The order of the steps that keep a document is what makes the folder safe to be 
 
     1. `.pending.json`   the line of the manifest that is about to be written
     2. `.NAME.tmp`       the text, flushed to the disk, then renamed to NAME: it is there in full or not at all
-    3. `manifest.jsonl`  the line is appended
+    3. `manifest.jsonl`  the line is appended, and flushed
     4. `.pending.json`   is removed
 
 Whatever step was the last, the next start can tell: a pending line whose file is there in full gets into the manifest,
-one whose file is not is dropped, and so is half a line at the end of the manifest. Anything else that does not fit was
+one whose file is not is dropped, and so is half a line at the end of the manifest. (The note is not flushed: after a
+power cut it may be missing. Then the last document has no line, and is set aside.) Anything else that does not fit was
 done by somebody's hand; that is said in one line, and nothing is touched.
 """
 
@@ -103,7 +104,7 @@ class Store:
         line = _line(entry)
         pending, path = self.folder / PENDING, self.folder / name
         with _explained(path):
-            _write(pending, line)
+            pending.write_bytes(line)
             _write(path, content)
             _append(self._manifest, line)
             pending.unlink()
@@ -146,18 +147,17 @@ class Store:
     def _recover(self) -> list[dict]:
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
-        entries, cut = self._read_manifest()
-        entries = self._finish_pending(entries)
+        entries = self._finish_pending(self._read_manifest())
         entries = self._without_deleted(entries)
         self._check_contents(entries)
-        self._set_aside_unlisted(entries, cut)
+        self._set_aside_unlisted(entries)
         return entries
 
-    def _read_manifest(self) -> tuple[list[dict], bool]:
-        """The lines, and whether a torn one at the end had to be cut off. Raises UserError for any other fault."""
+    def _read_manifest(self) -> list[dict]:
+        """The lines; a torn one at the end is cut off. Raises UserError for any other fault."""
         if not self._manifest.exists():
             found = [path.name for path in self.folder.iterdir() if _number(path.name) and path.suffix == ".md"]
-            if len(found) > self._was_pending():
+            if len(found) > (self.folder / PENDING).exists():
                 raise UserError(
                     f"{self.folder} holds {len(found)} generated documents but no {MANIFEST}: put it back, or name "
                     "another folder with --out"
@@ -166,18 +166,16 @@ class Store:
         content = self._manifest.read_bytes()
         whole, _, tail = content.rpartition(b"\n")
         entries = [self._parsed(line, number) for number, line in enumerate(whole.split(b"\n"), 1) if line.strip()]
-        cut = bool(tail)
         if tail:
             try:
-                entries.append(self._parsed(tail, len(entries) + 1))
-                cut = False  # only the line end was missing, as after an editor
+                entries.append(self._parsed(tail, len(entries) + 1))  # only its end was missing, as after an editor
             except UserError:
                 self.notes.append(f"{MANIFEST}: the last line was cut off in the middle, and has been removed")
             self._rewrite(entries)
         repeated = [name for name, count in Counter(entry["file"] for entry in entries).items() if count > 1]
         if repeated:
             raise self._edited(f"{repeated[0]} has more than one line")
-        return entries, cut
+        return entries
 
     def _parsed(self, line: bytes, number: int) -> dict:
         try:
@@ -196,9 +194,6 @@ class Store:
 
     def _edited(self, what: str) -> UserError:
         return UserError(f"{self._manifest} was edited: {what}; nothing was changed, mend it or name another --out")
-
-    def _was_pending(self) -> bool:
-        return (self.folder / PENDING).exists()
 
     def _finish_pending(self, entries: list[dict]) -> list[dict]:
         """Ends what a kill interrupted: see the steps at the head of this file."""
@@ -239,11 +234,12 @@ class Store:
                     "was edited; undo that, or delete the document to have another one written"
                 )
 
-    def _set_aside_unlisted(self, entries: list[dict], cut: bool) -> None:
-        """A torn last line explains one document without a line: it is kept, as NAME.orphan, but not trained on."""
+    def _set_aside_unlisted(self, entries: list[dict]) -> None:
+        """A lost last line explains one document without a line: it is kept, as NAME.orphan, but not trained on."""
         listed = {entry["file"] for entry in entries}
         unlisted = sorted(p for p in self.folder.iterdir() if _FILE_NAME.fullmatch(p.name) and p.name not in listed)
-        if len(unlisted) > cut:
+        latest = max(map(_number, listed), default=0)
+        if len(unlisted) > 1 or any(_number(path.name) < latest for path in unlisted):
             names = ", ".join(path.name for path in unlisted[:3])
             raise self._edited(f"{len(unlisted)} documents have no line in it ({names}{', …' * (len(unlisted) > 3)})")
         for path in unlisted:
