@@ -29,6 +29,7 @@ from mamba2_min.errors import UserError, printable, run_script
 
 DRY_RUN_PROMPTS = 10
 MOST_OPENINGS = 5  # in the table at the end
+MANY_DOCUMENTS = 2000  # from here on, reading them takes seconds
 RATE_SECONDS = 20.0  # tokens/s is the mean of that much of the past
 
 
@@ -156,6 +157,8 @@ def write(kind: Kind, args: argparse.Namespace) -> int:
             show_table(store, Progress())
             return 0
         asker.check_model()
+        if len(store) >= MANY_DOCUMENTS:
+            print(f"reading the {len(store):,} documents that are there, to tell repeats", flush=True)
         caught = stop_on_signals(stop)
         bar = Bar(args.documents, len(store), asker)
         try:

@@ -185,10 +185,10 @@ EXPLANATIONS = Kind(
 DIALOGUES = Kind(
     "dialogues",
     (
-        "Write a conversation between {speakers}, {place}. Their names are {name} and {name_2}. They talk about "
+        "Write a conversation between {speakers}, {moment}. Their names are {name} and {name_2}. They talk about "
         "{matter}. {turn} {opening} Use the word {word} in passing. Put each speech on a line of its own, as the "
         "name, a colon and what is said, without stage directions; about {length} words in all. " + _ONLY_TEXT,
-        "{name} and {name_2} are {speakers}; they meet {place}, and it comes to be about {matter}. Write down what "
+        "{name} and {name_2} are {speakers}. They talk, {moment}, and it comes to be about {matter}. Write down what "
         "they say and nothing else, in about {length} words. {opening} {turn} Each speech has a line of its own: the "
         "name, a colon, the words. One of them says the word {word}. " + _ONLY_TEXT,
     ),
@@ -197,7 +197,7 @@ DIALOGUES = Kind(
         "matter": lists.MATTERS,
         "turn": lists.TURNS,
         "opening": lists.DIALOGUE_OPENINGS,
-        "place": lists.PLACES,
+        "moment": lists.MOMENTS,
         "name": lists.NAMES,
         "word": lists.WORDS,
         "length": lists.LENGTHS,
@@ -210,14 +210,19 @@ LETTERS = Kind(
         "Write a letter of about {length} words. It is written by {writer}, who signs as {name}, to {recipient}; it "
         "is written {occasion}. The tone: {tone}. These two things come up in it: {detail}, and the word {word}. "
         "{opening} No placeholders in brackets: invent names, dates and places. " + _ONLY_TEXT,
-        "{name}, {writer}, writes to {recipient} {occasion}. Write that letter, {length} words or so, in a tone that "
+        "{name}, {writer}, writes to {recipient}, {occasion}. Write that letter, {length} words or so, in a tone that "
         "is {tone}. {opening} Work in {detail} and the word {word}. Invent whatever has to be known; leave no gaps "
         "and no brackets to be filled in. " + _ONLY_TEXT,
+        "{name}, {writer}, has to write to {office}, {business}. Write the letter that is sent, of about {length} "
+        "words, courteous, {tone}, and exact: with names, dates, places and sums that you invent, and no brackets to "
+        "be filled in. Somewhere in it: {detail}, and the word {word}. " + _ONLY_TEXT,
     ),
     {
         "writer": lists.WRITERS,
         "recipient": lists.RECIPIENTS,
         "occasion": lists.OCCASIONS,
+        "office": lists.OFFICES,
+        "business": lists.BUSINESS,
         "tone": lists.TONES,
         "detail": lists.DETAILS,
         "opening": lists.LETTER_OPENINGS,

@@ -118,27 +118,27 @@ CHARACTERS = _lines("""
     a lighthouse keeper who is afraid of the sea
     a baker who has lost the sense of taste
     a night-bus driver in the last week before retirement
-    a girl of ten who repairs radios
+    a child of ten who repairs radios
     a retired boxer who keeps bees
     a translator who has begun to mistranslate on purpose
     a young vet on the first night on call
-    a grandmother learning to ride a bicycle
+    a pensioner learning to ride a bicycle
     a piano tuner who is going deaf
     a clerk in an office of lost property
-    twins who have not spoken for a year
+    a twin who has not spoken to the other for a year
     a mapmaker who has never travelled
-    a boy who collects the names of winds
+    a child who collects the names of winds
     a midwife with a bad temper
     a bridge inspector who counts everything
     a cook on a cargo ship
-    a widower who talks to his tools
-    a bored prince who would like to be a gardener
+    an old cabinetmaker who talks to the tools
+    a bored heir to a throne who would like to be a gardener
     a thief who returns things
     a school caretaker who writes letters for others
     a beekeeper accused of witchcraft
     a very old tortoise with a good memory
     a robot that sorts waste and keeps what it finds beautiful
-    a seamstress who hides messages in hems
+    a dressmaker who hides messages in hems
     a football referee whom nobody thanks
     a glassblower with shaking hands
     an astronomer who is tired of the sky
@@ -158,7 +158,7 @@ CHARACTERS = _lines("""
     a puppeteer whose favourite puppet is missing
     a librarian in a village without readers
     a diver who repairs harbour walls
-    a mother of four who has one free hour
+    a parent of four who has one free hour
     a gravedigger who is cheerful by nature
     an heir to a house full of clocks
     a dog that belongs to a whole street
@@ -170,7 +170,7 @@ CHARACTERS = _lines("""
     a mayor of a very small town
     a violinist who plays in the underground
     a farmer whose field holds something buried
-    a princess who is an engineer
+    an engineer who happens to be of royal blood
     a crow that pays its debts
     an exchange student who understands one word in three
     a stonemason working on a church that will take a century
@@ -260,7 +260,6 @@ STYLES = _lines("""
     rich in smells and sounds, poor in adjectives
     mostly in dialogue
     like a newspaper report that slowly becomes personal
-    as entries in a diary
     in long, winding sentences
     comic, with things going wrong one after another
     like a ghost story in which nothing supernatural happens
@@ -552,19 +551,19 @@ EXPLANATION_OPENINGS = _lines("""
 """)
 
 SPEAKERS = _lines("""
-    a mother and her grown-up son
+    a parent and a grown-up child
     two old friends who have not met for ten years
     a customer and a stubborn shop assistant
     a teacher and a pupil who is cleverer than expected
     a taxi driver and a passenger in a hurry
-    two sisters clearing out a house
+    two cousins clearing out a house
     a doctor and a patient who looked everything up
     a landlord and a tenant
     a chess champion and a child
-    two strangers in a lift that has stopped
+    two strangers who have to wait together
     a cook and an apprentice
     a police officer and a very honest witness
-    a grandfather and his granddaughter
+    a grandparent and a grandchild
     two actors before an audition
     a captain and the ship's engineer
     an inventor and a banker
@@ -578,20 +577,20 @@ SPEAKERS = _lines("""
     a night porter and a guest who cannot sleep
     a journalist and a mayor
     a coach and an athlete after a defeat
-    two thieves who find each other in the same house
+    two thieves who meet in the same dark house
     a farmer and a city child
     an immigrant and a clerk at a counter
     a robot and the person who is to switch it off
     a composer and a tired violinist
-    a bride and her father an hour before the wedding
+    two people an hour before they marry each other
     a ghost and the new owner of the house
-    a queen and her gardener
+    the ruler of a small country and a gardener
     two drivers after a small accident
     a translator and the poet who is being translated
     an apprentice and a master who is about to retire
     a mechanic and the owner of a very old car
     a student and a professor who has forgotten the appointment
-    two sailors on watch at night
+    two sailors on watch
     a fortune teller and a sceptic
     a beekeeper and an allergic neighbour
 """)
@@ -637,6 +636,33 @@ MATTERS = _lines("""
     a promise that can no longer be kept
     what one of them would do with a year of free time
     an old injury
+""")
+
+MOMENTS = _lines("""
+    late at night
+    on the first cold morning of the year
+    while the power is out
+    while it rains without end
+    with only ten minutes left
+    on a very hot afternoon
+    at the end of a long day
+    on a public holiday
+    while something is being repaired next door
+    during the first snow
+    over a pot of tea that has gone cold
+    while both of them are busy with their hands
+    in a fog so thick that nothing can be seen
+    at daybreak, both of them tired
+    just after a loud noise
+    while waiting for somebody else
+    in whispers, since somebody is asleep near by
+    while a procession goes by outside
+    on the day after a storm
+    at a table with one chair too few
+    after a long silence between them
+    while it grows dark and nobody puts on a light
+    in the last hour before a departure
+    on the telephone, over a bad line
 """)
 
 TURNS = _lines("""
@@ -690,7 +716,7 @@ WRITERS = _lines("""
     an emigrant after the first year
     a ship's doctor
     a proud inventor
-    a mother whose children have left
+    a parent whose children have left
     an apprentice baker
     a scientist at a polar station
     a prisoner who has learned to read
@@ -699,7 +725,7 @@ WRITERS = _lines("""
     a shop owner
     a musician on tour
     a nurse after a night on the ward
-    a grandfather who types with one finger
+    a grandparent who types with one finger
     a new mayor
     a gardener at a large estate
     a witness of something odd
@@ -709,8 +735,8 @@ WRITERS = _lines("""
     a tenant on the fifth floor
     a traveller who has lost the luggage
     a novelist with a deadline
-    a bridegroom
-    a widow
+    somebody about to be married
+    a lodger in an attic room
     an astronaut in the sixth month
     a clockmaker
     a goalkeeper
@@ -723,56 +749,48 @@ WRITERS = _lines("""
 RECIPIENTS = _lines("""
     a sister
     an old teacher
-    a landlord
     a friend from childhood
-    the editor of a newspaper
     an unknown person who will find it in a bottle
     a former rival
     a grandchild not yet born
     a neighbour
-    a company that made a faulty kettle
-    a first love, forty years later
+    a first love after forty years
     a younger self
     a cousin who emigrated
-    a bank
     the next tenant of the flat
     a doctor who saved a life
-    a town council
     a father
     a pen friend never met in person
     a business partner
     a favourite author
     a daughter on her first day at work
-    a museum
-    a boss
     an aunt who asks too many questions
-    a ship's captain
     a colleague who left
     a friend in hospital
-    a judge
-    a railway company
     a brother after a quarrel
     a stranger who returned a wallet
+    a godchild
+    a friend who moved to the mountains
+    an old comrade
+    a former pupil
 """)
 
 OCCASIONS = _lines("""
     to say thank you for something that seemed small at the time
     to apologise without making excuses
-    to complain, politely and exactly
     to describe a place seen for the first time
     to ask for advice
-    to give advice that was asked for
+    to give advice, asked for or not
     to decline an invitation
-    to invite somebody to a modest celebration
+    to invite to a modest celebration
     to report what happened after a storm
     to admit a secret
     to explain a decision
     to ask for a favour that is hard to ask
     to send a recipe with its story
-    to console somebody
-    to congratulate somebody, with a little envy
-    to recommend a person for a job
-    to settle a debt
+    to console
+    to congratulate, with a little envy
+    to settle an old debt
     to say goodbye
     to tell of an ordinary day
     to correct a mistake made in an earlier letter
@@ -788,6 +806,50 @@ OCCASIONS = _lines("""
     to tell a joke that needs a page
 """)
 
+OFFICES = _lines("""
+    a landlord
+    the editor of a newspaper
+    a company that made a faulty kettle
+    a bank
+    a town council
+    a museum
+    a railway company
+    a judge
+    the head of a school
+    an insurance office
+    a publisher
+    the harbour master
+    the manager of a theatre
+    a hospital's administration
+    the post office
+    a university
+    an orchestra
+    a garden society
+    the owner of a circus
+    a weather service
+""")
+
+BUSINESS = _lines("""
+    to complain, politely and exactly
+    to ask for information, with good reasons
+    to recommend a person for a position
+    to apply for a position that was not advertised
+    to correct an error in a public notice
+    to withdraw an earlier complaint
+    to suggest an improvement that costs little
+    to report something found
+    to report something lost
+    to thank a member of the staff
+    to ask for an extension of a deadline
+    to explain an unusual situation
+    to decline an offer
+    to offer an object for sale, honestly described
+    to answer an unjust accusation
+    to give notice
+    to ask for permission
+    to enquire about a letter that never got an answer
+""")
+
 TONES = _lines("""
     cheerful and a little scatterbrained
     formal, with feeling showing through once
@@ -797,7 +859,7 @@ TONES = _lines("""
     angry, and holding it in
     proud of small things
     shy
-    curious about everything
+    full of curiosity
     tired, and kind
     solemn
     full of plans
