@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     waiting.add_argument("--timeout", type=float, default=60.0, metavar="S", help="silence within an answer (60)")
     waiting.add_argument("--first-timeout", type=float, default=300.0, metavar="S", help="before its first word (300)")
     waiting.add_argument("--max-seconds", type=float, default=900.0, metavar="S", help="for a whole answer (900)")
-    waiting.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (5)")
+    waiting.add_argument("--retries", type=int, default=6, metavar="N", help="of a request that failed (6)")
     waiting.add_argument(
         "--backoff", type=float, default=1.0, metavar="S", help="first pause between them; it doubles (1)"
     )
@@ -171,8 +171,8 @@ def write(kind: Kind, args: argparse.Namespace) -> int:
             return 0
         sys.stdout.flush()
         print(
-            f"\nstopped with {len(store)} of {args.documents} documents in {args.out}; to go on, start the same command "
-            f"again:\n  python {printable(shlex.join(sys.argv))}",
+            f"\nstopped with {len(store)} of {args.documents} documents in {args.out}; to go on, start the same "
+            f"command again:\n  python {printable(shlex.join(sys.argv))}",
             file=sys.stderr,
         )
         return 128 + caught[0]

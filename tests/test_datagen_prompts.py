@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -112,6 +113,19 @@ def test_a_template_as_json_and_as_toml_is_the_same_kind(tmp_path):
         'min_words = 5\n[lists]\nthing = ["rain", "snow", "sun"]\nstyle = "styles.txt"\n'
     )
     assert load_template(tmp_path / "haiku.toml") == kind
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TOML needs Python 3.11")
+def test_the_template_in_the_documentation_works(tmp_path):
+    documentation = (Path(__file__).parents[1] / "docs" / "data_generator.md").read_text("utf-8")
+    (tmp_path / "recipes.toml").write_text(re.search(r"```toml\n(.*?)```", documentation, re.DOTALL)[1], "utf-8")
+    (tmp_path / "guests.txt").write_text("two\ntwelve\n")
+    kind = load_template(tmp_path / "recipes.toml")
+    assert (kind.name, kind.min_words) == ("recipes", 40)
+    assert any("{Braces}" in compose(kind, 0, index).text for index in range(2))
+    for name in kinds.SHARED_LISTS:
+        assert re.search(rf"`[a-z ]*\b{name}\b[a-z ]*`", documentation)
+    assert all(f"`{name}`" in documentation for name in KINDS)
 
 
 def test_toml_on_an_older_python_is_one_clear_line(tmp_path, monkeypatch):

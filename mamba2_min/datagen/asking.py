@@ -50,7 +50,7 @@ class Manner:
     first_timeout: float = 300.0
     max_seconds: float = 900.0
     max_characters: int = 100_000
-    retries: int = 5
+    retries: int = 6
     backoff: float = 1.0
 
 

@@ -41,7 +41,8 @@ def signature(text: str) -> np.ndarray:
     hashes = b"".join(hashlib.blake2b(run.encode("utf-8", "replace"), digest_size=8).digest() for run in runs_of(text))
     runs = np.frombuffer(hashes, dtype="<u8")
     with np.errstate(over="ignore"):  # the product is meant to wrap at 2^64
-        return ((runs[:, None] * _FACTORS + _OFFSETS) >> np.uint64(32)).astype(np.uint32).min(axis=0)
+        smallest = (runs[:, None] * _FACTORS + _OFFSETS).min(axis=0)
+    return (smallest >> np.uint64(32)).astype(np.uint32)  # the upper bits of the least are the least upper bits
 
 
 def _random_numbers(name: str) -> np.ndarray:
