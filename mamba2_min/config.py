@@ -37,7 +37,7 @@ class Mamba2Config:
     pad_vocab_size_multiple: int = 1  # rows of the embedding are rounded up to this; the extra ids are never produced
     norm_eps: float = 1e-5
     norm_before_gate: bool = False  # False: RMSNorm(y * silu(z)), as the official models do
-    norm_per_group: bool = False  # True: each group is normalised on its own, as the official code does for ngroups > 1
+    norm_per_group: bool = True  # that norm runs over each of the ngroups groups on its own, as the official code does
     conv_bias: bool = True
     proj_bias: bool = False
     residual_in_fp32: bool = True

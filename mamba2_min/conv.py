@@ -22,8 +22,10 @@ def causal_conv_silu(
     padded = torch.cat([state.to(u.dtype), u], dim=1)  # (b, K - 1 + l, c)
     new_state = padded[:, padded.shape[1] - (K - 1) :].clone()  # a view would keep all of `padded` alive
     if seq_idx is None:
-        y = F.conv1d(padded.transpose(1, 2), weight[:, None].to(u.dtype), _cast(bias, u.dtype), groups=u.shape[2])
-        return F.silu(y.transpose(1, 2)), new_state
+        # As a picture of height 1 whose channels lie last in memory, it needs no copy to convolve along the width.
+        picture = padded[:, None].permute(0, 3, 1, 2)  # (b, c, 1, K - 1 + l)
+        y = F.conv2d(picture, weight[:, None, None].to(u.dtype), _cast(bias, u.dtype), groups=u.shape[2])
+        return F.silu(y.permute(0, 2, 3, 1)[:, 0]), new_state
 
     documents = torch.cat([seq_idx[:, :1].expand(-1, K - 1), seq_idx], dim=1)
     l, y = u.shape[1], 0

@@ -32,51 +32,51 @@ def linear_cross_entropy(
         raise ValueError(f"targets must be {tuple(hidden.shape[:-1])}, as hidden is, not {tuple(targets.shape)}")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    total = _LinearCrossEntropy.apply(flat, weight, flat_targets, vocab_size or weight.shape[0], dtype)
-    if reduction == "sum":
-        return total
-    return total / (flat_targets != IGNORE).sum().clamp_min(1)
+    targets = targets.reshape(-1)
+    # What a target weighs. It scales rows of `hidden`, never the logits.
+    weights = (targets != IGNORE).to(torch.promote_types(hidden.dtype, torch.float32))
+    if reduction == "mean":
+        weights /= weights.sum().clamp_min(1)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return _LinearCrossEntropy.apply(flat, weight, targets, weights, vocab_size or weight.shape[0], dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The summed loss; the gradients are made in the forward pass, where the softmax is at hand, and kept."""
+    """The weighted sum of losses; the gradients are made in the forward pass, while the softmax is at hand."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, dtype):
+    def forward(ctx, hidden, weight, targets, weights, vocab_size, dtype):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         w = weight[:vocab_size].to(dtype)
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if need_weight else None
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
         rows = max(1, _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS_GPU) // vocab_size)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            h, target = hidden[part].to(dtype), targets[part]
-            counts = target != IGNORE
-            index = target.clamp_min(0)[:, None]
+            h, weigh = hidden[part].to(dtype), weights[part, None]
+            index = targets[part, None].clamp_min(0)
             logp = F.log_softmax((h @ w.t()).to(total.dtype), dim=-1)
-            total -= (logp.gather(1, index)[:, 0] * counts).sum()
+            total -= (logp.gather(1, index) * weigh).sum()
             if not (need_hidden or need_weight):
                 continue
-            dlogits = logp.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=logp.dtype))
-            dlogits = dlogits.mul_(counts[:, None]).to(dtype)
+            dlogits = logp.exp_().scatter_add_(1, index, torch.full_like(weigh, -1)).to(dtype)
             if need_hidden:
-                dhidden[part] = dlogits @ w
+                dhidden[part] = (dlogits @ w) * weigh
             if need_weight:
+                h = (h * weigh).to(dtype)
                 if dtype == dweight.dtype:
                     dweight[:vocab_size].addmm_(dlogits.t(), h)
                 else:
                     dweight[:vocab_size] += dlogits.t() @ h
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype = weight.dtype
+        ctx.gradients = dhidden, None if dweight is None else dweight.to(weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx, dtotal):
-        dhidden, dweight = ctx.saved_tensors
-        return (
-            None if dhidden is None else dhidden * dtotal.to(dhidden.dtype),
-            None if dweight is None else (dweight * dtotal).to(ctx.weight_dtype),
-            None, None, None,
-        )  # fmt: skip
+        if ctx.gradients is None:
+            raise RuntimeError("this loss has been through backward() already, and its gradients are gone")
+        gradients, ctx.gradients = ctx.gradients, None  # handed on without a copy: nobody else holds them
+        if not (dtotal.device.type == "cpu" and dtotal == 1):  # as it is where the loss is what backward() is called on
+            gradients = [None if t is None else t * dtotal.to(t.dtype) for t in gradients]
+        return *gradients, None, None, None, None

@@ -31,6 +31,7 @@ from mamba2_min.config import Mamba2Config
 from mamba2_min.conv import causal_conv_silu, causal_conv_silu_step
 from mamba2_min.hippo import a_log_init, dt_bias_init
 from mamba2_min.loss import linear_cross_entropy
+from mamba2_min.norm import gated_rms_norm, rms_norm
 from mamba2_min.sampling import Sampler
 from mamba2_min.ssd import ssd_chunked, ssd_step
 
@@ -68,7 +69,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedRMSNorm(nn.Module):
@@ -80,17 +81,7 @@ class GatedRMSNorm(nn.Module):
         self.eps, self.norm_before_gate, self.groups = eps, norm_before_gate, groups
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gate = F.silu(z.to(self.weight.dtype))
-        y = y.to(self.weight.dtype)
-        if self.norm_before_gate:
-            return self._norm(y) * gate
-        return self._norm(y * gate)
-
-    def _norm(self, y: Tensor) -> Tensor:
-        if self.groups == 1:
-            return F.rms_norm(y, self.weight.shape, self.weight, self.eps)
-        parts = y.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight
+        return gated_rms_norm(y, z, self.weight, self.eps, self.norm_before_gate, self.groups)
 
 
 class Mamba2Mixer(nn.Module):
@@ -239,7 +230,7 @@ class Mamba2LM(nn.Module):
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Reads a prompt (b, l) in slices, in memory that does not grow with l: the last logits (b, vocab_size), state."""
+        """Reads a prompt (b, l) in slices, so in bounded memory: the last logits (b, vocab_size) and the state."""
         for part in input_ids.split(_PREFILL_SLICE, dim=1):
             hidden, state = self.hidden(part, state)
         return self.lm_head(hidden[:, -1])[:, : self.config.vocab_size], state
@@ -304,8 +295,9 @@ class Mamba2LM(nn.Module):
         if ids.dim() != 2 or ids.shape[1] < 1:
             raise ValueError(f"input_ids must be (b, l) with l >= 1, not {tuple(ids.shape)}")
         # On a GPU the check would wait for the device; there the embedding's own assertion stands guard.
-        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            raise ValueError(f"input_ids must lie in [0, {self.config.vocab_size}), the vocabulary")
+        v = self.config.vocab_size
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < v:
+            raise ValueError(f"input_ids must lie in [0, {v}), the vocabulary")
 
 
 @torch.no_grad()

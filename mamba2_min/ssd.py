@@ -149,7 +149,7 @@ def ssd_chunked(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     state = _check(x, dt, A, B, C, D, initial_state, seq_idx)
-    b, l, h, p = x.shape
+    b, l = x.shape[:2]
     wide, q = state.dtype, min(chunk_size, l)
     segment = None if seq_idx is None else _segments(seq_idx, b, l, x.device)
     xw, dtw, Bw, Cw = x.to(wide), dt.to(wide), B.to(wide), C.to(wide)
@@ -170,86 +170,68 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, initial_state, segment, q):
         b, l, h, p = x.shape
-        g, n = B.shape[2:]
-        c = l // q
+        g = B.shape[2]
         xm, dtm, Bm, Cm = _chunks(x, dt, B, C, q)
         s, enter, leave, across = _decays(dtm, A, segment, b, q)
         visible = _visible(segment, q, x)
 
         # Step 1, the low-rank blocks' right factor: what each chunk adds to the state that leaves it.
-        # H[:, k + 1] first holds chunk k's own contribution.
-        H = x.new_empty(b, c + 1, g, n, (h // g) * p)
-        H[:, 0] = _to_inner(initial_state, g)
         added = torch.einsum("mqgn,mqgrp->mgnrp", Bm, xm * (leave * dtm)[..., None])
-        H[:, 1:] = added.view(b, c, g, n, -1)
 
         # Step 2, their centre factor: the recurrence from chunk to chunk, once every q tokens.
-        across_b = across.view(b, c, g, 1, -1, 1)
-        for k in range(c):
-            H[:, k + 1].view(b, g, n, -1, p).addcmul_(across_b[:, k], H[:, k].view(b, g, n, -1, p))
-        states = H[:, :c].reshape(b * c, g, n, -1, p)
+        states, final = _carry(added, across, _to_inner(initial_state, g))
 
-        y = x.new_empty(b * c, q, g, h // g, p)
-        for part in _parts(b * c, h * q * q, x.device):
+        y = x.new_empty(xm.shape)
+        for part in _parts(len(xm), h * q * q, x.device):
             # Step 3, the low-rank blocks' left factor: what each token reads from the state that enters its chunk.
             ym = torch.einsum("mqgn,mgnrp->mqgrp", Cm[part], states[part]).mul_(enter[part][..., None])
             # Step 4, the diagonal blocks: attention without softmax, masked by the decays.
-            M = _decay_matrix(s, part, x.dtype)
-            M *= _products(Bm[part], Cm[part], visible, part)
+            M = _decay_matrix(s, part)
+            M *= _products(Bm, Cm, visible, part)
             M *= dtm[part].movedim(1, -1)[..., None, :]
             ym += torch.einsum("mgrij,mjgrp->migrp", M, xm[part])
             if D is not None:
                 ym.addcmul_(xm[part], D.view(g, -1, 1))
             y[part] = ym
 
-        ctx.save_for_backward(x, dt, A, B, C, D, H, segment)
+        ctx.save_for_backward(x, dt, A, B, C, D, states, segment)
         ctx.q = q
-        return y.view(b, l, h, p), _to_outer(H[:, c].view(b, g, n, -1, p))
+        return y.view(b, l, h, p), _to_outer(final)
 
     @staticmethod
     def backward(ctx, dy, dfinal):
-        x, dt, A, B, C, D, H, segment = ctx.saved_tensors
-        q = ctx.q
+        x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape
         g, n = B.shape[2:]
-        c = l // q
+        q = ctx.q
         xm, dtm, Bm, Cm = _chunks(x, dt, B, C, q)
-        dym = dy.reshape(b * c, q, g, h // g, p)
+        dym = dy.reshape(xm.shape)
         s, enter, leave, across = _decays(dtm, A, segment, b, q)
         visible = _visible(segment, q, x)
-        states = H[:, :c].reshape(b * c, g, n, -1, p)
 
-        # Step 3 reversed, then step 2: dH[:, k] is the gradient of the state that enters chunk k.
-        dH = x.new_empty(b, c + 1, g, n, (h // g) * p)
-        dH[:, c] = _to_inner(dfinal, g)
+        # Step 3 reversed, then step 2: the gradient of the state that leaves each chunk, from the last to the first.
         read = torch.einsum("mqgn,mqgrp->mgnrp", Cm, dym * enter[..., None])
-        dH[:, :c] = read.view(b, c, g, n, -1)
-        across_b = across.view(b, c, g, 1, -1, 1)
-        for k in reversed(range(c)):
-            dH[:, k].view(b, g, n, -1, p).addcmul_(across_b[:, k], dH[:, k + 1].view(b, g, n, -1, p))
-        dadded = dH[:, 1:].reshape(b * c, g, n, -1, p)
+        dadded, dinitial = _carry(read, across, _to_inner(dfinal, g), backwards=True)
 
-        dx = x.new_empty(b * c, q, g, h // g, p)
-        ddt, ds = torch.empty_like(dtm), torch.empty_like(dtm,dtype=torch.float64)
+        dx, ddt = x.new_empty(xm.shape), torch.empty_like(dtm)
         dB, dC = Bm.new_empty(Bm.shape), Cm.new_empty(Cm.shape)
-        for part in _parts(b * c, h * q * q, x.device):
+        ds = torch.empty_like(dtm, dtype=_sum_dtype(x.device))
+        for part in _parts(len(xm), h * q * q, x.device):
             X, dY, dtp, Bp, Cp = xm[part], dym[part], dtm[part], Bm[part], Cm[part]
-            L = _decay_matrix(s, part, x.dtype)
-            G = _products(Bp, Cp, visible, part)
-            dt_j = dtp.movedim(1, -1)[..., None, :]  # (m, g, r, 1, q)
+            L = _decay_matrix(s, part)
+            G = _products(Bm, Cm, visible, part)
 
             # Step 4, with M = G L dt_j. dM is dY x^T; E is its derivative by each exponent s_i - s_j. E's diagonal,
             # where the exponent is zero whatever s is, is left out of both sums, where it would cancel but for
-            # rounding.
+            # rounding; and the sums are wide, because what remains of their difference may be little.
             dM = torch.einsum("migrp,mjgrp->mgrij", dY, X)
             dM *= L
-            dM *= dt_j
-            dG = dM.sum(2).mul_(visible[part] if segment is not None else visible)
+            dM *= dtp.movedim(1, -1)[..., None, :]
+            dG = dM.sum(2) * visible[part if len(visible) > 1 else slice(None)]
             E = dM.mul_(G)
             E.diagonal(dim1=-2, dim2=-1).zero_()
-            exponent = (E.sum(-1,dtype=torch.float64) - E.sum(-2,dtype=torch.float64)).movedim(-1, 1)  # (m, q, g, r)
-            L *= G
-            u = torch.einsum("mgrij,migrp->mjgrp", L, dY)
+            exponent = (E.sum(-1, dtype=ds.dtype) - E.sum(-2, dtype=ds.dtype)).movedim(-1, 1)  # (m, q, g, r)
+            u = torch.einsum("mgrij,migrp->mjgrp", L.mul_(G), dY)
             direct = (X * u).sum(-1)
 
             # Step 1: a token's x and B, through the state that leaves the chunk.
@@ -257,19 +239,19 @@ class _ChunkedScan(torch.autograd.Function):
             written = (X * v).sum(-1)
             end = written * dtp
             end[:, -1] = 0  # the last token leaves undecayed
-            dB[part] = torch.einsum("mgnrp,mqgrp->mqgn", dadded[part], X * (leave[part] * dtp)[..., None])
-            dB[part] += torch.einsum("mgij,mign->mjgn", dG, Cp)
-            dX = u.add_(v).mul_(dtp[..., None])
+            dBp = torch.einsum("mgnrp,mqgrp->mqgn", dadded[part], X * (leave[part] * dtp)[..., None])
+            dB[part] = dBp + torch.einsum("mgij,mign->mjgn", dG, Cp)
+            dX = v.add_(u).mul_(dtp[..., None])
 
             # Step 3: a token's C, and its decay from the chunk's start.
             weighted = dY * enter[part][..., None]
-            dC[part] = torch.einsum("mgnrp,mqgrp->mqgn", states[part], weighted)
-            start = (weighted * torch.einsum("mqgn,mgnrp->mqgrp", Cp, states[part])).sum(-1)
-            dC[part] += torch.einsum("mgij,mjgn->mign", dG, Bp)
+            dCp = torch.einsum("mgnrp,mqgrp->mqgn", states[part], weighted)
+            dC[part] = dCp + torch.einsum("mgij,mjgn->mign", dG, Bp)
+            start = weighted.mul_(torch.einsum("mqgn,mgnrp->mqgrp", Cp, states[part])).sum(-1)
 
             ds[part] = exponent + start - end
             # Step 2: s at the chunk's end also carries the entering state across.
-            carried = across[part] * (states[part] * dadded[part]).sum((2, 4))
+            carried = across[part] * (states[part] * dadded[part]).sum(-1).sum(2)
             ds[part][:, -1] += end.sum(1) + carried
             ddt[part] = direct + written
             if D is not None:
@@ -277,13 +259,12 @@ class _ChunkedScan(torch.autograd.Function):
             dx[part] = dX
 
         da = ds.flip(1).cumsum(1).flip(1)  # s is the cumulative sum of a, so da is that of ds from the other end
-        ddt += (da * A.view(g, -1)).to(ddt.dtype)
+        ddt += da * A.view(g, -1)
         dA = (da * dtm).sum((0, 1)).view(h).to(A.dtype)
-        dD = None if D is None else (dym * xm).sum((0, 1, 4)).view(h)
-        dinitial = _to_outer(dH[:, 0].view(b, g, n, -1, p))
+        dD = None if D is None else (dym * xm).sum(-1).sum((0, 1)).view(h)
         return (
-            dx.view(b, l, h, p), ddt.view(b, l, h), dA, dB.view(b, l, g, n), dC.view(b, l, g, n), dD, dinitial,
-            None, None,
+            dx.view(b, l, h, p), ddt.view(b, l, h), dA, dB.view(b, l, g, n), dC.view(b, l, g, n), dD,
+            _to_outer(dinitial), None, None,
         )  # fmt: skip
 
 
@@ -295,49 +276,70 @@ def _chunks(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, q: int) -> tuple[Tensor
     return x.reshape(m, q, g, h // g, p), dt.reshape(m, q, g, h // g), B.reshape(m, q, g, n), C.reshape(m, q, g, n)
 
 
-def _decays(dtm: Tensor, A: Tensor, segment: Tensor | None, b: int, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cumulative sums of a = dt A in each chunk, and the three decays that the state meets.
+def _decays(
+    dtm: Tensor, A: Tensor, segment: Tensor | None, b: int, q: int
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+    """The cumulative sums of a = dt A in each chunk, and the three decays that the state meets, all in dt's dtype.
 
-    Returns s (m, q, g, r) in a dtype wide enough to subtract; and, in dt's dtype, `enter` exp(s_i), from the chunk's
-    start to token i; `leave` exp(s_q - s_j), from token j to the chunk's end; `across` (m, g, r) exp(s_q), from end to
-    end. Each is zero where a document ends on the way.
+    Returns s (m, q, g, r) as two numbers, of which the second holds the digits that the first has no room for; `enter`
+    exp(s_i), from the chunk's start to token i; `leave` exp(s_q - s_j), from token j to the chunk's end; `across`
+    (m, g, r) exp(s_q), from end to end. Each decay is zero where a document ends on the way.
     """
     a = (dtm * A.view(dtm.shape[2:])).clamp_min_(_FORGOTTEN)
     s = a.to(_sum_dtype(a.device)).cumsum(1)
-    enter, leave = s.to(a.dtype).exp(), (s[:, -1:] - s).to(a.dtype).clamp_max(0).exp()
-    across = enter[:, -1]
+    high = s.to(a.dtype)
+    low = (s - high).to(a.dtype)
+    enter, leave = high.exp(), (s[:, -1:] - s).to(a.dtype).clamp_max(0).exp()
     if segment is not None:
-        first = segment.view(b, -1, q)
-        before = torch.cat([first.new_zeros(b, 1), first[:, :-1, -1]], dim=1).view(-1, 1)  # the document so far
+        chunks = segment.view(b, -1, q)
+        before = torch.cat([chunks.new_zeros(b, 1), chunks[:, :-1, -1]], dim=1).view(-1, 1)  # the document so far
         seg = segment.view(-1, q)
         enter = enter * (seg == before)[..., None, None]
         leave = leave * (seg == seg[:, -1:])[..., None, None]
-        across = enter[:, -1]
-    return s, enter, leave, across
+    return (high, low), enter, leave, enter[:, -1]
 
 
-def _decay_matrix(s: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+def _carry(parts: Tensor, across: Tensor, state: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    """Runs state = across state + part through the chunks of each sequence, from `state` (b, g, n, r, p).
+
+    parts (m, g, n, r, p), across (m, g, r). Returns what the state was before each chunk, in the place of `parts`, and
+    what it is in the end; `backwards`, from the last chunk to the first.
+    """
+    by_sequence = parts.view(len(state), -1, *parts.shape[1:])
+    decay = across.view(len(state), -1, across.shape[1], 1, across.shape[2], 1)
+    order = range(by_sequence.shape[1])
+    for k in reversed(order) if backwards else order:
+        after = torch.addcmul(by_sequence[:, k], decay[:, k], state)
+        by_sequence[:, k] = state
+        state = after
+    return parts, state
+
+
+def _decay_matrix(s: tuple[Tensor, Tensor], part: slice) -> Tensor:
     """L (m, g, r, q, q) of the chunks in `part`: exp(s_i - s_j), for j <= i. What stands above the diagonal is finite
     and without meaning: it meets the zeros of `_products`.
 
     The exponent is bounded before exp, so that nothing overflows, neither above the diagonal nor where the rounded
     difference of two sums comes out positive; below -88 exp would only be slow.
     """
-    sp = s[part].movedim(1, -1)
-    return (sp[..., :, None] - sp[..., None, :]).to(dtype).clamp_(_FORGOTTEN, 0).exp_()
+    high, low = (t[part].movedim(1, -1) for t in s)
+    exponent = high[..., :, None] - high[..., None, :]
+    exponent.add_(low[..., :, None]).sub_(low[..., None, :])
+    return exponent.clamp_(_FORGOTTEN, 0).exp_()
 
 
-def _products(Bp: Tensor, Cp: Tensor, visible: Tensor, part: slice) -> Tensor:
-    """G (m, g, 1, q, q): C_i . B_j where j is visible from i, zero elsewhere. Once a group, not once a head."""
-    return torch.einsum("mign,mjgn->mgij", Cp, Bp).mul_(visible[part if len(visible) > 1 else slice(None)])[:, :, None]
+def _products(Bm: Tensor, Cm: Tensor, visible: Tensor, part: slice) -> Tensor:
+    """G (m, g, 1, q, q) of the chunks in `part`: C_i . B_j where i sees j, else 0. Once a group, not once a head."""
+    G = torch.einsum("mign,mjgn->mgij", Cm[part], Bm[part])
+    return G.mul_(visible[part if len(visible) > 1 else slice(None)])[:, :, None]
 
 
 def _visible(segment: Tensor | None, q: int, like: Tensor) -> Tensor:
-    """1 where token j of a chunk may reach token i: j <= i in the same document. (1 or m, 1, q, q) of `like`'s dtype."""
+    """1 where token i of a chunk sees token j: j <= i, in the same document; (1, 1, q, q), or (m, 1, q, q)."""
     causal = torch.ones(q, q, dtype=torch.bool, device=like.device).tril_()[None, None]
     if segment is not None:
-        seg = segment.view(-1, q)
-        causal = causal & (seg[:, None, :, None] == seg[:, None, None, :])
+        seg = segment.view(-1, 1, q)
+        causal = causal & (seg[..., :, None] == seg[..., None, :])
     return causal.to(like.dtype)
 
 
@@ -348,15 +350,13 @@ def _parts(chunks: int, elements: int, device: torch.device) -> list[slice]:
 
 
 def _to_inner(state: Tensor, g: int) -> Tensor:
-    """(b, h, p, n) -> (b, g, n, r p)."""
-    b, h, p, n = state.shape
-    return state.view(b, g, h // g, p, n).permute(0, 1, 4, 2, 3).reshape(b, g, n, -1)
+    """(b, h, p, n) -> (b, g, n, r, p), contiguous."""
+    return state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).contiguous()
 
 
 def _to_outer(state: Tensor) -> Tensor:
     """(b, g, n, r, p) -> (b, h, p, n), contiguous."""
-    b, g, n, r, p = state.shape
-    return state.permute(0, 1, 3, 4, 2).reshape(b, g * r, p, n)
+    return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
 
 def _segments(seq_idx: Tensor | None, b: int, l: int, device: torch.device) -> Tensor:

@@ -1,0 +1,76 @@
+"""RMSNorm, and RMSNorm with the gate of a Mamba-2 block, each with a backward that keeps nothing but its inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (arXiv:1910.07467): x (..., d), weight (d,), in weight's dtype."""
+    return _RMSNorm.apply(x.to(weight.dtype), weight, eps, 1)
+
+
+def gated_rms_norm(
+    y: Tensor, z: Tensor, weight: Tensor, eps: float, norm_before_gate: bool = False, groups: int = 1
+) -> Tensor:
+    """rms_norm(y * silu(z)), or rms_norm(y) * silu(z) with norm_before_gate; y and z (..., d), in weight's dtype.
+
+    Each of `groups` equal parts of the last dimension has an rms of its own.
+    """
+    y, z = y.to(weight.dtype), z.to(weight.dtype)
+    if norm_before_gate:
+        return _RMSNorm.apply(y, weight, eps, groups) * F.silu(z)
+    return _GatedRMSNorm.apply(y, z, weight, eps, groups)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, groups):
+        scale = _inverse_rms(x, eps, groups)
+        ctx.save_for_backward(x, weight, scale)
+        return _scaled(x, scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight, scale = ctx.saved_tensors
+        dx, dweight = _normed_backward(x, weight, scale, dout)
+        return dx, dweight, None, None
+
+
+class _GatedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, z, weight, eps, groups):
+        u = F.silu(z).mul_(y)
+        scale = _inverse_rms(u, eps, groups)
+        ctx.save_for_backward(y, z, weight, scale)
+        return _scaled(u, scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, dout):
+        y, z, weight, scale = ctx.saved_tensors
+        gate = F.silu(z)
+        du, dweight = _normed_backward(gate * y, weight, scale, dout)
+        dz = torch.ops.aten.silu_backward(du * y, z)
+        return du.mul_(gate), dz, dweight, None, None
+
+
+def _inverse_rms(u: Tensor, eps: float, groups: int) -> Tensor:
+    """(..., groups, 1)"""
+    parts = u.unflatten(-1, (groups, -1))
+    return (parts.square().mean(-1, keepdim=True) + eps).rsqrt_()
+
+
+def _scaled(u: Tensor, scale: Tensor) -> Tensor:
+    return (u.unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2)
+
+
+def _normed_backward(u: Tensor, weight: Tensor, scale: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of n * weight by u and weight, n = u * scale: du = scale (dn - n mean(n dn)), dn = dout weight."""
+    n = _scaled(u, scale)
+    product = dout * n
+    dweight = product.flatten(0, -2).sum(0)
+    shared = product.mul_(weight).unflatten(-1, (scale.shape[-2], -1)).mean(-1, keepdim=True)
+    dn = (dout * weight).unflatten(-1, (scale.shape[-2], -1))
+    return torch.addcmul(dn, n.unflatten(-1, (scale.shape[-2], -1)), shared, value=-1).mul_(scale).flatten(-2), dweight
