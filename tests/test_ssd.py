@@ -1,0 +1,576 @@
+"""One linear map, computed four ways: all agree with its definition, in values and in every gradient."""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from instruments import Allocated, Recorded, relative_error
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from mamba2_min.ssd import ssd_chunked, ssd_quadratic, ssd_recurrent, ssd_step
+
+INPUTS = ("x", "dt", "A", "B", "C", "D", "initial_state")
+
+
+def by_definition(x, dt, A, B, C, D=None, initial_state=None, seq_idx=None):
+    """Equation 1 of the paper, head by head and token by token: nothing of the package, and nothing clever."""
+    b, l, h, p = x.shape
+    heads_a_group = h // B.shape[2]
+    n = B.shape[3]
+    H = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
+    ys = []
+    for t in range(l):
+        if seq_idx is not None and t > 0:
+            H = torch.where((seq_idx[:, t] != seq_idx[:, t - 1])[:, None, None, None], 0.0, H)
+        B_t = B[:, t].repeat_interleave(heads_a_group, dim=1)  # (b, h, n)
+        C_t = C[:, t].repeat_interleave(heads_a_group, dim=1)
+        decay = torch.exp(dt[:, t] * A)[:, :, None, None]
+        H = decay * H + dt[:, t, :, None, None] * x[:, t, :, :, None] * B_t[:, :, None, :]
+        y = (H * C_t[:, :, None, :]).sum(-1)
+        ys.append(y if D is None else y + D[None, :, None] * x[:, t])
+    return torch.stack(ys, 1), H
+
+
+def by_steps(x, dt, A, B, C, D=None, initial_state=None, seq_idx=None):
+    """`ssd_step` called as a decoder calls it; a new document is a new state."""
+    b, l, h, p = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    state = x.new_zeros(b, h, p, B.shape[3], dtype=wide) if initial_state is None else initial_state
+    ys = []
+    for t in range(l):
+        if seq_idx is not None and t > 0:
+            state = torch.where((seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None], state, 0)
+        y, state = ssd_step(state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D)
+        ys.append(y)
+    return torch.stack(ys, 1), state
+
+
+def chunked(chunk_size):
+    def form(*args, **kwargs):
+        return ssd_chunked(*args, **kwargs, chunk_size=chunk_size)
+
+    return form
+
+
+FORMS = {
+    "recurrent": ssd_recurrent,
+    "quadratic": ssd_quadratic,
+    "chunks of 1": chunked(1),
+    "chunks of 16": chunked(16),
+    "chunks of 64": chunked(64),
+    "chunks of 256": chunked(256),
+    "steps": by_steps,
+}
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+# One of each kind, with a chunk that ends inside these tests' short sequences.
+KINDS = {"recurrent": ssd_recurrent, "quadratic": ssd_quadratic, "chunked": chunked(8), "steps": by_steps}
+each_kind = pytest.mark.parametrize("form", KINDS.values(), ids=KINDS)
+
+
+def kinds_but(broken, reason):
+    """Every kind; the broken ones must fail, until they are mended."""
+    mark = pytest.mark.xfail(strict=True, reason=reason)
+    return pytest.mark.parametrize(
+        "form", [pytest.param(form, id=name, marks=mark if name in broken else ()) for name, form in KINDS.items()]
+    )
+
+
+def make(l, g=1, b=2, h=4, p=4, n=6, skip=True, start=True, documents=True, seed=0, dtype=torch.float64):
+    """Random arguments, every float drawn so that all of them matter: dt of many scales, D and the state not neutral.
+
+    Drawn in float32, so that a float32 and a float64 run get the same numbers.
+    """
+    r = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=r).to(dtype)
+
+    dt_bias = torch.randn(h, generator=r)
+    return {
+        "x": normal(b, l, h, p),
+        "dt": F.softplus(torch.randn(b, l, h, generator=r) + dt_bias - 2).to(dtype),
+        "A": -torch.exp(torch.randn(h, generator=r)).to(dtype),
+        "B": normal(b, l, g, n),
+        "C": normal(b, l, g, n),
+        "D": normal(h) if skip else None,
+        "initial_state": normal(b, h, p, n) if start else None,
+        "seq_idx": torch.rand(b, l, generator=r).lt(4 / l).cumsum(1) if documents else None,
+    }
+
+
+def run(form, case, wanted=INPUTS, seed=1, through=(1, 1)):
+    """y, the final state and the gradients to the `wanted` inputs of a random weighting of both (or of one)."""
+    case = dict(case)
+    leaves = [name for name in wanted if case[name] is not None]
+    for name in leaves:
+        case[name] = case[name].detach().clone().requires_grad_()
+    y, state = form(**case)
+    r = torch.Generator().manual_seed(seed)
+    total = 0
+    for weight, output in zip(through, (y, state), strict=True):
+        total = total + weight * (output * torch.randn(output.shape, generator=r).to(output.dtype)).sum()
+    gradients = torch.autograd.grad(total, [case[name] for name in leaves])
+    return {"y": y.detach(), "state": state.detach()} | {
+        "d" + name: gradient for name, gradient in zip(leaves, gradients, strict=True)
+    }
+
+
+def worst(got, expected):
+    errors = {name: relative_error(got[name], expected[name]) for name in expected}
+    name = max(errors, key=errors.get)
+    return errors[name], name
+
+
+def assert_close(got, expected, tolerance):
+    error, name = worst(got, expected)
+    assert error <= tolerance, f"{name} is off by {error:.1e}, more than {tolerance:.0e}"
+
+
+@cache
+def expected(l, g, full, b=2):
+    case = make(l, g, b=b, skip=full, start=full, documents=full)
+    return case, run(by_definition, case)
+
+
+def to(case, dtype):
+    return {name: t.to(dtype) if t is not None and t.is_floating_point() else t for name, t in case.items()}
+
+
+def test_the_definition_itself_by_hand_on_numbers():
+    """The reference against plain Python floats, one multiplication at a time."""
+    case = make(l=7, g=2, b=1, h=4, p=2, n=3, seed=3)
+    x, dt, A, B, C, D, H, documents = (case[name].tolist() for name in (*INPUTS, "seq_idx"))
+    y, state = by_definition(**case)
+    H = H[0]
+    for t in range(7):
+        for head in range(4):
+            group = head // 2
+            for channel in range(2):
+                total = 0.0
+                for k in range(3):
+                    before = 0.0 if t > 0 and documents[0][t] != documents[0][t - 1] else H[head][channel][k]
+                    decay = 2.718281828459045 ** (dt[0][t][head] * A[head])
+                    H[head][channel][k] = decay * before + dt[0][t][head] * x[0][t][head][channel] * B[0][t][group][k]
+                    total += C[0][t][group][k] * H[head][channel][k]
+                assert float(y[0, t, head, channel]) == pytest.approx(total + D[head] * x[0][t][head][channel], 1e-12)
+    assert relative_error(state[0], torch.tensor(H, dtype=torch.float64)) < 1e-13
+
+
+# -- Equality ---------------------------------------------------------------------------------------------------------
+
+
+@each_form
+@pytest.mark.parametrize("g", [1, 2, 4])
+@pytest.mark.parametrize("l", [1, 2, 63, 64, 65, 129])
+def test_every_form_is_the_definition(form, g, l):
+    case, reference = expected(l, g, full=True)
+    assert_close(run(form, case), reference, 1e-10)
+    assert_close(run(form, to(case, torch.float32)), reference, 2e-5)
+
+
+@each_form
+@pytest.mark.parametrize("l", [1, 65])
+def test_without_skip_state_or_documents(form, l):
+    case, reference = expected(l, 2, full=False)
+    assert_close(run(form, case), reference, 1e-10)
+    assert_close(run(form, to(case, torch.float32)), reference, 2e-5)
+
+
+@each_form
+def test_a_thousand_tokens(form):
+    case, reference = expected(1000, 2, full=False, b=1)
+    assert_close(run(form, case), reference, 1e-10)
+    assert_close(run(form, to(case, torch.float32)), reference, 2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    b=st.integers(1, 3), l=st.integers(1, 40), g=st.integers(1, 3), heads_a_group=st.integers(1, 3),
+    p=st.integers(1, 5), n=st.integers(1, 5), chunk_size=st.integers(1, 50), skip=st.booleans(),
+    start=st.booleans(), documents=st.booleans(), seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_any_shape(b, l, g, heads_a_group, p, n, chunk_size, skip, start, documents, seed):
+    case = make(l, g, b, g * heads_a_group, p, n, skip, start, documents, seed)
+    reference = run(by_definition, case)
+    for form in (chunked(chunk_size), ssd_quadratic, ssd_recurrent, by_steps):
+        assert_close(run(form, case), reference, 1e-10)
+
+
+@each_kind
+@pytest.mark.parametrize("through", [(0, 1), (1, 0)], ids=["final state", "y"])
+def test_gradients_through_one_result_alone(form, through):
+    case = make(l=19, g=2)
+    assert_close(run(form, case, through=through), run(by_definition, case, through=through), 1e-10)
+
+
+@pytest.mark.parametrize("only", ["y", "state"])
+def test_a_result_that_nobody_uses_needs_no_gradient(only):
+    case = make(l=19, g=2)
+    case["x"].requires_grad_()
+    gradients = []
+    for form in (ssd_chunked, by_definition):
+        y, state = form(**case)
+        gradients.append(torch.autograd.grad((y if only == "y" else state).square().sum(), case["x"])[0])
+    assert relative_error(*gradients) < 1e-10
+
+
+@each_kind
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("g", [1, 2])
+def test_gradcheck(form, documents, g):
+    case = make(l=5, g=g, b=1, h=2, p=2, n=2, documents=False, seed=5)
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1]]) if documents else None
+    form = chunked(2) if form is KINDS["chunked"] else form
+    inputs = [case[name].requires_grad_() for name in INPUTS]
+    assert torch.autograd.gradcheck(lambda *args: form(*args, seq_idx=seq_idx), inputs, atol=1e-8, rtol=1e-6)
+
+
+@each_kind
+@pytest.mark.parametrize("wanted", [*((name,) for name in INPUTS), ("x", "A"), ("dt", "initial_state"), ("B", "D")])
+def test_gradients_to_some_inputs_only(form, wanted):
+    case = make(l=19, g=2)
+    assert_close(run(form, case, wanted), run(by_definition, case, wanted), 1e-10)
+
+
+@each_kind
+def test_no_gradients_at_all(form):
+    case = make(l=19, g=2)
+    y, state = form(**case)
+    assert not y.requires_grad and not state.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(form(**case)[0], y)
+
+
+def test_a_second_derivative_is_right_or_refused():
+    case = make(l=9, g=1, b=1, h=2, p=2, n=2, documents=False)
+
+    def second(form, name):
+        inputs = {name: case[name].clone().requires_grad_() for name in INPUTS}
+        y, state = form(**inputs)
+        (first,) = torch.autograd.grad(y.square().sum() + state.square().sum(), inputs[name], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), inputs[name])[0]
+
+    for name in INPUTS:
+        try:
+            got = second(chunked(4), name)
+        except RuntimeError:
+            continue
+        assert relative_error(got, second(by_definition, name)) < 1e-8, name
+
+
+# -- Layouts ----------------------------------------------------------------------------------------------------------
+
+
+@each_kind
+def test_slices_of_one_tensor_as_the_model_gives(form):
+    b, l, h, p, g, n = 2, 19, 4, 3, 2, 5
+    r = torch.Generator().manual_seed(0)
+    whole = torch.randn(b, l, h * p + 2 * g * n + h, generator=r, dtype=torch.float64)
+    A = -torch.rand(h, generator=r, dtype=torch.float64)
+
+    def through(form, contiguous):
+        leaf = whole.clone().requires_grad_()
+        x, B, C, dt = leaf.split([h * p, g * n, g * n, h], dim=-1)
+        inputs = [x.unflatten(-1, (h, p)), F.softplus(dt), A, B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))]
+        y, state = form(*([t.contiguous() for t in inputs] if contiguous else inputs))
+        (y.square().sum() + state.square().sum()).backward()
+        return {"y": y, "state": state, "gradient": leaf.grad}
+
+    assert_close(through(form, contiguous=False), through(by_definition, contiguous=True), 1e-10)
+
+
+@kinds_but(("recurrent", "steps"), "ssd_step views what it may only reshape")
+def test_any_strides(form):
+    """Every input laid out back to front in memory, and the gradient of y too."""
+    case = make(l=19, g=2)
+    weight = torch.randn(3, 4, 19, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def through(form, turn):
+        inputs = {name: turn(t.detach()) for name, t in case.items()}
+        leaves = [inputs[name].requires_grad_() for name in INPUTS]
+        y, state = form(**inputs)
+        gradients = torch.autograd.grad((y[..., :3] * weight.permute(3, 2, 1, 0)).sum() + state.sum(), leaves)
+        return {"y": y, "state": state} | dict(zip(INPUTS, gradients, strict=True))
+
+    assert_close(through(form, back_to_front), through(by_definition, torch.clone), 1e-10)
+
+
+def back_to_front(t):
+    axes = tuple(reversed(range(t.dim())))
+    return t.permute(axes).contiguous().permute(axes)
+
+
+@each_kind
+def test_inputs_are_left_as_they_were(form):
+    case = make(l=19, g=2)
+    before = {name: t.clone() for name, t in case.items()}
+    for name in INPUTS:
+        case[name].requires_grad_()
+    y, state = form(**case)
+    (y.sum() + state.sum()).backward()
+    assert all(torch.equal(case[name], before[name]) for name in case)
+
+
+@each_kind
+def test_the_final_state_shares_no_memory_with_the_initial_one(form):
+    case = make(l=1, g=1)
+    before = case["initial_state"].clone()
+    _, state = form(**case)
+    state.zero_()
+    assert torch.equal(case["initial_state"], before)
+
+
+# -- Documents --------------------------------------------------------------------------------------------------------
+
+
+def part(case, tokens, start=None):
+    """The arguments for some of the tokens alone, as a sequence of their own."""
+    cut = {name: case[name][:, tokens] for name in ("x", "dt", "B", "C")}
+    return {**case, **cut, "initial_state": start, "seq_idx": None}
+
+
+@each_kind
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (8, 8, 8), (3, 17, 6), (7, 1, 9), (15, 2, 23)], ids=str)
+@pytest.mark.parametrize("names", [(0, 1, 2), (5, -3, 5), (9, 4, 1)], ids=["rising", "first again", "falling"])
+def test_packed_documents_equal_separate_ones(form, lengths, names):
+    l = sum(lengths)
+    case = make(l, g=2, documents=False)
+    seq_idx = torch.tensor(names).repeat_interleave(torch.tensor(lengths)).expand(2, -1)
+    packed = form(**{**case, "seq_idx": seq_idx})
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    starts = [case["initial_state"], None, None]
+    alone = [
+        by_definition(**part(case, slice(end - length, end), start))
+        for end, length, start in zip(ends, lengths, starts, strict=True)
+    ]
+    assert relative_error(packed[0], torch.cat([y for y, _ in alone], 1)) < 1e-10
+    assert relative_error(packed[1], alone[-1][1]) < 1e-10
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_documents_may_differ_from_row_to_row(form, dtype):
+    case = make(l=23, g=2)
+    seq_idx = torch.tensor([[0] * 23, [7] * 9 + [2] * 14], dtype=dtype)
+    y, state = form(**{**case, "seq_idx": seq_idx})
+    first, second = (
+        {name: t if name in ("A", "D") else t[row : row + 1] for name, t in case.items()} for row in range(2)
+    )
+    y0, state0 = by_definition(**{**first, "seq_idx": None})
+    ya, _ = by_definition(**part(second, slice(0, 9), second["initial_state"]))
+    yb, state1 = by_definition(**part(second, slice(9, 23)))
+    assert relative_error(y, torch.cat([y0, torch.cat([ya, yb], 1)])) < 1e-10
+    assert relative_error(state, torch.cat([state0, state1])) < 1e-10
+
+
+@kinds_but(("quadratic", "chunked"), "dt before a boundary gets what rounding leaves of a sum over the tokens after it")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_gradient_across_a_boundary_is_exactly_zero(form, dtype):
+    for boundary in (1, 8, 13, 39):
+        case = to(make(l=40, g=2, documents=False), dtype)
+        case["seq_idx"] = (torch.arange(40) >= boundary).long().expand(2, -1)
+        names = ("x", "dt", "B", "C", "initial_state")
+        for name in names:
+            case[name].requires_grad_()
+        y, state = form(**case)
+        later = torch.autograd.grad(y[:, boundary:].square().sum() + state.square().sum(), [case[n] for n in names])
+        for name, gradient in zip(names, later, strict=True):
+            before = gradient if name == "initial_state" else gradient[:, :boundary]
+            assert not before.any(), f"{name} leaks {float(before.abs().max()):.1e} over {boundary}"
+        y, state = form(**case)
+        earlier = torch.autograd.grad(y[:, :boundary].square().sum(), [case[n] for n in names])
+        for name, gradient in zip(names[:-1], earlier, strict=False):
+            after = gradient[:, boundary:]
+            assert not after.any(), f"{name} leaks {float(after.abs().max()):.1e} back over {boundary}"
+
+
+# -- Causality --------------------------------------------------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("token", [1, 7, 8, 21])
+def test_a_token_changes_nothing_before_it(form, token, dtype):
+    case = to(make(l=22, g=2, documents=False), dtype)
+    y, _ = form(**case)
+    for name in ("x", "dt", "B", "C"):
+        changed = {**case, name: case[name].clone()}
+        changed[name][:, token] *= 3
+        after, _ = form(**changed)
+        assert torch.equal(after[:, :token], y[:, :token]), name
+        assert not torch.equal(after[:, token:], y[:, token:]), name
+
+
+@each_kind
+def test_the_past_gets_gradients_and_the_future_exactly_none(form):
+    case = make(l=22, g=2, documents=False)
+    names = ("x", "dt", "B", "C")
+    for name in names:
+        case[name].requires_grad_()
+    y, _ = form(**case)
+    for name, gradient in zip(names, torch.autograd.grad(y[:, 12].sum(), [case[n] for n in names]), strict=True):
+        assert gradient[:, 12].any()
+        assert not gradient[:, 13:].any(), name
+
+
+# -- Dtypes -----------------------------------------------------------------------------------------------------------
+
+
+@each_kind
+def test_bfloat16_inputs_are_computed_in_float32(form):
+    case = make(l=70, g=2)
+    half = {name: case[name].bfloat16() if name in ("x", "B", "C") else case[name].float() for name in INPUTS}
+    y, state = form(**half, seq_idx=case["seq_idx"])
+    wide = {name: t.double() for name, t in half.items()}
+    y0, state0 = by_definition(**wide, seq_idx=case["seq_idx"])
+    assert y.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    assert relative_error(y, y0.bfloat16()) < 1e-3  # some of the last bits
+    assert relative_error(state, state0) < 2e-5
+
+
+@each_kind
+def test_float64_stays_float64(form):
+    y, state = form(**make(l=9))
+    assert y.dtype == state.dtype == torch.float64
+
+
+def test_decays_and_sums_are_float32_under_autocast():
+    case = to(make(l=70, g=2), torch.float32)
+    for name in INPUTS:
+        case[name].requires_grad_()
+    with Recorded() as seen, torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = ssd_chunked(**{**case, "x": case["x"].bfloat16(), "B": case["B"].bfloat16()})
+        (y.float().sum() + state.sum()).backward()
+    assert state.dtype == torch.float32
+    decays = {
+        dtype for name, _, dtype in seen.outputs if name.rstrip("_") in ("exp", "cumsum") and dtype.is_floating_point
+    }
+    assert decays and decays <= {torch.float32, torch.float64}
+
+
+def test_autocast_costs_no_more_than_rounding_the_inputs():
+    case = make(l=200, g=2)
+    y0, state0 = by_definition(**case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = ssd_chunked(**to(case, torch.float32))
+    assert relative_error(y, y0) < 1e-2
+    assert relative_error(state, state0) < 1e-2
+
+
+# -- Memory and work --------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_tensor_is_of_the_size_of_the_inputs():
+    """(b, l, h, p, n), 64 times as large, is never formed; nor are all chunks' (q, q) matrices at once."""
+    case = to(make(l=4096, h=8, g=1, b=1, p=32, n=64, documents=False), torch.float32)
+    for name in INPUTS:
+        case[name].requires_grad_()
+    with Recorded() as seen:
+        y, state = ssd_chunked(**case)
+        (y.sum() + state.sum()).backward()
+    states = (4096 // 64 + 1) * case["initial_state"].numel()
+    assert seen.largest <= max(case["x"].numel(), states)
+
+
+def plain_chunked(x, dt, A, B, C, D, q=64):
+    """Listing 1 of the paper, as autograd would have it: what a hand-written backward is compared with."""
+    l, h = x.shape[1:3]
+    B, C = (t.repeat_interleave(h // t.shape[2], dim=2).unflatten(1, (-1, q)) for t in (B, C))
+    X = (x * dt[..., None]).unflatten(1, (-1, q))
+    s = (dt * A).unflatten(1, (-1, q)).cumsum(2).permute(0, 3, 1, 2)  # (b, h, c, q)
+    causal = torch.ones(q, q, dtype=torch.bool).tril()
+    L = (s[..., :, None] - s[..., None, :]).masked_fill(~causal, -torch.inf).exp()
+    diagonal = torch.einsum("bcihn,bcjhn,bhcij,bcjhp->bcihp", C, B, L, X)
+    states = torch.einsum("bcjhn,bhcj,bcjhp->bchpn", B, (s[..., -1:] - s).exp(), X)
+    H, entering = torch.zeros_like(states[:, 0]), []
+    for k in range(l // q):
+        entering.append(H)
+        H = H * s[:, :, k, -1].exp()[..., None, None] + states[:, k]
+    through = torch.einsum("bcihn,bchpn,bhci->bcihp", C, torch.stack(entering, 1), s.exp())
+    return (diagonal + through).flatten(1, 2) + D[:, None] * x, H
+
+
+def test_a_quarter_is_kept_for_the_backward_and_half_is_the_peak(tmp_path):
+    """Bytes of PyTorch's CPU allocator, against plain autograd through the same chunks.
+
+    Kept: allocated in the forward and alive after it, beyond the inputs and the two results, which are the caller's.
+    Peak: the most that was allocated at one time in forward and backward, beyond the inputs.
+    """
+    case = to(make(l=8192, h=8, g=1, b=1, p=64, n=64, start=False, documents=False), torch.float32)
+    inputs = [case[name] for name in ("x", "dt", "A", "B", "C", "D")]
+    weight = torch.randn_like(case["x"])
+
+    def measure(form):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        with Allocated(tmp_path) as forward:
+            y, state = form(*leaves)
+        kept = forward.kept - y.nbytes - state.nbytes
+        with Allocated(tmp_path) as backward:
+            gradients = torch.autograd.grad((y, state), leaves, (weight, torch.ones_like(state)))
+        return kept, max(forward.peak, forward.kept + backward.peak), (y, state, *gradients)
+
+    kept, peak, results = measure(ssd_chunked)
+    plain_kept, plain_peak, plain_results = measure(plain_chunked)
+    for got, wanted in zip(results, plain_results, strict=True):
+        assert relative_error(got, wanted) < 2e-5
+    assert kept <= plain_kept / 4
+    assert peak <= plain_peak / 2
+
+
+def test_b_times_c_is_computed_once_a_group():
+    """The forward's floating-point operations are those of the four steps, with C·B once for the eight heads."""
+    l, h, p, n, q = 1024, 8, 16, 64, 64
+    case = to(make(l, h=h, g=1, b=1, p=p, n=n, documents=False), torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        ssd_chunked(**case, chunk_size=q)
+    products, attend, states = 2 * l * q * n, 2 * l * q * h * p, 2 * 2 * l * h * p * n
+    assert counter.get_total_flops() <= 1.1 * (products + attend + states)
+    assert counter.get_total_flops() < h * products
+
+
+# -- Extremes ---------------------------------------------------------------------------------------------------------
+
+EXTREMES = {
+    "dt of 1e3": ([-1.0, -1e4, -1e-3, -16.0], lambda dt: dt.fill_(1e3)),
+    "dt of 1e-8": ([-1.0, -1e4, -1e-3, -16.0], lambda dt: dt.fill_(1e-8)),
+    "A of -1e4": ([-1e4] * 4, lambda dt: dt),
+    "one extreme token, then ordinary ones": ([-1.0, -1e4, -1e-3, -16.0], lambda dt: dt[:, ::50].fill_(1e3)),
+    "dt from 1e-8 to 1e3 in every chunk": (
+        [-1.0, -1e4, -1e-3, -16.0],
+        lambda dt: dt.copy_(10 ** (torch.rand(dt.shape, generator=torch.Generator().manual_seed(2)) * 11 - 8)),
+    ),
+}
+
+
+def extreme(name, l):
+    A, change = EXTREMES[name]
+    case = make(l, g=2, b=1, documents=False)
+    case["A"] = torch.tensor(A).double()
+    change(case["dt"])
+    case["dt"] = case["dt"].float().double()
+    return case
+
+
+@pytest.mark.parametrize("form", [ssd_recurrent, ssd_quadratic, chunked(64)], ids=["recurrent", "quadratic", "chunked"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_are_still_right(name, form):
+    case = extreme(name, 200)
+    reference = run(by_definition, case)
+    assert_close(run(form, case), reference, 1e-8)
+    assert_close(run(form, to(case, torch.float32)), reference, 2e-5)
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_are_finite_at_4096_tokens(name):
+    case = to(extreme(name, 4096), torch.float32)
+    for values in (run(ssd_chunked, case), run_autocast(case)):
+        assert all(t.isfinite().all() for t in values.values())
+
+
+def run_autocast(case):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return run(ssd_chunked, {**case, **{name: case[name].bfloat16() for name in ("x", "B", "C")}})
