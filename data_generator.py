@@ -9,6 +9,7 @@ Kinds, templates, the files it leaves and the server's own settings are describe
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -26,6 +28,9 @@ from mamba2_min.datagen.progress import Progress
 from mamba2_min.datagen.report import summarize
 from mamba2_min.datagen.store import Store
 from mamba2_min.errors import UserError, printable, run_script
+
+if TYPE_CHECKING:
+    from mamba2_min.datagen.asking import Asker, Manner
 
 DRY_RUN_PROMPTS = 10
 MOST_OPENINGS = 5  # in the table at the end
@@ -71,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
         "--num-ctx", type=int, default=4096, metavar="N", help="the model's context in tokens (%(default)s)"
     )
     model.add_argument("--num-predict", type=int, default=2048, metavar="N", help="most tokens an answer (%(default)s)")
-    model.add_argument("--keep-alive", default="30m", metavar="TIME", help="the server keeps the model loaded (30m)")
+    model.add_argument(
+        "--keep-alive", default="30m", metavar="TIME", help="the model stays loaded: 30m, 2h, -1 for good (30m)"
+    )
 
     kept = result.add_argument_group("what is kept")
     kept.add_argument("--min-words", type=int, metavar="N", help="(20, or what the kind says)")
@@ -119,7 +126,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--backoff has to be a number of seconds, 0 or more")
     if not 0 < args.similarity <= 1:
         raise UserError("--similarity has to lie above 0 and not above 1")
-    if not args.temperature >= 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1:
         raise UserError("--temperature has to be 0 or more, and --top-p above 0 and not above 1")
     if args.num_predict >= args.num_ctx:
         raise UserError(f"--num-predict {args.num_predict} leaves no room for a prompt in --num-ctx {args.num_ctx}")
@@ -144,11 +151,12 @@ def write(kind: Kind, args: argparse.Namespace) -> int:
     from mamba2_min.datagen.generator import Job, generate
 
     rules, stop = rules_of(kind, args), threading.Event()
-    asker = Asker(args.model, args.host, manner_of(args, rules), stop)
+    manner = manner_of(args, rules)
+    asker = Asker(args.model, args.host, manner, stop)
     job = Job(
         kind, args.documents, args.seed, rules, args.with_prompts, args.workers, args.similarity, args.max_rejections
     )
-    show_settings(kind, args, rules, asker.address)
+    show_settings(kind, args, rules, manner, asker.address)
     with Store(args.out) as store:
         for note in store.notes:
             print(f"note: {printable(note)}")
@@ -167,11 +175,11 @@ def write(kind: Kind, args: argparse.Namespace) -> int:
             bar.close()
             show_table(store, bar)
         if complete:
-            print(f"\nnext: python train.py --data {shlex.quote(str(data_folder(args.out)))}")
+            print(f"next: python train.py --data {shlex.quote(str(data_folder(args.out)))}")
             return 0
         sys.stdout.flush()
         print(
-            f"\nstopped with {len(store)} of {args.documents} documents in {args.out}; to go on, start the same "
+            f"stopped with {len(store)} of {args.documents} documents in {args.out}; to go on, start the same "
             f"command again:\n  python {printable(shlex.join(sys.argv))}",
             file=sys.stderr,
         )
@@ -187,12 +195,12 @@ def rules_of(kind: Kind, args: argparse.Namespace) -> Rules:
     return Rules(least, most, args.language)
 
 
-def manner_of(args: argparse.Namespace, rules: Rules):
+def manner_of(args: argparse.Namespace, rules: Rules) -> Manner:
     from mamba2_min.datagen.asking import Manner
 
     return Manner(
         options={name: getattr(args, name) for name in ("temperature", "top_p", "num_ctx", "num_predict")},
-        keep_alive=args.keep_alive,
+        keep_alive=int(args.keep_alive) if re.fullmatch(r"-?\d+", args.keep_alive) else args.keep_alive,
         timeout=args.timeout,
         first_timeout=args.first_timeout,
         max_seconds=args.max_seconds,
@@ -227,7 +235,7 @@ def data_folder(out: Path) -> Path:
 class Bar(Progress):
     """A bar in documents, with tokens/s, the rejected and the time left; it moves while an answer comes in."""
 
-    def __init__(self, documents: int, there: int, asker):
+    def __init__(self, documents: int, there: int, asker: Asker):
         super().__init__()
         self._asker = asker
         self._past = deque([(time.monotonic(), asker.tokens)])
@@ -269,24 +277,28 @@ class Bar(Progress):
         self._bar.close()
 
 
-def show_settings(kind: Kind, args: argparse.Namespace, rules: Rules, address: str) -> None:
+def show_settings(kind: Kind, args: argparse.Namespace, rules: Rules, manner: Manner, address: str) -> None:
     """The settings as resolved, before anything is done."""
-    print(
-        printable(
-            f"model    {args.model} at {address}, {args.workers} at once, temperature {args.temperature:g}, top-p "
-            f"{args.top_p:g}, context {args.num_ctx}, at most {args.num_predict} tokens an answer\n"
-            f"writes   {args.documents} {kind.name} in {args.out}, seed {args.seed}"
-            + (f", topics of {args.topics}" if args.topics else "")
-            + (", with the requests" if args.with_prompts or kind.answer else "")
-            + f"\nkeeps    {rules.min_words} to {rules.max_words} words"
-            + (f", in {LANGUAGES[rules.language].name}" if rules.language else "")
-            + f", less than {args.similarity:.0%} like any other\n"
-            f"waits    {args.first_timeout:g} s for a first word, {args.timeout:g} s for the next, "
-            f"{args.max_seconds:g} s for an answer, {args.retries} retries\n",
-            keep="\n",
-        ),
-        flush=True,
+    options = ", ".join(f"{name} {value:g}" for name, value in manner.options.items())
+    topics = f", topics of {args.topics}" if args.topics else ""
+    requests = ", with the requests" if args.with_prompts or kind.answer else ""
+    language = f", in {LANGUAGES[rules.language].name}" if rules.language else ""
+    waits = f"{manner.first_timeout:g} s for a first word, {manner.timeout:g} s for the next"
+    show_rows(
+        ("model", f"{args.model} at {address}, {args.workers} at once"),
+        ("options", options),
+        ("writes", f"{args.documents} {kind.name} in {args.out}, seed {args.seed}{topics}{requests}"),
+        ("keeps", f"{rules.min_words} to {rules.max_words} words, less than {args.similarity:.0%} alike{language}"),
+        ("waits", f"{waits}, {manner.max_seconds:g} s for an answer, {manner.retries} retries"),
     )
+
+
+def show_rows(*rows: tuple[str, str]) -> None:
+    """Names and values, one below the other."""
+    width = max(len(name) for name, _ in rows) + 3
+    for name, value in rows:
+        print(printable(f"{name:{width}}{value}"))
+    print(flush=True)
 
 
 def show_table(store: Store, progress: Progress) -> None:
@@ -296,7 +308,7 @@ def show_table(store: Store, progress: Progress) -> None:
     def so_far(count: int, here: int) -> str:
         return f"{count:,}" if count == here else f"{count:,} ({here:,} in this run)"
 
-    rows = [
+    show_rows(
         ("kept", so_far(summary.documents, progress.kept)),
         ("rejected", so_far(store.rejected.total(), progress.rejected.total())),
         *((f"  {reason}", so_far(n, progress.rejected[reason])) for reason, n in store.rejected.most_common()),
@@ -305,11 +317,7 @@ def show_table(store: Store, progress: Progress) -> None:
         ("unique openings", f"{summary.unique_openings:.0%} of the documents' first four words"),
         *((f"  {count:,} times", text) for text, count in summary.openings.most_common(MOST_OPENINGS)),
         ("tokens", f"{summary.tokens:,} for train.py"),
-    ]
-    width = max(len(name) for name, _ in rows) + 3
-    print()
-    for name, value in rows:
-        print(printable(f"{name:{width}}{value}"))
+    )
 
 
 if __name__ == "__main__":

@@ -102,8 +102,9 @@ def test_two_hundred_documents_in_spite_of_faults(server, tmp_path):
     assert "200/200" in done.stderr and "tokens/s" in done.stderr and f"{len(rejected)} rejected" in done.stderr
 
 
-def test_ten_kills_at_random_moments(server, tmp_path):
-    out, chance, documents = tmp_path / "out", random.Random(4), 60
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
+def test_ten_kills_at_random_moments(server, tmp_path, seed):
+    out, chance, documents = tmp_path / "out", random.Random(seed), 60
     server.misbehave = faults(0.3, PASSING + LASTING + HARMLESS)
     args = command("--host", server.url, "--documents", documents, "--out", out, "--workers", 2, *QUICK)
     kills = 0
@@ -206,6 +207,11 @@ def test_what_it_writes_is_what_train_reads(server, tmp_path):
 def test_nobody_at_home(tmp_path):
     done = run("--host", "localhost:9", "--out", tmp_path, "--documents", 3)
     one_line(done, "localhost:9.*`ollama serve`")
+
+
+def test_a_model_that_stays_loaded_for_good(server, tmp_path):
+    assert run("--host", server.url, "--out", tmp_path, "--documents", 1, "--keep-alive=-1").returncode == 0
+    assert server.asked_for("/api/chat")[0]["keep_alive"] == -1
 
 
 def test_the_address_may_come_from_the_environment(server, tmp_path):

@@ -45,7 +45,7 @@ class Manner:
     """How to ask; see the head of this file. Times in seconds; `options` go to the model as they are."""
 
     options: Mapping[str, float] = field(default_factory=dict)
-    keep_alive: str = "30m"
+    keep_alive: str | int = "30m"
     timeout: float = 60.0
     first_timeout: float = 300.0
     max_seconds: float = 900.0
