@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -49,10 +50,26 @@ def has_amx() -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 for the matrix products of what runs inside; parameters, states and sums stay float32."""
-    if precision == "float32":
+    """What a forward pass runs in: on a GPU in bf16, projections and their results; states and sums stay float32."""
+    if precision == "float32" or device.type == "cpu":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def matmul_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """What forward and backward run in: how products of float32 matrices are rounded on their way in.
+
+    With "bf16" a CPU rounds the operands to bf16, all else stays float32, and a GPU rounds what autocast leaves in
+    float32 to TF32. With "float32" nothing is rounded.
+    """
+    before = torch.get_float32_matmul_precision()
+    rounded = "medium" if device.type == "cpu" else "high"
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else rounded)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def free_memory(device: torch.device) -> int | None:

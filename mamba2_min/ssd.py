@@ -32,6 +32,8 @@ in one large matrix product; callers see (p, n).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,6 +48,19 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _BLOCK_ELEMENTS_GPU = 1 << 26
 
 
+def _in_full_precision(function):
+    """Runs `function` without autocast: a state, a sum or a decay in bf16 would lose what the scan is there to keep."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.autocast(next(tensors).device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_in_full_precision
 def ssd_recurrent(
     x: Tensor,
     dt: Tensor,
@@ -72,6 +87,7 @@ def ssd_recurrent(
     return torch.stack(ys, dim=1), state
 
 
+@_in_full_precision
 def ssd_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -82,14 +98,15 @@ def ssd_step(
     b, h, p, n = state.shape
     g = B.shape[1]
     xw, dtw, Aw, Bw, Cw = (t.to(state.dtype) for t in (x, dt, A, B, C))
-    update = ((dtw[..., None] * xw).view(b, g, -1, 1) * Bw[:, :, None, :]).view(b, h, p, n)
+    update = ((dtw[..., None] * xw).reshape(b, g, -1, 1) * Bw[:, :, None, :]).view(b, h, p, n)
     state = torch.addcmul(update, state, (dtw * Aw).exp()[:, :, None, None])
-    y = (state.view(b, g, -1, n) @ Cw[..., None]).view(b, h, p)
+    y = (state.reshape(b, g, -1, n) @ Cw[..., None]).view(b, h, p)
     if D is not None:
         y = y + D.to(state.dtype)[:, None] * xw
     return y.to(x.dtype), state
 
 
+@_in_full_precision
 def ssd_quadratic(
     x: Tensor,
     dt: Tensor,
@@ -108,18 +125,20 @@ def ssd_quadratic(
     b, l, h, p = x.shape
     g, n, wide = B.shape[2], B.shape[3], H0.dtype
     xw, dtw, Aw, Bw, Cw = (t.to(wide) for t in (x, dt, A, B, C))
-    xw, dtw, H0 = xw.view(b, l, g, -1, p), dtw.view(b, l, g, -1), H0.view(b, g, -1, p, n)
+    xw, dtw, H0 = xw.reshape(b, l, g, -1, p), dtw.reshape(b, l, g, -1), H0.reshape(b, g, -1, p, n)
 
     a = (dtw * Aw.view(g, -1)).movedim(1, -1)  # (b, g, r, l)
     segment = _segments(seq_idx, b, l, x.device)
     visible = (segment[:, :, None] == segment[:, None, :]).tril()[:, None, None]  # (b, 1, 1, l, l)
-    s = a.clamp_min(_FORGOTTEN).to(_sum_dtype(x.device)).cumsum(-1)
-    L = (s[..., :, None] - s[..., None, :]).to(wide).masked_fill(~visible, -torch.inf).exp()
+    # a_{j+1} + ... + a_i in row i, column j, summed downwards rather than as a difference of two sums: exact
+    # whatever came before.
+    exponent = a[..., :, None].expand(*a.shape, l).tril(-1).cumsum(-2)
+    L = exponent.masked_fill(~visible, -torch.inf).exp()
     M = torch.einsum("bign,bjgn->bgij", Cw, Bw)[:, :, None] * L * dtw.movedim(1, -1)[..., None, :]
     y = torch.einsum("bgrij,bjgrp->bigrp", M, xw)
 
     # What the initial state still adds, and what is left of everything at the end.
-    from_start = (s.to(wide).exp() * (segment == 0)[:, None, None]).movedim(-1, 1)  # (b, l, g, r)
+    from_start = (a.cumsum(-1).exp() * (segment == 0)[:, None, None]).movedim(-1, 1)  # (b, l, g, r)
     y = y + torch.einsum("bign,bgrpn,bigr->bigrp", Cw, H0, from_start)
     to_end = L[..., -1, :].movedim(-1, 1) * dtw
     state = torch.einsum("bjgr,bjgn,bjgrp->bgrpn", to_end, Bw, xw) + from_start[:, -1, ..., None, None] * H0
@@ -129,6 +148,7 @@ def ssd_quadratic(
     return y.to(x.dtype), state.reshape(b, h, p, n)
 
 
+@_in_full_precision
 def ssd_chunked(
     x: Tensor,
     dt: Tensor,
@@ -199,6 +219,7 @@ class _ChunkedScan(torch.autograd.Function):
         return y.view(b, l, h, p), _to_outer(final)
 
     @staticmethod
+    @_in_full_precision
     def backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape
@@ -215,30 +236,26 @@ class _ChunkedScan(torch.autograd.Function):
 
         dx, ddt = x.new_empty(xm.shape), torch.empty_like(dtm)
         dB, dC = Bm.new_empty(Bm.shape), Cm.new_empty(Cm.shape)
-        ds = torch.empty_like(dtm, dtype=_sum_dtype(x.device))
+        da = torch.empty_like(dtm)
         for part in _parts(len(xm), h * q * q, x.device):
             X, dY, dtp, Bp, Cp = xm[part], dym[part], dtm[part], Bm[part], Cm[part]
             L = _decay_matrix(s, part)
             G = _products(Bm, Cm, visible, part)
 
-            # Step 4, with M = G L dt_j. dM is dY x^T; E is its derivative by each exponent s_i - s_j. E's diagonal,
-            # where the exponent is zero whatever s is, is left out of both sums, where it would cancel but for
-            # rounding; and the sums are wide, because what remains of their difference may be little.
+            # Step 4, with M = G L dt_j. dM is dY x^T; E is its derivative by each exponent a_{j+1} + ... + a_i.
             dM = torch.einsum("migrp,mjgrp->mgrij", dY, X)
             dM *= L
             dM *= dtp.movedim(1, -1)[..., None, :]
             dG = dM.sum(2) * visible[part if len(visible) > 1 else slice(None)]
             E = dM.mul_(G)
-            E.diagonal(dim1=-2, dim2=-1).zero_()
-            exponent = (E.sum(-1, dtype=ds.dtype) - E.sum(-2, dtype=ds.dtype)).movedim(-1, 1)  # (m, q, g, r)
+            # a_k is in the exponents with j < k <= i: their sum is had without a difference, so nothing cancels.
+            between = E.cumsum_(-1).tril_(-1).sum(-2)[..., :-1].movedim(-1, 1)  # k = 1 to q - 1
             u = torch.einsum("mgrij,migrp->mjgrp", L.mul_(G), dY)
             direct = (X * u).sum(-1)
 
             # Step 1: a token's x and B, through the state that leaves the chunk.
             v = torch.einsum("mqgn,mgnrp->mqgrp", Bp, dadded[part]).mul_(leave[part][..., None])
             written = (X * v).sum(-1)
-            end = written * dtp
-            end[:, -1] = 0  # the last token leaves undecayed
             dBp = torch.einsum("mgnrp,mqgrp->mqgn", dadded[part], X * (leave[part] * dtp)[..., None])
             dB[part] = dBp + torch.einsum("mgij,mign->mjgn", dG, Cp)
             dX = v.add_(u).mul_(dtp[..., None])
@@ -249,18 +266,18 @@ class _ChunkedScan(torch.autograd.Function):
             dC[part] = dCp + torch.einsum("mgij,mjgn->mign", dG, Bp)
             start = weighted.mul_(torch.einsum("mqgn,mgnrp->mqgrp", Cp, states[part])).sum(-1)
 
-            ds[part] = exponent + start - end
-            # Step 2: s at the chunk's end also carries the entering state across.
+            # Every a up to i decays what i reads of the entering state, every a after j what j leaves behind, and
+            # all of them (step 2) what is carried across.
             carried = across[part] * (states[part] * dadded[part]).sum(-1).sum(2)
-            ds[part][:, -1] += end.sum(1) + carried
+            da[part] = start.flip(1).cumsum(1).flip(1) + carried[:, None]
+            da[part][:, 1:] += between + (written * dtp).cumsum(1)[:, :-1]
             ddt[part] = direct + written
             if D is not None:
                 dX.addcmul_(dY, D.view(g, -1, 1))
             dx[part] = dX
 
-        da = ds.flip(1).cumsum(1).flip(1)  # s is the cumulative sum of a, so da is that of ds from the other end
         ddt += da * A.view(g, -1)
-        dA = (da * dtm).sum((0, 1)).view(h).to(A.dtype)
+        dA = (da * dtm).sum((0, 1)).view(h)
         dD = None if D is None else (dym * xm).sum(-1).sum((0, 1)).view(h)
         return (
             dx.view(b, l, h, p), ddt.view(b, l, h), dA, dB.view(b, l, g, n), dC.view(b, l, g, n), dD,

@@ -7,17 +7,17 @@
 
 A run's folder: config.json, tokenizer.json, model.pt (the best on validation), last.pt (to go on),
 metrics.jsonl, loss.png. On a CPU a run bounded by steps ends with the same weights, bit for bit, however often it was
-stopped and resumed.
+stopped, killed and resumed: whatever the next step depends on is in last.pt, and what the files beside it hold beyond
+that is made again or taken back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,75 +26,27 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_min import checkpoint, devices
-from mamba2_min.corpus import Corpus, Windows
-from mamba2_min.errors import UserError
+from mamba2_min.corpus import IGNORE, Corpus, Windows
+from mamba2_min.errors import UserError, printable
 from mamba2_min.evaluation.perplexity import Score, evaluate
+from mamba2_min.guards import LossGuard, deferred_signals
 from mamba2_min.metrics import MetricsLog, read_metrics
+from mamba2_min.settings import ACCEPTABLE, Settings, defaults, learning_rate
 
+__all__ = ["Result", "Settings", "Trainer", "decay_groups", "learning_rate"]
 
-@dataclass(frozen=True)
-class Settings:
-    """How to train. Impossible values raise ValueError."""
-
-    context: int = 256  # tokens a window; what is remembered from before a window is not trained
-    batch_size: int = 8  # windows a step
-    micro_batch: int = 0  # windows at a time; their gradients add up to those of the whole batch; 0: all at once
-    max_steps: int = 0  # 0: as many as make 20 passes over the training part, at least 200
-    max_minutes: float = 0.0  # 0: no limit. The learning rate then also falls with the clock
-    eval_every: int = 100  # steps
-    save_every: int = 100  # steps; also at every evaluation that is the best, at the end and on a signal
-    patience: int = 5  # evaluations without a better one, then it stops; 0: never
-    min_delta: float = 0.0  # nats by which the loss must fall to count as better
-    lr: float = 3e-3  # the peak
-    min_lr: float = 1e-5
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0  # largest norm of the gradient; 0: none
-    seed: int = 0
-    precision: str = "auto"
-    log_every: int = 10  # steps a training line of metrics.jsonl is the mean of
-    max_bad_steps: int = 10  # steps in a row whose loss or gradient is not finite, then it stops
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("context", 1), ("batch_size", 1), ("micro_batch", 0), ("max_steps", 0), ("eval_every", 1),
-            ("save_every", 1), ("patience", 0), ("warmup_steps", 0), ("seed", 0), ("log_every", 1),
-            ("max_bad_steps", 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        for name in ("max_minutes", "min_delta", "lr", "min_lr", "weight_decay", "clip"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}")
-        if self.lr <= 0:
-            raise ValueError("lr must be above 0")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr must not exceed lr, and {self.min_lr} is above {self.lr}")
+_SECONDS_BETWEEN_PICTURES = 30  # drawing takes a good part of a second, which short evaluations would feel
 
 
 @dataclass(frozen=True)
 class Result:
     """How a training ended."""
 
-    reason: str  # "max_steps", "max_minutes", "patience", "signal", "not finite"
+    reason: str  # "max_steps", "max_minutes", "patience", "signal", "bad steps"
     step: int
     best_step: int
-    best: Score
+    best: Score | None  # None where no evaluation was finite
     signal: int = 0  # the signal that ended it, if one did
-
-
-def learning_rate(progress: float, step: int, settings: Settings) -> float:
-    """Linear warm-up over warmup_steps, then a cosine from lr to min_lr as `progress` goes from 0 to 1."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -118,8 +70,12 @@ def _resolved(settings: Settings, windows: Windows) -> Settings:
 class Trainer:
     """Trains `model` on `corpus` in the folder `out`. `resume` goes on from its last.pt, where there is one.
 
-    `report(event, values)` is called after every step ("step"), evaluation ("evaluation"), skipped step ("skipped"):
-    what a screen shows. Raises UserError where the run cannot begin or go on.
+    Nothing is written before `train()`. With `accept_documents` a run goes on with other documents than those it was
+    begun with: from the start of the new ones, and with a new best. Of the settings only ACCEPTABLE may differ.
+
+    `report(event, values)` is called after every step ("step"), evaluation ("evaluation"), skipped step ("skipped") and
+    halved micro-batch ("memory"): what a screen shows. `notes` holds lines that a user should read before the start.
+    Raises UserError where the run cannot begin or go on.
     """
 
     def __init__(
@@ -131,34 +87,40 @@ class Trainer:
         device: torch.device | str = "cpu",
         resume: bool = False,
         report: Callable[[str, dict[str, Any]], None] = lambda event, values: None,
+        accept_documents: bool = False,
     ):
         self.out = Path(out)
         self.device = torch.device(device)
         self.precision = devices.pick_precision(settings.precision, self.device)
+        self.autocast = devices.autocast(self.device, self.precision)
+        if settings.deterministic and self.device.type == "cuda":
+            devices.make_deterministic()
         self.model = model.to(self.device)
         self.corpus, self.report = corpus, report
         self.windows = Windows(corpus.train, settings.context, settings.batch_size, settings.seed)
+        self.asked = settings
         self.settings = settings = _resolved(settings, self.windows)
+        self.micro_batch = min(settings.micro_batch or settings.batch_size, settings.batch_size)
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.model, settings.weight_decay),
             lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=self.device.type in ("cpu", "cuda"),
         )  # fmt: skip
+        self.guard = LossGuard(settings.spike)
+        self.log = MetricsLog(self.out / checkpoint.METRICS)
         self.step = 0
         self.seconds = 0.0  # of training, over all sittings
         self.best: Score | None = None
         self.best_step = 0
         self.evaluated_step = -1
         self.stale = 0  # evaluations since the best
-        self.bad_steps = 0  # in a row
-        self.skipped = 0
         self.pending: list[float] = []  # training losses that are not in metrics.jsonl yet
-        self.log = MetricsLog(self.out / checkpoint.METRICS)
-        self.autocast = devices.autocast(self.device, self.precision)
+        self.notes = [self.windows.note] if self.windows.note else []
+        self._records = 0  # of metrics.jsonl, when last.pt was written
+        self._since = self._drawn = -math.inf  # the clock, when `seconds` was counted and when loss.png was drawn
         torch.manual_seed(settings.seed)
-        if resume and (self.out / checkpoint.RESUME).exists():
-            self._load()
-        else:
-            self._begin()
+        self.resumed = resume and (self.out / checkpoint.RESUME).is_file()
+        if self.resumed:
+            self._load(accept_documents)
 
     @property
     def progress(self) -> float:
@@ -166,40 +128,62 @@ class Trainer:
         done = self.step / self.settings.max_steps
         return max(done, self.seconds / 60 / self.settings.max_minutes) if self.settings.max_minutes else done
 
-    def train(self) -> Result:
-        """Trains to the end, leaves the best model in model.pt and in `self.model`, and says how it ended."""
-        with _deferred_signals() as caught:
-            while True:
-                reason = self._ended()
-                if not reason and caught:
-                    reason = "signal"
-                if reason:
-                    break
-                began = time.perf_counter()
-                self._step()
-                better = self.step % self.settings.eval_every == 0 and self._evaluate()
-                self.seconds += time.perf_counter() - began
-                if better or self.step % self.settings.save_every == 0:
-                    self.save()
-            if reason != "signal" and self.evaluated_step != self.step:
-                self._evaluate()
-            self.save()
-        if reason != "signal":
-            self._restore_best()
-        return Result(reason, self.step, self.best_step, self.best, caught[0] if reason == "signal" else 0)
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the steps or the minutes are over, at the speed so far; None before the first step."""
+        return self.seconds / self.progress * (1 - min(self.progress, 1)) if self.seconds and self.progress else None
 
-    def _ended(self) -> str:
+    def ended(self) -> str:
+        """Why the run is over (see `Result.reason`), or "" where it is not."""
         s = self.settings
-        if self.bad_steps >= s.max_bad_steps:
-            return "not finite"
+        if self.guard.in_a_row >= s.max_bad_steps:
+            return "bad steps"
         if s.patience and self.stale >= s.patience:
             return "patience"
         if self.step >= s.max_steps:
             return "max_steps"
         return "max_minutes" if s.max_minutes and self.seconds >= 60 * s.max_minutes else ""
 
+    def train(self) -> Result:
+        """Trains to the end, leaves the best model in model.pt and in `self.model`, and says how it ended.
+
+        A run that had ended already is left as it is. Raises UserError where the disk is full or memory runs out; what
+        was saved before is then still there.
+        """
+        over = self.resumed and self.evaluated_step == self.step and self.ended()
+        if over:
+            self._mend_best()
+            reason, caught = over, []
+        else:
+            try:
+                reason, caught = self._run()
+            except (RuntimeError, MemoryError) as error:
+                if not devices.is_out_of_memory(error):
+                    raise
+                raise self._out_of_memory() from error
+        if reason != "signal":
+            self._restore_best()
+        return Result(reason, self.step, self.best_step, self.best, caught[0] if reason == "signal" else 0)
+
+    def _run(self) -> tuple[str, list[int]]:
+        """Steps until there is a reason to stop: the reason, and the signals that came."""
+        self._begin()
+        self._since = time.perf_counter()
+        with deferred_signals() as caught:
+            while not (reason := self.ended() or ("signal" if caught else "")):
+                self._step()
+                best = self.step % self.settings.eval_every == 0 and self._evaluate()
+                if self.step % self.settings.save_every == 0 and not best:
+                    self.save()
+                self._count_time()
+            if reason != "signal" and self.evaluated_step != self.step:
+                self._evaluate()
+            self.save()
+            self._draw()
+        return reason, caught
+
     def _step(self) -> None:
-        """One step of the optimiser; a loss or a gradient that is not finite changes nothing and is counted."""
+        """One step of the optimiser, unless the guard finds fault with its loss or gradient: then nothing changes."""
         s = self.settings
         self.model.train()
         lr = learning_rate(self.progress, self.step, s)
@@ -207,35 +191,52 @@ class Trainer:
             group["lr"] = lr
         began = time.perf_counter()
         input_ids, targets = next(self.windows)
-        loss = self._backward(input_ids, targets)
+        loss = self._gradients(input_ids, targets)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf))
         self.step += 1
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
-            self.bad_steps = 0
-            self.pending.append(loss)
+        why = self.guard.judge(loss, norm, share=float((targets != IGNORE).float().mean()))
+        if why:
+            self.report("skipped", {"step": self.step, "loss": loss, "norm": norm, "why": why})
         else:
-            self.bad_steps += 1
-            self.skipped += 1
-            self.report("skipped", {"step": self.step, "loss": loss, "norm": norm})
+            self.optimizer.step()
+            self.pending.append(loss)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.step % s.log_every == 0 and self.pending:
-            self.log.append(
-                step=self.step, split="train", loss=sum(self.pending) / len(self.pending), lr=lr, norm=norm,
-                epoch=self.windows.epochs,
-            )  # fmt: skip
-            self.pending = []
+        if self.step % s.log_every == 0:
+            self._log_training(lr, norm)
         self.report("step", {
             "step": self.step, "loss": loss, "lr": lr, "tokens": input_ids.numel(),
             "seconds": time.perf_counter() - began,
         })  # fmt: skip
 
+    def _log_training(self, lr: float, norm: float) -> None:
+        """One line for the steps since the last: the mean loss of those that were taken."""
+        loss = sum(self.pending) / len(self.pending) if self.pending else math.nan
+        self.log.append(
+            step=self.step, split="train", loss=loss, lr=lr, norm=norm, epoch=self.windows.epochs,
+            skipped=self.guard.skipped,
+        )  # fmt: skip
+        self.pending = []
+
+    def _gradients(self, input_ids: Tensor, targets: Tensor) -> float:
+        """The gradients and the mean loss of a batch; where memory runs out, again with half the micro-batch."""
+        while True:
+            try:
+                return self._backward(input_ids, targets)
+            except (RuntimeError, MemoryError) as error:
+                if not devices.is_out_of_memory(error) or not self.settings.adapt_micro_batch or self.micro_batch == 1:
+                    raise
+            # Not before the error is forgotten: it holds on to the tensors that there was no room for.
+            self.optimizer.zero_grad(set_to_none=True)
+            devices.release_memory(self.device)
+            self.micro_batch = -(-self.micro_batch // 2)
+            self.report("memory", {"step": self.step + 1, "micro_batch": self.micro_batch})
+
     def _backward(self, input_ids: Tensor, targets: Tensor) -> float:
         """Adds the gradients of a batch's mean loss, micro-batch by micro-batch, and returns that loss."""
-        micro = self.settings.micro_batch or len(input_ids)
-        counts = [int((part != -100).sum()) for part in targets.split(micro)]
+        counts = [int((part != IGNORE).sum()) for part in targets.split(self.micro_batch)]
         total = 0.0
-        for ids, wanted, count in zip(input_ids.split(micro), targets.split(micro), counts, strict=True):
+        parts = zip(input_ids.split(self.micro_batch), targets.split(self.micro_batch), counts, strict=True)
+        for ids, wanted, count in parts:
             with self.autocast:
                 loss = self.model.loss(ids.to(self.device), wanted.to(self.device))
             loss = loss * (count / sum(counts))
@@ -252,68 +253,147 @@ class Trainer:
         better = math.isfinite(score.loss) and (
             self.best is None or score.loss < self.best.loss - self.settings.min_delta
         )
+        self.evaluated_step = self.step
         self.stale = 0 if better else self.stale + 1
-        if better:
-            self.best, self.best_step = score, self.step
-            checkpoint.save_model(self.out, self.model.config, self.model.state_dict())
         self.log.append(
             step=self.step, split="validation", loss=score.loss, perplexity=score.perplexity,
             bits_per_byte=score.bits_per_byte, best=better,
         )  # fmt: skip
-        self.evaluated_step = self.step
-        self._draw()
+        if better:
+            self.best, self.best_step = score, self.step
+            self.save()  # before model.pt, which is thus never of a step that a resumed run has not reached
+            checkpoint.save_model(self.out, self.model.config, self.model.state_dict())
+        if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_PICTURES:
+            self._draw()
         self.report("evaluation", {"step": self.step, "score": score, "best": better, "stale": self.stale})
         return better
 
     def _draw(self) -> None:
         from mamba2_min.plots import plot_loss  # matplotlib takes a second to import: not before it is needed
 
-        plot_loss(read_metrics(self.log.path), self.out / checkpoint.CURVE, title=str(self.out))
+        title = printable(str(self.out)).replace("$", r"\$")  # between two of them would be a formula
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a folder's name may have letters that the font lacks
+            plot_loss(read_metrics(self.log.path), self.out / checkpoint.CURVE, title=title)
+        self._drawn = time.perf_counter()
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
 
     def save(self) -> None:
-        """Writes last.pt: everything that the next step depends on."""
+        """Writes last.pt: everything that the next step depends on. The lines of metrics.jsonl are on disk before."""
+        self._count_time()
+        self.log.flush()
         checkpoint.save_tensors(self.out / checkpoint.RESUME, {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "windows": self.windows.state_dict(), "torch_rng": torch.get_rng_state(),
+            "windows": self.windows.state_dict(), "guard": self.guard.state_dict(),
+            "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "step": self.step, "seconds": self.seconds, "pending": self.pending,
+            "step": self.step, "seconds": self.seconds, "pending": self.pending, "records": self.log.records,
             "best": dataclasses.asdict(self.best) if self.best else None, "best_step": self.best_step,
-            "evaluated_step": self.evaluated_step, "stale": self.stale,
-            "bad_steps": self.bad_steps, "skipped": self.skipped,
-            "digest": self.corpus.digest,
+            "evaluated_step": self.evaluated_step, "stale": self.stale, "micro_batch": self.micro_batch,
+            "settings": dataclasses.asdict(self.asked), "config": self.model.config.to_dict(),
+            "documents": self.corpus.digest, "tokenizer": self.corpus.tokenizer.digest(),
+            "environment": self._environment(),
         })  # fmt: skip
 
+    def _environment(self) -> dict[str, Any]:
+        """What the last bit of a sum depends on, beside the numbers."""
+        return {
+            "torch": torch.__version__, "device": self.device.type, "precision": self.precision,
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
     def _begin(self) -> None:
+        """Leaves the folder as the next step expects it: of a new run, or of the saved one at its saved step."""
+        if self.resumed:
+            self.log.rewind(self._records)
+            self._mend_best()
+            return
         checkpoint.make_folder(self.out)
-        for name in (checkpoint.WEIGHTS, checkpoint.RESUME, checkpoint.METRICS, checkpoint.CURVE):
-            (self.out / name).unlink(missing_ok=True)
+        for name in (checkpoint.RESUME, checkpoint.WEIGHTS, checkpoint.METRICS, checkpoint.CURVE):
+            checkpoint.remove(self.out / name)
         self.corpus.tokenizer.save(self.out / checkpoint.TOKENIZER)
+        checkpoint.flush(self.out / checkpoint.TOKENIZER)
         checkpoint.save_json(self.out / checkpoint.CONFIG, self.model.config.to_dict())
 
-    def _load(self) -> None:
+    def _load(self, accept_documents: bool) -> None:
         path = self.out / checkpoint.RESUME
         saved = checkpoint.load_tensors(path)
         try:
-            if saved["digest"] != self.corpus.digest:
-                raise UserError(
-                    f"the documents are not those that {self.out} was trained on; bring them back, or train anew with "
-                    "another --out"
-                )
+            self._check_same(saved, accept_documents)
             checkpoint.load_weights(self.model, saved["model"], path)
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.windows.load_state_dict(saved["windows"])
-            self.step, self.seconds, self.pending = saved["step"], saved["seconds"], saved["pending"]
-            self.best = Score(**saved["best"]) if saved["best"] else None
-            self.best_step, self.evaluated_step, self.stale = (
-                saved["best_step"], saved["evaluated_step"], saved["stale"],
-            )  # fmt: skip
-            self.bad_steps, self.skipped = saved["bad_steps"], saved["skipped"]
+            self._load_optimizer(saved["optimizer"])
+            self._load_counts(saved)
+            self.guard.load_state_dict(saved["guard"])
+            if saved["documents"] == self.corpus.digest:
+                self.windows.load_state_dict(saved["windows"])
+            else:
+                self.best, self.best_step, self.evaluated_step, self.stale = None, 0, -1, 0
+                self.notes.append("other documents than before: read from their start, with a new best to be found")
             torch.set_rng_state(saved["torch_rng"])
             if self.device.type == "cuda" and saved["cuda_rng"]:
                 torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is not a training that can go on: {error}") from error
-        self.log.rewind(self.step)
+            changed = _difference(saved["environment"], self._environment())
+        except UserError:
+            raise
+        except Exception as error:  # a file that was damaged or made by something else fails in many ways
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise UserError(f"{path} is not a training that can go on: {reason}") from error
+        if changed:
+            self.notes.append(f"the last bits may differ from those of an undisturbed run: {changed}")
+
+    def _check_same(self, saved: dict[str, Any], accept_documents: bool) -> None:
+        """Raises UserError where the run in last.pt is another one than this."""
+        before = {**defaults(Settings), **saved["settings"]}
+        for name, value in dataclasses.asdict(self.asked).items():
+            if name not in ACCEPTABLE and before[name] != value:
+                raise UserError(f"{name} was {before[name]} when the run in {self.out} began, and is now {value}")
+        changed = _difference(saved["config"], self.model.config.to_dict())
+        if changed:
+            raise UserError(f"the model is not that of the run in {self.out}: {changed}")
+        if saved["tokenizer"] != self.corpus.tokenizer.digest():
+            raise UserError(
+                f"the vocabulary in {self.out / checkpoint.TOKENIZER} is not that with which the run was begun; bring "
+                "that file back, or train anew with another --out"
+            )
+        if saved["documents"] != self.corpus.digest and not accept_documents:
+            raise UserError(
+                f"the documents are not those that {self.out} was trained on; bring them back, or add --accept "
+                "documents to go on with what is there now"
+            )
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+        for parameter, moments in self.optimizer.state.items():
+            if moments["exp_avg"].shape != parameter.shape or moments["exp_avg_sq"].shape != parameter.shape:
+                raise ValueError("its optimiser belongs to another model")
+
+    def _load_counts(self, saved: dict[str, Any]) -> None:
+        for name in ("step", "best_step", "evaluated_step", "stale", "records", "micro_batch"):
+            if type(saved[name]) is not int or not -1 <= saved[name] < 2**31:
+                raise ValueError(f"its {name} is no number of anything")
+        self.step, self.best_step, self.stale = saved["step"], saved["best_step"], saved["stale"]
+        self.evaluated_step, self._records = saved["evaluated_step"], saved["records"]
+        self.seconds, self.pending = float(saved["seconds"]), [float(loss) for loss in saved["pending"]]
+        self.best = Score(**saved["best"]) if saved["best"] else None
+        if self.asked.micro_batch == saved["settings"].get("micro_batch", 0):  # what memory allowed then, it allows now
+            self.micro_batch = max(1, min(saved["micro_batch"], self.settings.batch_size))
+
+    def _mend_best(self) -> None:
+        """Where the run was killed between last.pt and model.pt, makes model.pt: last.pt holds the same weights."""
+        if self.best is None or self.best_step != self.step:
+            return
+        weights = self.model.state_dict()
+        try:
+            _, there = checkpoint.load_model(self.out)
+            same = all(torch.equal(there[name], tensor.cpu()) for name, tensor in weights.items())
+        except (UserError, KeyError):
+            same = False
+        if not same:
+            checkpoint.save_model(self.out, self.model.config, weights)
 
     def _restore_best(self) -> None:
         if self.best is not None:
@@ -321,24 +401,17 @@ class Trainer:
             checkpoint.load_weights(self.model, weights, self.out / checkpoint.WEIGHTS)
         self.model.eval()
 
+    def _out_of_memory(self) -> UserError:
+        micro, context = self.micro_batch, self.windows.context
+        if micro > 1:
+            lower = f"pass --micro-batch {-(-micro // 2)} (the same training in smaller parts) or --batch-size auto"
+        else:
+            lower = f"lower --context (now {context}), --d-model or --n-layer"
+        saved = "; what was saved before is intact" if (self.out / checkpoint.RESUME).exists() else ""
+        return UserError(f"out of memory in step {self.step + 1}, with {micro} windows of {context} at a time: {lower}{saved}")
 
-@contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
-    """Within, SIGINT and SIGTERM are noted in the list that it yields, for the loop to end at a whole step; a second
-    one ends the process at once. Outside of the main thread nothing is changed."""
-    caught: list[int] = []
 
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    try:
-        old = {number: signal.signal(number, note) for number in numbers}
-    except ValueError:  # not the main thread
-        old = {}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What changed, as "d_model was 64, now 32"."""
+    changed = [name for name in now if before.get(name) != now[name]]
+    return ", ".join(f"{name} was {str(before.get(name))[:40]}, now {now[name]}" for name in changed)
