@@ -169,7 +169,7 @@ class Trainer:
         """Steps until there is a reason to stop: the reason, and the signals that came."""
         self._begin()
         self._since = time.perf_counter()
-        with deferred_signals() as caught:
+        with devices.matmul_precision(self.device, self.precision), deferred_signals() as caught:
             while not (reason := self.ended() or ("signal" if caught else "")):
                 self._step()
                 best = self.step % self.settings.eval_every == 0 and self._evaluate()
