@@ -88,24 +88,11 @@ def peak_memory(name: str, setting: Setting, options: Options) -> int:
     return meter.peak()
 
 
-def measure(name: str, setting: Setting, wanted: list[str], options: Options) -> harness.Measurement:
-    """All peers at one setting."""
-    works, entries = {}, {}
-    for peer_name in wanted:
-        try:
-            peer = build(peer_name, setting, options)
-        except peers.Unavailable as reason:
-            entries[peer_name] = {"skipped": str(reason)}
-            continue
-        works[peer_name], state_bytes = writer_of(peer, setting, options)
-        entries[peer_name] = {"parameters": peers.parameters(peer.model), "state_bytes": state_bytes}
-    for peer_name, seconds in harness.take_turns(works, options).items():
-        entries[peer_name] |= harness.timed(seconds, divide_by=setting.tokens, tokens=setting.batch)
-    works.clear()
-    for peer_name, entry in entries.items():
-        if options.memory and "parameters" in entry:
-            entry["peak_bytes"] = harness.in_fresh_process(peak_memory, peer_name, setting, options)
-    return harness.measurement("decode", name, setting.about(), options, entries)
+def prepare(name: str, setting: Setting, options: Options) -> tuple[Callable[[], None], dict[str, Any]]:
+    """A peer's writing, and the sizes of its model and state."""
+    peer = build(name, setting, options)
+    write, state_bytes = writer_of(peer, setting, options)
+    return write, {"parameters": peers.parameters(peer.model), "state_bytes": state_bytes}
 
 
 def main() -> None:
@@ -113,7 +100,10 @@ def main() -> None:
     options = harness.options(args)
     options.prepare()
     for name, setting in harness.choose(QUICK if args.quick else SETTINGS[args.device], args).items():
-        harness.finish(measure(name, setting, args.peers, options), args)
+        entries = harness.compare(
+            args.peers, setting, options, peak_memory, prepare, things=setting.tokens, tokens=setting.batch
+        )
+        harness.finish(harness.measurement("decode", name, setting.about(), options, entries), args)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -37,6 +37,10 @@ OURS = "mamba2_min"  # the peer that the ratios are about
 FLOOR = "floor"  # the matrix products alone, a peer like the others
 
 Measurement = dict[str, Any]
+
+
+class Unavailable(Exception):
+    """A peer that cannot be measured here; its text says why."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ def take_turns(works: dict[str, Callable[[], Any]], options: Options) -> dict[st
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(-options.warmup, options.rounds):
         gc.collect()
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        first = (i + options.warmup) % max(1, len(names))
+        for name in names[first:] + names[:first]:
             options.synchronize()
             started = time.perf_counter()
             works[name]()
@@ -134,9 +139,9 @@ def ratio(measurement: Measurement, slower: str, faster: str = OURS) -> float | 
     return statistics.median(a / b for a, b in zip(*pair, strict=True))
 
 
-def timed(seconds: list[float], divide_by: int = 1, tokens: int | None = None) -> dict[str, Any]:
-    """A peer's entry in a measurement. Seconds are those of one of the `divide_by` things that a round does."""
-    each = [s / divide_by for s in seconds]
+def timed(seconds: Sequence[float], things: int = 1, tokens: int | None = None) -> dict[str, Any]:
+    """What the rounds' seconds say of one of the `things` things, of `tokens` tokens, that a round does."""
+    each = [s / things for s in seconds]
     low, median, high = spread(each)
     entry = {"seconds": each, "median": median, "quartiles": [low, high]}
     if tokens is not None:
@@ -187,13 +192,57 @@ def release_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def compare(
+    names: Sequence[str],
+    setting: Any,
+    options: Options,
+    peak: Callable[[str, Any, Options], int],
+    prepare: Callable[[str, Any, Options], tuple[Callable[[], Any], dict[str, Any]]],
+    things: int = 1,
+    tokens: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """An entry for each name: memory, time and what else is known of it; or "skipped", with the reason.
+
+    peak(name, setting, options): bytes, measured in a fresh process. prepare(name, setting, options): the work of one
+    round, which is `things` things (steps, tokens a row) of `tokens` tokens each, and facts for the entry. Both may
+    raise Unavailable. The floor's memory is not asked for.
+    """
+    entries: dict[str, dict[str, Any]] = {name: {} for name in names}
+    works = {}
+    if options.memory:
+        for name in names:
+            if name != FLOOR:
+                with _noting(entries[name]):
+                    entries[name]["peak_bytes"] = in_fresh_process(peak, name, setting, options)
+    for name in names:
+        if "skipped" not in entries[name]:
+            with _noting(entries[name]):
+                works[name], facts = prepare(name, setting, options)
+                entries[name] |= facts
+    for name, seconds in take_turns(works, options).items():
+        entries[name] |= timed(seconds, things, tokens)
+    return entries
+
+
+@contextmanager
+def _noting(entry: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except Unavailable as reason:
+        entry["skipped"] = str(reason)
+
+
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a process of its own. None where that runs out of memory or is stopped for taking too much."""
+    """function(*args) in a process of its own. Raises Unavailable where that runs out of memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
-        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
-            return None
+        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):  # the first: stopped by the system
+            raise Unavailable("out of memory") from None
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):  # how torch says it on a CPU
+                raise Unavailable("out of memory") from None
+            raise
 
 
 def measurement(benchmark: str, setting: str, about: dict[str, Any], options: Options, peers: dict) -> Measurement:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.harness import Unavailable
 from mamba2_min.baseline_transformer import KVCache, TransformerConfig, TransformerLM
 from mamba2_min.config import Mamba2Config
 from mamba2_min.model import Mamba2LM
@@ -26,11 +27,9 @@ SMALL = Mamba2Config(vocab_size=13_148, d_model=256, n_layer=4, d_state=64)  # 5
 BASE = Mamba2Config(vocab_size=50_288, d_model=768, n_layer=24, d_state=128)  # 130 million
 TINY = Mamba2Config(vocab_size=499, d_model=64, n_layer=2, d_state=16, headdim=16)  # for --quick
 
+MODELS = {"small": SMALL, "base": BASE, "tiny": TINY}
+
 DEFAULT = ("mamba2_min", "transformer", "transformers-mamba2", "mamba_ssm")
-
-
-class Unavailable(Exception):
-    """A peer that this machine cannot run; its text says why."""
 
 
 class Own:

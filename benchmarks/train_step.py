@@ -112,27 +112,13 @@ def peak_memory(name: str, setting: Setting, options: Options) -> int:
     return meter.peak()
 
 
-def measure(name: str, setting: Setting, wanted: list[str], options: Options) -> harness.Measurement:
-    """All peers at one setting."""
-    ids, targets = batch_of(setting, options.device)
-    works, entries = {}, {}
-    for peer_name in wanted:
-        try:
-            peer = peers.build(peer_name, setting.config, options.device)
-        except peers.Unavailable as reason:
-            entries[peer_name] = {"skipped": str(reason)}
-            continue
-        works[peer_name] = step_of(peer, ids, targets, options)
-        entries[peer_name] = {"parameters": peers.parameters(peer.model)}
-    works[FLOOR] = floor_of(setting, options)
-    entries[FLOOR] = {}
-    for peer_name, seconds in harness.take_turns(works, options).items():
-        entries[peer_name] |= harness.timed(seconds, tokens=setting.tokens)
-    works.clear()
-    for peer_name, entry in entries.items():
-        if options.memory and "parameters" in entry:
-            entry["peak_bytes"] = harness.in_fresh_process(peak_memory, peer_name, setting, options)
-    return harness.measurement("train_step", name, setting.about(), options, entries)
+def prepare(name: str, setting: Setting, options: Options) -> tuple[Callable[[], None], dict[str, Any]]:
+    """A peer's step, or the floor's products, and the number of parameters."""
+    if name == FLOOR:
+        return floor_of(setting, options), {}
+    peer = peers.build(name, setting.config, options.device)
+    step = step_of(peer, *batch_of(setting, options.device), options)
+    return step, {"parameters": peers.parameters(peer.model)}
 
 
 def main() -> None:
@@ -140,7 +126,9 @@ def main() -> None:
     options = harness.options(args)
     options.prepare()
     for name, setting in harness.choose(QUICK if args.quick else SETTINGS[args.device], args).items():
-        harness.finish(measure(name, setting, args.peers, options), args)
+        names = [*args.peers, FLOOR]
+        entries = harness.compare(names, setting, options, peak_memory, prepare, tokens=setting.tokens)
+        harness.finish(harness.measurement("train_step", name, setting.about(), options, entries), args)
 
 
 if __name__ == "__main__":

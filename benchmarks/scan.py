@@ -1,0 +1,222 @@
+"""The scan alone, against sequence length: time, what it keeps between forward and backward, and peak memory.
+
+    mamba2_min       ssd_chunked, whose backward is written by hand
+    plain-autograd   the same chunked scan as listing 1 of the Mamba-2 paper has it, its backward left to autograd
+    quadratic        ssd_quadratic, the attention-like dual, as long as its (l, l) matrices are small
+    attention        causal scaled_dot_product_attention with as many heads and channels, for scale: another function
+    mamba_ssm-q128   mamba_chunk_scan_combined of the `mamba_ssm` package, where it can be imported; -q256 likewise
+    floor            the matrix products of the chunked scan alone, once forward and twice backward
+
+"forward" settings run without gradients; "both" settings run forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import harness
+from benchmarks.harness import FLOOR, MemoryMeter, Options, Unavailable
+from mamba2_min.ssd import ssd_chunked, ssd_quadratic
+
+PEERS = ("mamba2_min", "plain-autograd", "quadratic", "attention", "mamba_ssm-q128", "mamba_ssm-q256")
+LONGEST_QUADRATIC = 2048
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of a scan, in the letters of mamba2_min/ssd.py; `backward`: is there one?"""
+
+    b: int
+    l: int
+    h: int
+    p: int = 64
+    n: int = 64
+    q: int = 64
+    backward: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{'both' if self.backward else 'forward'}-b{self.b}-l{self.l}-h{self.h}"
+
+
+def _both_ways(shapes: list[Setting]) -> dict[str, Setting]:
+    """Settings by name, each shape with and without the backward."""
+    return {s.name: s for shape in shapes for s in (replace(shape, backward=False), shape)}
+
+
+SETTINGS = {
+    "cpu": _both_ways([Setting(1, l, 8) for l in (512, 1024, 2048, 4096, 8192, 16384)]),
+    "cuda": _both_ways([Setting(8, 2048, 24, n=128), Setting(4, 4096, 64, n=128), Setting(1, 65536, 24, n=128)]),
+}
+QUICK = _both_ways([Setting(2, 128, 2, p=8, n=8, q=32)])
+
+
+def plain_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, q: int) -> Tensor:
+    """The chunked scan as the paper's listing 1 (arXiv:2405.21060) writes it; l must be a multiple of q, g is 1."""
+    b, l, h, p = x.shape
+    X = (x * dt[..., None]).view(b, -1, q, h, p)
+    a = (dt * A).view(b, -1, q, h).permute(0, 3, 1, 2)  # (b, h, c, q)
+    Bc, Cc = (t[:, :, 0].view(b, l // q, q, -1) for t in (B, C))
+    s = a.cumsum(-1)
+    L = _segment_sum(a).exp()
+    y = torch.einsum("bcin,bcjn,bhcij,bcjhp->bcihp", Cc, Bc, L, X)
+    to_end = (s[..., -1:] - s).exp()
+    states = torch.einsum("bcjn,bhcj,bcjhp->bchpn", Bc, to_end, X)
+    states = torch.cat([torch.zeros_like(states[:, :1]), states], dim=1)
+    across = _segment_sum(F.pad(s[..., -1], (1, 0))).exp()
+    states = torch.einsum("bhzc,bchpn->bzhpn", across, states)[:, :-1]
+    y = y + torch.einsum("bcin,bchpn,bhci->bcihp", Cc, states, s.exp())
+    return y.reshape(b, l, h, p) + D[:, None] * x
+
+
+def _segment_sum(a: Tensor) -> Tensor:
+    """(..., q) -> (..., q, q): a_{j+1} + ... + a_i for j <= i, -inf above."""
+    q = a.shape[-1]
+    lower = torch.ones(q, q, dtype=torch.bool, device=a.device).tril()
+    sums = a[..., None].expand(*a.shape, q).masked_fill(~lower.tril(-1), 0).cumsum(-2)
+    return sums.masked_fill(~lower, -torch.inf)
+
+
+def inputs_of(setting: Setting, options: Options) -> tuple[Tensor, ...]:
+    """x, dt, A, B, C, D of a usual scale, one group; x, B and C in the dtype of the options, the others float32."""
+    s, dtype = setting, getattr(torch, options.dtype)
+    generator = torch.Generator(options.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=options.device)
+
+    tensors = (
+        draw(s.b, s.l, s.h, s.p).to(dtype),
+        F.softplus(draw(s.b, s.l, s.h) - 4),
+        -torch.arange(1.0, s.h + 1, device=options.device),
+        draw(s.b, s.l, 1, s.n).to(dtype),
+        draw(s.b, s.l, 1, s.n).to(dtype),
+        draw(s.h),
+    )
+    return tuple(t.requires_grad_(s.backward) for t in tensors)
+
+
+def scan_of(name: str, setting: Setting) -> Callable[..., Tensor]:
+    """The peer of that name as a function of x, dt, A, B, C, D. Raises Unavailable."""
+    q = setting.q
+    if name == "mamba2_min":
+        return lambda *inputs: ssd_chunked(*inputs, chunk_size=q)[0]
+    if name == "plain-autograd":
+        return lambda *inputs: plain_chunked(*inputs, q)
+    if name == "quadratic":
+        if setting.l > LONGEST_QUADRATIC:
+            raise Unavailable(f"too long: its matrices would have {setting.l} x {setting.l} elements a head")
+        return lambda *inputs: ssd_quadratic(*inputs)[0]
+    if name == "attention":
+        return _attention
+    if name.startswith("mamba_ssm-q"):
+        chunk = int(name.removeprefix("mamba_ssm-q"))
+        try:
+            from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        except Exception as error:  # besides a missing package: a GPU library or a version that it cannot do without
+            raise Unavailable(f"cannot be imported here: {str(error).splitlines()[0]}") from None
+        return lambda x, dt, A, B, C, D: mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D)
+    raise ValueError(f"unknown peer {name}; there are {', '.join(PEERS)}")
+
+
+def _attention(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    heads = x.transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2)
+
+
+def run_of(name: str, setting: Setting, options: Options) -> tuple[Callable[[], None], Callable[[], Tensor], list]:
+    """A round's work, its forward alone, and the tensors that go in."""
+    scan = scan_of(name, setting)
+    inputs = inputs_of(setting, options)
+    dy = torch.randn_like(inputs[0])
+
+    def forward() -> Tensor:
+        return scan(*inputs)
+
+    def run() -> None:
+        if setting.backward:
+            torch.autograd.grad(forward(), inputs, dy, allow_unused=True)
+        else:
+            with torch.no_grad():
+                forward()
+
+    return run, forward, [*inputs, dy]
+
+
+def kept_bytes(forward: Callable[[], Tensor], inputs: list[Tensor]) -> int:
+    """What autograd holds on to between forward and backward, beyond the inputs themselves."""
+    given = {t.untyped_storage().data_ptr() for t in inputs}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = forward()
+    del y  # only now, so that no address was used twice
+    return sum(kept.values())
+
+
+def floor_of(setting: Setting, options: Options) -> Callable[[], None]:
+    """The products of every chunk: C B^T once; M x, B^T x and C H once a head. All dense, though M is triangular."""
+    s, dtype = setting, getattr(torch, options.dtype)
+    m = s.b * (s.l // s.q)  # chunks
+    width = s.h * s.p
+    shapes = [(m, s.q, s.n, s.q), (m * s.h, s.q, s.q, s.p), (m, s.n, s.q, width), (m, s.q, s.n, width)]
+    operands = []
+    for batch, rows, inner, columns in shapes:
+        left = torch.randn(batch, rows, inner, device=options.device, dtype=dtype)
+        right = torch.randn(batch, inner, columns, device=options.device, dtype=dtype)
+        operands.append((left, right, left @ right))
+
+    def products() -> None:
+        for left, right, out in operands:
+            torch.bmm(left, right, out=out)
+            if s.backward:
+                torch.bmm(out, right.mT)
+                torch.bmm(left.mT, out)
+
+    return products
+
+
+def peak_memory(name: str, setting: Setting, options: Options) -> int:
+    """Bytes beyond inputs and dy that the work takes at its highest, results and gradients included."""
+    options.prepare()
+    run_of(name, replace(setting, l=2 * setting.q), options)[0]()  # loads libraries and starts threads
+    run, _, _inputs = run_of(name, setting, options)
+    meter = MemoryMeter(options.device)
+    meter.start()
+    run()
+    options.synchronize()
+    return meter.peak()
+
+
+def prepare(name: str, setting: Setting, options: Options) -> tuple[Callable[[], None], dict[str, Any]]:
+    """A peer's work and, where there is a backward, the bytes kept for it."""
+    if name == FLOOR:
+        return floor_of(setting, options), {}
+    run, forward, inputs = run_of(name, setting, options)
+    return run, {"kept_bytes": kept_bytes(forward, inputs)} if setting.backward else {}
+
+
+def main() -> None:
+    args = harness.parser("scan", __doc__, PEERS).parse_args()
+    options = harness.options(args)
+    options.prepare()
+    for name, setting in harness.choose(QUICK if args.quick else SETTINGS[args.device], args).items():
+        tokens = setting.b * setting.l
+        entries = harness.compare([*args.peers, FLOOR], setting, options, peak_memory, prepare, tokens=tokens)
+        harness.finish(harness.measurement("scan", name, asdict(setting), options, entries), args)
+
+
+if __name__ == "__main__":
+    main()
