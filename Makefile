@@ -1,0 +1,39 @@
+# Each target does all of its own set-up, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-all notebooks lint clean
+
+demo: .venv/installed            ## train on the bundled documents for four minutes, then complete a sentence
+	$(BIN)/python train.py --data training_data --out runs/demo --resume --max-minutes 4 --eval-every 50 --patience 4
+	$(BIN)/python run.py --model runs/demo --prompt "The old man looked at the sea and" --max-tokens 80 --seed 1
+
+test: .venv/installed-dev        ## lint and the default tests: under six minutes on two cores
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-all: .venv/installed-dev    ## the slow ones too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+notebooks: .venv/installed-notebooks  ## run every notebook from scratch; a failing cell or assert fails it
+	$(BIN)/python notebooks/run_all.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(INSTALL) --editable ".[dev]"
+	@touch $@
+
+.venv/installed-notebooks: .venv/installed
+	$(INSTALL) --editable ".[notebooks]"
+	@touch $@
+
+clean:                           ## everything that can be made again, except your runs
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
