@@ -11,6 +11,11 @@ import matplotlib
 
 matplotlib.use("Agg", force=False)
 import matplotlib.pyplot as plt
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.image import AxesImage
 
 from mamba2_min.checkpoint import write_atomically
 
@@ -78,3 +83,57 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+CARD, INK = "#f4f2ec", "#454b54"  # a sheet of paper of its own: the same picture on a light and on a dark page
+DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#1f5c99", BLUE, CARD, ORANGE, "#a04a14"])
+
+
+def use_notebook_style() -> None:
+    """Sets the defaults of every figure that a notebook draws from now on: the house colours on an opaque sheet.
+
+    Call it after `%matplotlib inline`, which resets what it finds.
+    """
+    plt.rcParams.update(STYLE)
+    plt.rcParams.update({name: CARD for name in ("figure.facecolor", "axes.facecolor", "savefig.facecolor")})
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    plt.rcParams.update({name: INK for name in names})
+    plt.rcParams.update({
+        "figure.dpi": 88, "figure.constrained_layout.use": True, "axes.titlesize": 10, "axes.titlelocation": "left",
+        "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, "#8e63b5", GREY]), "image.interpolation": "nearest",
+    })  # fmt: skip
+
+
+def draw_matrix(axes: Axes, matrix: Any, title: str = "", limit: float | None = None) -> AxesImage:
+    """Draws a matrix (rows, columns) as coloured cells: orange above zero, blue below, paper where it is zero.
+
+    `limit` is the value of the full colour, the largest absolute value if None. A tensor or array, nan for no cell.
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    if limit is None:
+        limit = float(np.nanmax(np.abs(matrix))) or 1.0
+    image = axes.imshow(matrix, cmap=DIVERGING, vmin=-limit, vmax=limit)
+    axes.set_title(title)
+    axes.grid(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+        spine.set_linewidth(0.6)
+    return image
+
+
+def draw_chunks(axes: Axes, length: int, chunk_size: int) -> None:
+    """Rules a matrix (length, length) that `draw_matrix` drew into blocks of `chunk_size`."""
+    for edge in range(chunk_size, length, chunk_size):
+        axes.axhline(edge - 0.5, color=INK, linewidth=0.8)
+        axes.axvline(edge - 0.5, color=INK, linewidth=0.8)
+
+
+def label_tokens(axes: Axes, words: Sequence[str], rows: bool = False) -> None:
+    """Writes a word under each column, or with `rows` before each row; spaces are trimmed, a line end is ¶."""
+    shown = [word.replace("\n", "¶").strip() or "␣" for word in words]
+    if rows:
+        axes.set_yticks(range(len(shown)), shown, fontsize=8)
+    else:
+        axes.set_xticks(range(len(shown)), shown, fontsize=8, rotation=60, ha="right", rotation_mode="anchor")
