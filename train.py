@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
+import shutil
 import sys
+import textwrap
+import time
 from typing import Any
 
 from mamba2_min.errors import UserError, printable, run_script
+from mamba2_min.settings import DATA, PRECISIONS, PRESETS, Settings
 
 MODEL_FLAGS = {
     "d_model": "width of the residual stream", "n_layer": "blocks", "d_state": "state a channel",
@@ -18,56 +23,74 @@ MODEL_FLAGS = {
     "chunk_size": "tokens a chunk of the scan: speed only", "dropout": "share of a block's output that is dropped",
 }  # fmt: skip
 TRAINING_FLAGS = {
-    "context": (int, "tokens a window (256)"), "batch_size": (int, "windows a step (8)"),
-    "micro_batch": (int, "windows at a time; their gradients add up to the whole batch's (all)"),
-    "max_steps": (int, "steps (20 passes over the data)"), "max_minutes": (float, "limit of time (none)"),
-    "eval_every": (int, "steps between validations (100)"), "save_every": (int, "steps between saves (100)"),
-    "patience": (int, "validations without a better one, then stop; 0: never (5)"),
-    "min_delta": (float, "nats that count as better (0)"), "lr": (float, "peak learning rate (3e-3)"),
-    "min_lr": (float, "final learning rate (1e-5)"), "warmup_steps": (int, "steps of linear warm-up (50)"),
-    "weight_decay": (float, "on matrices only (0.1)"), "clip": (float, "largest gradient norm; 0: none (1)"),
-    "seed": (int, "of the weights, the order of data and dropout (0)"),
+    "context": "tokens a window ({})", "batch_size": "windows a step, or auto ({})",
+    "micro_batch": "windows at a time; their gradients add up to the batch's; or auto: what memory allows (all)",
+    "max_steps": "steps (20 passes over the data)", "max_minutes": "limit of time (none)",
+    "eval_every": "steps between validations ({})", "save_every": "steps between saves ({})",
+    "patience": "validations without a better one, then stop; 0: never ({})",
+    "min_delta": "nats that count as better ({})", "lr": "peak learning rate ({})",
+    "min_lr": "final learning rate ({})", "warmup_steps": "steps of linear warm-up ({})",
+    "weight_decay": "on matrices only ({})", "clip": "largest gradient norm; 0: none ({})",
+    "spike": "deviations above recent losses that skip a step; 0: never ({})",
+    "max_bad_steps": "skipped steps in a row, then stop ({})", "log_every": "steps a line of metrics.jsonl ({})",
+    "seed": "of the weights, the order of data and dropout ({})",
 }  # fmt: skip
 DATA_FLAGS = {
-    "vocab_size": (int, "at most so many tokens (8192)"),
-    "min_count": (int, "a word seen less often becomes its bytes (2)"),
-    "val_fraction": (float, "share of the documents to validate with (0.1)"),
-}
+    "vocab_size": "at most so many tokens ({})", "min_count": "a word seen less often becomes its bytes ({})",
+    "val_fraction": "share of the documents to validate with ({})",
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what and where")
-    group.add_argument("--data", metavar="DIR", help="folder of .md and .txt documents (training_data)")
+    group.add_argument("--data", metavar="DIR", help=f"folder of .md and .txt documents ({DATA['data']})")
     group.add_argument("--val-data", metavar="DIR", help="validation documents (a tenth of --data)")
     group.add_argument("--out", default="runs/latest", metavar="DIR", help="the run's folder (%(default)s)")
-    group.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
-    group.add_argument("--accept", default="", metavar="NAMES", help="with --resume: flags that may differ, as a,b")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    group.add_argument("--accept", default="", metavar="NAMES", help="with --resume: what may differ: max-steps, ...")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
-    group.add_argument("--precision", choices=("auto", "float32", "bf16"), help="of matrix products (auto: the faster)")
+    group.add_argument("--precision", choices=PRECISIONS, help="of matrix products (auto: the faster)")
+    group.add_argument("--deterministic", action="store_true", default=None, help="the same bits on CUDA too; slower")
     group.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (every core)")
     group.add_argument("--ignore-memory", action="store_true", help="start even where memory looks too small")
     group = parser.add_argument_group("vocabulary")
-    _add_flags(group, DATA_FLAGS)
+    _add_flags(group, DATA_FLAGS, DATA)
     group.add_argument("--pattern", choices=("words", "whitespace"), help="whitespace: the WikiText convention (words)")
     group = parser.add_argument_group("model")
-    group.add_argument("--preset", choices=("tiny", "small", "base"), help="shape to start from (small: 256 x 4)")
-    _add_flags(group, {name: (float if name == "dropout" else int, text) for name, text in MODEL_FLAGS.items()})
+    group.add_argument("--preset", choices=tuple(PRESETS), help="shape to start from (small: 256 x 4)")
+    _add_flags(group, MODEL_FLAGS, {"dropout": 0.0})
     group.add_argument("--a-init", choices=("hippo", "uniform"), help="how the decay rates A start (hippo)")
-    _add_flags(parser.add_argument_group("training"), TRAINING_FLAGS)
+    _add_flags(parser.add_argument_group("training"), TRAINING_FLAGS, dataclasses.asdict(Settings()))
     return parser
 
 
-def _add_flags(group: argparse._ArgumentGroup, flags: dict[str, tuple[type, str]]) -> None:
-    for name, (kind, text) in flags.items():
-        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N" if kind is int else "X", help=text)
+def _add_flags(group: argparse._ArgumentGroup, flags: dict[str, str], values: dict[str, Any]) -> None:
+    """A flag for each name: of the type of its default, which takes the place of {} in the text."""
+    for name, text in flags.items():
+        default = values.get(name, 0)
+        kind = _number_or_auto if name in ("batch_size", "micro_batch") else type(default)
+        shown = f"{default:g}" if isinstance(default, float) else default
+        group.add_argument(
+            "--" + name.replace("_", "-"), type=kind, metavar="X" if kind is float else "N", help=text.format(shown)
+        )
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_number_or_auto.__name__ = "number"  # what argparse calls it in "invalid number value"
 
 
 def main() -> int:
     args = build_parser().parse_args()
     if args.threads < 0:
         raise UserError("--threads must be at least 1")
+    if not args.out:
+        raise UserError("--out needs the name of a folder")
     from mamba2_min import checkpoint  # torch takes seconds to import: not for --help
 
     with checkpoint.locked(args.out):
@@ -82,71 +105,103 @@ def train(args: argparse.Namespace) -> int:
     from mamba2_min.runs import plan_run
     from mamba2_min.trainer import Trainer
 
-    names = (*DATA_FLAGS, *MODEL_FLAGS, *TRAINING_FLAGS, "data", "val_data", "pattern", "a_init", "precision")
-    wishes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     accept = tuple(name.strip().replace("-", "_") for name in args.accept.split(",") if name.strip())
-    plan = plan_run(args.out, wishes, args.preset, args.resume, args.overwrite, accept)
+    plan = plan_run(args.out, wishes(args), args.preset, args.resume, args.overwrite, accept)
     device = devices.pick_device(args.device)
     torch.set_num_threads(args.threads or devices.cpu_threads())
     devices.keep_freed_memory()
 
     corpus = plan.corpus(args.out)
-    config, training = plan.config(corpus), plan.training
+    config = plan.config(corpus)
     show_corpus(plan, corpus)
-    micro_batch = training.micro_batch or training.batch_size
-    needed, free = devices.training_memory(config, micro_batch, training.context), devices.free_memory(device)
-    if not args.ignore_memory:
-        devices.check_memory(config, micro_batch, training.context, device)
-    model = Mamba2LM(config, seed=training.seed)
+    plan = dataclasses.replace(plan, training=devices.fit_to_memory(config, plan.training, device))
+    needed, free = devices.check_memory(config, plan.training, device, ignore=args.ignore_memory)
+    model = Mamba2LM(config, seed=plan.training.seed)
     screen = Screen(corpus, model)
-    trainer = Trainer(model, corpus, training, args.out, device, plan.resume, screen.report)
-    if not plan.resume:
-        plan.save(args.out)
-    show_model(config, trainer, needed, free)
+    trainer = Trainer(
+        model, corpus, plan.training, args.out, device, plan.resume, screen.report, plan.accept_documents
+    )
+    plan.save(args.out)
+    show_training(config, trainer, f"needs about {needed}" + (f" of {free} free" if free else ""))
     if args.resume:
-        where = f"from step {trainer.step:,}" if plan.resume else "nothing saved yet: from the start"
-        print(f"resume      {where}", flush=True)
+        say("resume", f"from step {trainer.step:,}" if trainer.resumed else "nothing saved yet: from the beginning")
+    over = trainer.resumed and trainer.ended()
+    if over:
+        say("note", "this run has ended already; nothing is changed")
     with screen.watching(trainer):
         result = trainer.train()
     return show_result(result, trainer, args)
 
 
+def wishes(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for by name: data, model and training settings, without what was left to its default."""
+    names = (*DATA_FLAGS, *MODEL_FLAGS, *TRAINING_FLAGS, "data", "val_data", "pattern", "a_init", "precision",
+             "deterministic")  # fmt: skip
+    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in ("batch_size", "micro_batch"):
+        if asked.get(name) == "auto":
+            del asked[name]
+            asked["adapt_micro_batch"] = True
+    return asked
+
+
 class Screen:
-    """The bar, and a line and a sample of text at each evaluation."""
+    """A line and a sample of text at each evaluation, and between them a bar; in a file or a pipe a line now and then.
+    """
 
     def __init__(self, corpus, model):
         self.corpus, self.model = corpus, model
         self.bar = None
         self.validation = ""
+        self.said = time.perf_counter()
 
     def watching(self, trainer):
         from tqdm import tqdm
 
         self.trainer = trainer
         self.bar = tqdm(
-            total=trainer.settings.max_steps, initial=trainer.step, unit="step", dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15, bar_format=_BAR, smoothing=0.1,
+            total=trainer.settings.max_steps, initial=trainer.step, dynamic_ncols=True, mininterval=0.5,
+            bar_format="{n:>6,}/{total:,} |{bar}| {desc}", disable=not sys.stderr.isatty(),
         )  # fmt: skip
         return self.bar
 
     def report(self, event: str, values: dict[str, Any]) -> None:
         if event == "step":
-            self.bar.total = max(self.bar.n + 1, self._expected_steps())
-            speed = values["tokens"] / values["seconds"]
-            loss = f"loss {values['loss']:.3f}{self.validation}"
-            self.bar.set_postfix_str(f"{loss}, {speed:,.0f} tokens/s", refresh=False)
-            self.bar.update()
+            self.progress(values)
         elif event == "skipped":
-            self.bar.write(f"step {values['step']:>6}  skipped: loss {values['loss']}, gradient norm {values['norm']}")
+            why = f"loss {values['loss']:.4g} {values['why']}" if values["why"] == "jumped" else (
+                f"loss {values['loss']:.4g}, gradient norm {values['norm']:.4g}"
+            )  # fmt: skip
+            self.write(f"step {values['step']:>6,}  skipped: {why}")
+        elif event == "memory":
+            micro = values["micro_batch"]
+            self.write(f"step {values['step']:>6,}  out of memory: now {micro} windows at a time, the same batch")
         elif event == "evaluation":
             score = values["score"]
-            self.validation = f", validation {score.loss:.3f}"
-            figures = f"{score.loss:.4f} nats a token, perplexity {score.perplexity:,.1f}"
+            self.validation = f", val {score.loss:.3f}"
             best = "  *" if values["best"] else ""
-            self.bar.write(
-                f"step {values['step']:>6}  validation {figures}, {score.bits_per_byte:.4f} bits per byte{best}"
+            self.write(
+                f"step {values['step']:>6,}  validation {score.loss:.4f}  perplexity {score.perplexity:,.1f}  "
+                f"bits per byte {score.bits_per_byte:.4f}{best}"
             )
-            self.bar.write("            | " + self.sample(values["step"]))
+            self.write(wrapped(self.sample(values["step"]), "             | "))
+
+    def progress(self, values: dict[str, Any]) -> None:
+        trainer, now = self.trainer, time.perf_counter()
+        speed = values["tokens"] / values["seconds"]
+        text = f"loss {values['loss']:.3f}{self.validation}, {speed:,.0f} tokens/s, {_clock(trainer.seconds_left)} left"
+        if not self.bar.disable:
+            if trainer.progress:  # where a clock ends the run, the bar's end follows the speed
+                self.bar.total = max(trainer.step, round(trainer.step / trainer.progress))
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(trainer.step - self.bar.n)
+        elif now - self.said > _SECONDS_BETWEEN_LINES:
+            self.said = now
+            self.write(f"step {trainer.step:>6,}  {text}")
+
+    def write(self, line: str) -> None:
+        self.bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
     def sample(self, seed: int) -> str:
         """What the model writes of itself, on one line."""
@@ -157,46 +212,63 @@ class Screen:
         self.model.train(training)
         return printable(" ".join(self.corpus.tokenizer.decode(ids).split()))
 
-    def _expected_steps(self) -> int:
-        """Where a clock ends the run, the bar's end follows the speed."""
-        trainer = self.trainer
-        return round(trainer.step / trainer.progress) if trainer.progress else trainer.settings.max_steps
+
+_SECONDS_BETWEEN_LINES = 30
 
 
-_BAR = "{n_fmt:>6}/{total_fmt} {percentage:3.0f}%|{bar:16}| {elapsed}<{remaining}{postfix}"
+def _clock(seconds: float | None) -> str:
+    """3:07 or 2:03:07."""
+    if seconds is None:
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def say(label: str, text: str) -> None:
+    """A line of the summary, wrapped below itself where a terminal is too narrow; nothing in it acts on a terminal."""
+    print(wrapped(printable(text), f"{label:<12}", " " * 12), flush=True)
+
+
+def wrapped(text: str, first: str, rest: str | None = None) -> str:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    lines = textwrap.wrap(text, max(width - len(first) - 1, 20), break_on_hyphens=False) or [""]
+    return first + ("\n" + (first if rest is None else rest)).join(lines)
 
 
 def show_corpus(plan, corpus) -> None:
     d = plan.data
-    print(
-        f"documents   {corpus.documents:,} in {d['data']}: {corpus.train_documents:,} to train on, "
-        f"{corpus.validation_documents:,} to validate with; {corpus.words:,} words"
+    say(
+        "documents",
+        f"{corpus.documents:,} in {d['data']}: {corpus.train_documents:,} to train on, "
+        f"{corpus.validation_documents:,} to validate with; {corpus.words:,} words",
     )
-    print(
-        f"tokens      {len(corpus.train):,} + {len(corpus.validation):,}, vocabulary {len(corpus.tokenizer):,} "
-        f"(pattern {d['pattern']}, min-count {d['min_count']})"
+    say(
+        "tokens",
+        f"{len(corpus.train):,} + {len(corpus.validation):,}, vocabulary {len(corpus.tokenizer):,} "
+        f"(pattern {d['pattern']}, min-count {d['min_count']})",
     )
     for note in corpus.notes:
-        print(f"note        {printable(note)}")
+        say("note", note)
 
 
-def show_model(config, trainer, needed: int, free: int | None) -> None:
-    from mamba2_min.devices import size
-
+def show_training(config, trainer, memory: str) -> None:
     s = trainer.settings
-    print(
-        f"model       {config.num_parameters():,} parameters: d-model {config.d_model}, {config.n_layer} layers, "
-        f"{config.nheads} heads of {config.headdim}, d-state {config.d_state}, A {config.a_init}"
+    say(
+        "model",
+        f"{config.num_parameters():,} parameters: d-model {config.d_model}, {config.n_layer} layers, "
+        f"{config.nheads} heads of {config.headdim}, d-state {config.d_state}, A {config.a_init}",
     )
     limit = f" or {s.max_minutes:g} minutes" if s.max_minutes else ""
-    print(
-        f"training    context {trainer.windows.context}, batch {s.batch_size}, at most {s.max_steps:,} steps{limit}, "
-        f"learning rate {s.lr:g} to {s.min_lr:g}, patience {s.patience}, seed {s.seed}"
+    parts = f" in parts of {trainer.micro_batch}" if trainer.micro_batch < s.batch_size else ""
+    say(
+        "training",
+        f"context {trainer.windows.context}, batch {s.batch_size}{parts}, at most {s.max_steps:,} steps{limit}, "
+        f"learning rate {s.lr:g} to {s.min_lr:g}, patience {s.patience}, seed {s.seed}",
     )
-    if trainer.windows.note:
-        print(f"note        {trainer.windows.note}")
-    there = f" of {size(free)} free" if free is not None else ""
-    print(f"device      {trainer.device}, {trainer.precision}; needs about {size(needed)}{there}", flush=True)
+    for note in trainer.notes:
+        say("note", note)
+    say("device", f"{trainer.device}, {trainer.precision}; {memory}")
 
 
 _REASONS = {
@@ -204,24 +276,38 @@ _REASONS = {
     "max_steps": "all {max_steps:,} steps done",
     "max_minutes": "{max_minutes:g} minutes are over",
     "signal": "stopped",
-    "not finite": "the loss or its gradient was not finite in {max_bad_steps} steps in a row",
 }
 
 
 def show_result(result, trainer, args: argparse.Namespace) -> int:
-    s = trainer.settings
-    print(f"ended       at step {result.step:,}: " + _REASONS[result.reason].format(**vars(s)))
-    if result.reason == "signal":
+    """Says how it ended and what to do next; the exit status."""
+    guard = trainer.guard
+    bad = result.reason == "bad steps"
+    if bad:
+        first = result.step - guard.in_a_row + 1
+        reason = f"steps {first:,} to {result.step:,} were skipped: {_WHY[guard.reason]}"
+    else:
+        reason = _REASONS[result.reason].format(**vars(trainer.settings))
+    say("ended", f"at step {result.step:,}: {reason}")
+    if guard.skipped:
+        say("skipped", f"{guard.skipped:,} of {result.step:,} steps")
+    if result.signal:
         argv = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")]
-        print(f"saved       go on with: python {shlex.join([*argv, '--resume'])}")
+        say("saved", f"go on with: python {shlex.join([*argv, '--resume'])}")
         return 128 + result.signal
-    if result.best is not None:
-        print(
-            f"best        step {result.best_step:,}: {result.best.loss:.4f} nats a token, perplexity "
-            f"{result.best.perplexity:,.1f}, {result.best.bits_per_byte:.4f} bits per byte"
-        )
-        print(f"saved       {args.out}; complete text with: python run.py --model {shlex.quote(args.out)}")
-    return 1 if result.reason == "not finite" else 0
+    if result.best is None:
+        say("saved", "no model: no validation had a finite loss; train anew with a lower --lr")
+        return 1
+    say(
+        "best",
+        f"step {result.best_step:,}: {result.best.loss:.4f} nats a token, perplexity {result.best.perplexity:,.1f}, "
+        f"{result.best.bits_per_byte:.4f} bits per byte",
+    )
+    say("saved", f"{args.out}; complete text with: python run.py --model {shlex.quote(args.out)}")
+    return 1 if bad else 0
+
+
+_WHY = {"not finite": "the loss or its gradient was not finite", "jumped": "the loss jumped and did not come back"}
 
 
 if __name__ == "__main__":

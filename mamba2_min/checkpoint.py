@@ -24,8 +24,8 @@ from mamba2_min.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-CONFIG, WEIGHTS, TOKENIZER, RESUME, METRICS, CURVE = (
-    "config.json", "model.pt", "tokenizer.json", "last.pt", "metrics.jsonl", "loss.png",
+CONFIG, WEIGHTS, TOKENIZER, RESUME, METRICS, CURVE, SETTINGS = (
+    "config.json", "model.pt", "tokenizer.json", "last.pt", "metrics.jsonl", "loss.png", "settings.json",
 )  # fmt: skip
 
 
@@ -51,13 +51,13 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
             raise
         _flush_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    except RuntimeError as error:  # how torch.save reports that a write failed
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        kept = "; the one from before is unchanged" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}") from error
 
 
 def save_json(path: str | Path, value: Any) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()))
+    """Writes a value as JSON, atomically. ASCII alone: a path may have characters that UTF-8 cannot express."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def load_json(path: str | Path) -> Any:
@@ -74,7 +74,11 @@ def save_tensors(path: str | Path, value: Any) -> None:
     """`torch.save`, atomically: the old file stays until the new one is on disk and has been read back."""
 
     def write(file: BinaryIO) -> None:
-        torch.save(value, file)
+        recorder = _Recorder(file)
+        try:
+            torch.save(value, recorder)
+        except RuntimeError as error:  # how torch reports any failure to write, without its cause
+            raise recorder.error or error from None
         file.flush()
         damaged = zipfile.ZipFile(file.name).testzip()  # compares every record with its checksum
         if damaged:
@@ -83,9 +87,28 @@ def save_tensors(path: str | Path, value: Any) -> None:
     write_atomically(path, write)
 
 
+class _Recorder:
+    """Passes what is written on to a file, and remembers the error that ended it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def load_tensors(path: str | Path) -> Any:
-    """What `save_tensors` wrote, on the CPU; code in the file is refused, never run. Raises UserError."""
+    """What `save_tensors` wrote, on the CPU; code in the file is refused, never run, and no more memory is taken than
+    the file is long. Raises UserError."""
     try:
+        _refuse_inflated(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a foreign file's details; what counts is said below
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -95,6 +118,14 @@ def load_tensors(path: str | Path) -> Any:
         raise UserError(f"{path} holds something other than tensors and numbers; it was not loaded") from error
     except Exception as error:  # a truncated or foreign file fails in torch's reader in many ways
         raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
+
+
+def _refuse_inflated(path: str | Path) -> None:
+    """Raises ValueError for an archive whose records are longer than itself: torch never compresses, bombs do."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("its records are compressed, which torch.save never does")
 
 
 def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tensor], format: str = "own") -> None:
@@ -223,7 +254,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     """Makes the folder if need be and holds it for this process alone. Raises UserError where another one holds it.
 
     The lock is on the open folder itself, so it leaves no file and dies with the process. What an earlier process left
-    half written is taken away. Windows has no such lock, and there nothing is held.
+    half written is taken away. Windows and some network drives have no such lock, and there nothing is held.
     """
     folder = make_folder(folder)
     if os.name != "posix":
@@ -235,13 +266,19 @@ def locked(folder: str | Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another training is writing into {folder}; wait for it, or take another --out") from error
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
+        except OSError:
+            pass
+        for name in _WRITTEN:
+            for leftover in (*folder.glob(f".{name}.*.tmp"), folder / f"{name}.partial"):
+                remove(leftover)
         yield
     finally:
         os.close(handle)
+
+
+_WRITTEN = (CONFIG, WEIGHTS, TOKENIZER, RESUME, METRICS, CURVE, SETTINGS)
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -249,9 +286,26 @@ def make_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{folder} is a file, where a folder is wanted") from error
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     return folder
+
+
+def remove(path: Path) -> None:
+    """Takes a file away, where there is one. Raises UserError where that cannot be done."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot take {path} away: {error.strerror}") from error
+
+
+def flush(path: Path) -> None:
+    """Returns when a file that something else wrote is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    _flush_folder(path.parent)
 
 
 def _flush_folder(folder: Path) -> None:

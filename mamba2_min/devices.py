@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
+from mamba2_min.settings import PRECISIONS, Settings
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -34,8 +37,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """"auto" is bf16 where matrix units make it faster (GPUs, CPUs with AMX) and float32 elsewhere."""
-    if name not in ("auto", "float32", "bf16"):
-        raise UserError(f"unknown precision {name!r}; there are auto, float32 and bf16")
+    if name not in PRECISIONS:
+        raise UserError(f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -113,25 +116,42 @@ def training_memory(config: Mamba2Config, batch_size: int, context: int) -> int:
     return 4 * (4 * config.num_parameters() + head + batch_size * context * a_token) + scratch
 
 
-def check_memory(config: Mamba2Config, batch_size: int, context: int, device: torch.device) -> tuple[int, int | None]:
-    """The estimate and what is free, in bytes. Raises UserError that says what to lower, and to what, where it exceeds.
+def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device) -> Settings:
+    """The settings with a micro-batch that fits what is free, where they leave it to the machine: the batch, halved
+    until it does. Once chosen it is kept, or a run that goes on would add its gradients up in another order."""
+    if not settings.adapt_micro_batch or settings.micro_batch:
+        return settings
+    micro, free = settings.batch_size, free_memory(device)
+    while micro > 1 and free is not None and training_memory(config, micro, settings.context) > free:
+        micro = -(-micro // 2)
+    return dataclasses.replace(settings, micro_batch=micro)
+
+
+def check_memory(
+    config: Mamba2Config, settings: Settings, device: torch.device, ignore: bool = False
+) -> tuple[str, str]:
+    """What a step will need and what is free, for people ("" where the system does not tell).
+
+    Raises UserError that says what to lower, and to what, where it is too much, unless that is to be ignored.
     """
-    needed, free = training_memory(config, batch_size, context), free_memory(device)
-    if free is None or needed <= free:
-        return needed, free
-    fixed = training_memory(config, 0, 0)
-    a_token = (needed - fixed) / (batch_size * context)
-    tokens = int((free - fixed) / a_token)
+    micro, context = settings.micro_batch or settings.batch_size, settings.context
+    needed, free = training_memory(config, micro, context), free_memory(device)
+    if free is None or needed <= free or ignore:
+        return size(needed), "" if free is None else size(free)
     says = f"a step needs about {size(needed)}, and {size(free)} is free"
+    fixed = training_memory(config, 0, 0)
+    tokens = int((free - fixed) / (needed - fixed) * micro * context)
     if tokens < 1:
         raise UserError(f"{says}: the model alone is too large; lower --d-model, --n-layer or --vocab-size")
+    flag = "--micro-batch" if settings.micro_batch else "--batch-size"
     options = []
-    if tokens // context >= 1:
-        options.append(f"--batch-size from {batch_size} to {tokens // context}")
-    if tokens // batch_size >= 1:
-        options.append(f"--context from {context} to {tokens // batch_size}")
-    options = options or [f"--batch-size to 1 and --context to {tokens}"]
-    raise UserError(f"{says}: lower {' or '.join(options)} (or pass --ignore-memory to try all the same)")
+    if tokens >= context:
+        options.append(f"{flag} from {micro} to {tokens // context}")
+    if tokens >= micro:
+        options.append(f"--context from {context} to {tokens // micro}")
+    lower = " or ".join(options) or f"{flag} to 1 and --context to {tokens}"
+    auto = "" if settings.adapt_micro_batch else "; --batch-size auto computes the same batch in parts"
+    raise UserError(f"{says}: lower {lower}{auto} (--ignore-memory starts all the same)")
 
 
 def size(n_bytes: float) -> str:
@@ -141,6 +161,29 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if n_bytes >= 100 or unit == "bytes" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1000
     raise AssertionError("unreachable")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no room for a tensor: torch has one type for GPUs and none for the CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_ROOM)
+
+
+_NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives what was freed back to the device, so that smaller pieces can be cut from it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def make_deterministic() -> None:
+    """Asks CUDA for the same bits every time, for the rest of the process; before anything is computed on it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory() -> None:
@@ -162,5 +205,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def cpu_threads() -> int:
-    """CPU cores that this process may use."""
+    """CPU cores that this process may use, or as many as OMP_NUM_THREADS says."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted):
+        return int(wanted)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

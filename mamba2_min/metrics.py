@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +14,106 @@ from mamba2_min.errors import UserError
 
 
 class MetricsLog:
-    """Appends lines to a file. `rewind(step)` drops what came after a step, and a last line that was torn."""
+    """Appends records to a file and knows how many it holds, so that a run that goes on drops those it will make again.
+
+    `records` is how many were appended, or kept by `rewind`.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.records = 0
 
     def append(self, **values: Any) -> None:
-        """Writes one line and hands it to the system. Raises UserError where the disk is full."""
-        line = json.dumps({k: _rounded(v) for k, v in values.items()}) + "\n"
+        """Writes one line, whole or not at all. Raises UserError where that fails, as on a full disk."""
+        line = json.dumps({k: _plain(v) for k, v in values.items()}, allow_nan=False) + "\n"
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(line.encode())
+            with open(self.path, "ab") as file:
+                before = file.tell()
+                try:
+                    file.write(line.encode())
+                    file.flush()
+                except OSError:
+                    with contextlib.suppress(OSError):  # a part of it may be there
+                        os.truncate(self.path, before)
+                    raise
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self.records += 1
+
+    def flush(self) -> None:
+        """Returns when every line is on the disk."""
+        if not self.path.exists():
+            return
+        try:
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def rewind(self, step: int) -> None:
-        kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self.path, lambda file: file.write(text.encode()))
+    def rewind(self, records: int) -> None:
+        """Keeps the first `records` lines alone. Raises UserError where one of them was changed to something else."""
+        lines = _whole_lines(self.path)
+        kept = lines[:records]
+        for number, line in enumerate(kept, start=1):
+            _parse(line, self.path, number)
+        text = b"".join(line + b"\n" for line in kept)
+        if lines != kept or _size(self.path) != len(text):
+            write_atomically(self.path, lambda file: file.write(text))
+        self.records = len(kept)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, without a torn last line; none where there is no file."""
+    """The records of a metrics file, without a torn last line; none where there is no file.
+
+    Each has `step`, a whole number, `split`, "train" or "validation", and `loss`, a number or None where it was not
+    finite; one of "train" has `lr`, a number. Raises UserError, one line, where that is not so.
+    """
+    return [_parse(line, Path(path), number) for number, line in enumerate(_whole_lines(Path(path)), start=1)]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        return path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was never finished
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end was never finished
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
-        records.append(record)
-    return records
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        _check(record)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number} is no measurement: {str(error)[:200]}") from error
+    return record
+
+
+def _check(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    if type(record.get("step")) is not int or not 0 <= record["step"] < 2**31:
+        raise ValueError("its step is not a whole number")
+    if record.get("split") not in ("train", "validation"):
+        raise ValueError("its split is neither train nor validation")
+    if "loss" not in record or not (record["loss"] is None or _is_number(record["loss"])):
+        raise ValueError("its loss is not a number")
+    if record["split"] == "train" and not _is_number(record.get("lr")):
+        raise ValueError("its learning rate is not a number")
+    if not _is_number(record.get("bits_per_byte", 0)):
+        raise ValueError("its bits per byte are not a number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can say it: seven digits are enough of a measurement, and what is not finite is null."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

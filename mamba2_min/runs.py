@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,34 +12,22 @@ from mamba2_min import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.corpus import Corpus, load_corpus
 from mamba2_min.errors import UserError
+from mamba2_min.settings import ACCEPTABLE, DATA, PRESETS, Settings, check_data, defaults
 from mamba2_min.tokenizer import WordTokenizer
-from mamba2_min.trainer import Settings
 
-SETTINGS = "settings.json"
-
-# Shapes to start from: about 1, 4 and 135 million parameters with a vocabulary of 8,192.
-PRESETS = {
-    "tiny": {"d_model": 128, "n_layer": 3, "d_state": 32, "headdim": 32},
-    "small": {"d_model": 256, "n_layer": 4},
-    "base": {"d_model": 768, "n_layer": 24, "d_state": 128, "chunk_size": 128},
-}
-DATA = {
-    "data": "training_data", "val_data": None, "vocab_size": 8192, "min_count": 2, "pattern": "words",
-    "val_fraction": 0.1,
-}  # fmt: skip
-# What may differ when a run goes on, where the user accepts it by name: when to stop, look and save.
-ACCEPTABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "patience", "min_delta")
+DOCUMENTS = "documents"  # what --accept calls other documents than those that a run was begun with
 
 
 @dataclass(frozen=True)
 class Plan:
     """`data`: where the documents are and how the vocabulary is made; `model`: Mamba2Config without the vocabulary;
-    `training`: how to train; `resume`: whether a saved run goes on."""
+    `training`: how to train; `resume`: whether a saved run goes on; `accept_documents`: with others than before."""
 
     data: dict[str, Any]
     model: dict[str, Any]
     training: Settings
     resume: bool = False
+    accept_documents: bool = False
 
     def corpus(self, out: str | Path) -> Corpus:
         """Reads the documents; with the run's own tokenizer where it goes on. Raises UserError."""
@@ -56,8 +45,13 @@ class Plan:
             raise UserError(str(error)) from error
 
     def save(self, out: str | Path) -> None:
+        """Writes settings.json, from which the next `--resume` makes its plan."""
         values = {"data": self.data, "model": self.model, "training": dataclasses.asdict(self.training)}
-        checkpoint.save_json(Path(out) / SETTINGS, values)
+        path = checkpoint.make_folder(out) / checkpoint.SETTINGS
+        with contextlib.suppress(UserError):  # what cannot be read is written anew
+            if checkpoint.load_json(path) == values:
+                return
+        checkpoint.save_json(path, values)
 
 
 def plan_run(
@@ -71,19 +65,25 @@ def plan_run(
     """The plan for the run in `out`. `wishes` are the values asked for by name; what is not in it takes its default.
 
     A new run in a folder that holds one is refused unless `overwrite`. With `resume`, a saved run goes on with what it
-    was begun with, and a wish that differs is refused, unless it is one of ACCEPTABLE and named in `accept`. Where
-    nothing has been saved yet, `resume` begins anew. Raises UserError.
+    was begun with, and a wish that differs is refused, unless it is one of ACCEPTABLE and named in `accept`;
+    "documents" there allows other documents. Where nothing has been saved yet, `resume` begins anew. Raises UserError.
     """
     out = Path(out)
     for name in accept:
-        if name not in ACCEPTABLE:
-            known = ", ".join(_flag(n)[2:] for n in ACCEPTABLE)
+        if name not in (*ACCEPTABLE, DOCUMENTS):
+            known = ", ".join(_flag(n)[2:] for n in (*ACCEPTABLE, DOCUMENTS))
             raise UserError(f"--accept takes {known}, not {_flag(name)[2:]}")
     if resume and (out / checkpoint.RESUME).is_file():
         return _saved_plan(out, wishes, preset, accept)
-    holds = [name for name in (checkpoint.RESUME, checkpoint.WEIGHTS, checkpoint.CONFIG) if (out / name).exists()]
-    if holds and not overwrite and not (resume and not (out / checkpoint.WEIGHTS).exists()):
-        raise UserError(f"{out} already holds a model ({holds[0]}): --resume goes on with it, --overwrite replaces it")
+    model, begun = (out / checkpoint.WEIGHTS).exists(), (out / checkpoint.SETTINGS).is_file()
+    if resume and model:
+        raise UserError(f"{out} holds a model but no {checkpoint.RESUME} to go on from; --overwrite replaces it")
+    if resume and begun:  # it was ended before its first save: the same run, from its beginning
+        return dataclasses.replace(_saved_plan(out, wishes, preset, accept), resume=False)
+    if not (resume or overwrite):
+        holds = [name for name in (checkpoint.RESUME, checkpoint.WEIGHTS, checkpoint.CONFIG) if (out / name).exists()]
+        if holds:
+            raise UserError(f"{out} holds a run already ({holds[0]}): --resume goes on, --overwrite replaces it")
     return _new_plan(wishes, preset)
 
 
@@ -93,44 +93,57 @@ def _new_plan(wishes: dict[str, Any], preset: str | None) -> Plan:
     model.update({name: wishes[name] for name in _names(Mamba2Config) & wishes.keys() if name not in DATA})
     training = {name: wishes[name] for name in _names(Settings) & wishes.keys()}
     try:
+        check_data(data)
         return Plan(data, model, Settings(**training))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _saved_plan(out: Path, wishes: dict[str, Any], preset: str | None, accept: tuple[str, ...]) -> Plan:
-    saved = checkpoint.load_json(out / SETTINGS)
-    try:
-        plan = Plan(dict(saved["data"]), dict(saved["model"]), Settings(**saved["training"]), resume=True)
-        Mamba2Config(vocab_size=1, **plan.model)
-        if plan.data.keys() != DATA.keys():
-            raise ValueError("its data settings are not complete")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{out / SETTINGS} cannot be understood: {error}") from error
-    if preset and any(plan.model.get(name) != value for name, value in PRESETS[preset].items()):
+    plan = dataclasses.replace(read_plan(out), accept_documents=DOCUMENTS in accept)
+    if preset and any(plan.model.get(name) != value for name, value in PRESETS[preset].items() if name not in wishes):
         raise UserError(f"the run in {out} was not begun with --preset {preset}; leave the flag out, or train anew")
-    before = {**plan.data, **_defaults(Mamba2Config), **plan.model, **dataclasses.asdict(plan.training)}
+    before = {**plan.data, **defaults(Mamba2Config), **plan.model, **dataclasses.asdict(plan.training)}
     accepted = {}
     for name, value in wishes.items():
         if name in ("data", "val_data"):  # the same documents may lie elsewhere: what is in them is checked instead
             plan.data[name] = value
         elif before[name] != value:
-            change = f"{_flag(name)} was {before[name]} when the run in {out} began, and is now {value}"
+            change = f"{_flag(name)} was {_shown(before[name])} when the run in {out} began, and is now {_shown(value)}"
             if name not in ACCEPTABLE:
                 raise UserError(f"{change}; leave it out to go on, or train anew with another --out")
             if name not in accept:
                 raise UserError(f"{change}; add --accept {_flag(name)[2:]} to go on with the new value")
             accepted[name] = value
-    return dataclasses.replace(plan, training=dataclasses.replace(plan.training, **accepted))
+    try:
+        return dataclasses.replace(plan, training=dataclasses.replace(plan.training, **accepted))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def _names(cls) -> set[str]:
+def read_plan(out: str | Path) -> Plan:
+    """The plan that a run was begun with, from its settings.json. Raises UserError where that is not whole."""
+    path = Path(out) / checkpoint.SETTINGS
+    saved = checkpoint.load_json(path)
+    try:
+        if not isinstance(saved, dict) or saved.keys() != {"data", "model", "training"}:
+            raise ValueError("it does not hold data, model and training")
+        if not all(isinstance(part, dict) for part in saved.values()):
+            raise ValueError("data, model and training are not objects")
+        check_data(saved["data"])
+        Mamba2Config(vocab_size=1, **saved["model"])
+        return Plan(saved["data"], saved["model"], Settings(**saved["training"]), resume=True)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be understood: {error}") from error
+
+
+def _names(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
-
-
-def _defaults(cls) -> dict[str, Any]:
-    return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    return {True: "on", False: "off", None: "unset"}[value] if value is None or isinstance(value, bool) else str(value)

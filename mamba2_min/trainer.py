@@ -302,7 +302,7 @@ class Trainer:
     def _environment(self) -> dict[str, Any]:
         """What the last bit of a sum depends on, beside the numbers."""
         return {
-            "torch": torch.__version__, "device": self.device.type, "precision": self.precision,
+            "torch": str(torch.__version__), "device": self.device.type, "precision": self.precision,
             "threads": torch.get_num_threads(),
         }  # fmt: skip
 
@@ -408,7 +408,8 @@ class Trainer:
         else:
             lower = f"lower --context (now {context}), --d-model or --n-layer"
         saved = "; what was saved before is intact" if (self.out / checkpoint.RESUME).exists() else ""
-        return UserError(f"out of memory in step {self.step + 1}, with {micro} windows of {context} at a time: {lower}{saved}")
+        where = f"in step {self.step + 1}, with {micro} windows of {context} at a time"
+        return UserError(f"out of memory {where}: {lower}{saved}")
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
