@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -85,6 +87,19 @@ def test_nothing_unprintable_is_left_and_cleaning_again_changes_nothing(raw):
     assert text == text.strip()
     assert clean(text) == text
     text.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [" ", "\n", "<", "< ", "<think>", "</think>", "<end> ", "---\n", "*", "**a**\n", "Sure! ", "Here is ", "\x1b[",
+     "\x1b]", "word count ", "would you like me to ", "I can't ", "as an ", "```\n", "Title: "],
+)  # fmt: skip
+def test_no_text_takes_long(unit):
+    """Patterns that try every way to share out a long run would take minutes."""
+    for raw in (unit * (60_000 // len(unit)), "a\n" + unit + " " * 60_000 + "b\n" + unit, "x" * 60_000 + unit * 100):
+        begun = time.process_time()
+        judge(clean(raw) + unit, Rules(language="en"))
+        assert time.process_time() - begun < 3
 
 
 @pytest.mark.parametrize(

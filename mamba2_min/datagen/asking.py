@@ -121,21 +121,20 @@ class Asker:
                 self._pause(attempt)
             try:
                 return self._ask_once(prompt, seed)
-            except (httpx.ConnectError, httpx.ConnectTimeout, ConnectionRefusedError) as error:
-                reason, failure = "no connection", self._unreachable()
-                failure.__cause__ = error
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                last: Exception = self._unreachable()
             except ollama.ResponseError as error:
                 if error.status_code == 404:
                     raise self._missing(self._names()) from error
                 if error.status_code not in TRANSIENT:
                     said = _one_line(error.error)
                     raise UserError(f"{self.address} refuses the request ({error.status_code}): {said}") from error
-                reason, failure = _status(error.status_code), None
+                last = NoAnswer(_status(error.status_code))
             except _TookTooLong:  # the same seed would write the same endless text again
                 raise NoAnswer("took too long") from None
             except (httpx.HTTPError, *_BROKEN) as error:
-                reason, failure = _reason(error), None
-        raise failure or NoAnswer(reason)
+                last = NoAnswer(_reason(error))
+        raise last
 
     def _ask_once(self, prompt: str, seed: int) -> Answer:
         stream = self._client.chat(

@@ -10,6 +10,8 @@ import re
 
 from ..errors import printable
 
+MOST_LAYERS = 20  # a text of nothing but titles is not worth more time
+
 _THINKING = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _THINKING_END = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
 
@@ -20,7 +22,7 @@ _INVISIBLE = re.compile("[\u200b\u2060\ufffe\uffff\U000e0000-\U000e007f]")
 
 # Delimiters of documents in training, and the turn markers of chat templates that some models let through.
 _MARKER = (
-    r"<\s*/?\s*(?:start|end)\s*>|<\|[\w ]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>"
+    r"<\s{0,3}/?\s{0,3}(?:start|end)\s{0,3}>|<\|[\w ]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>"
     r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<\|begin▁of▁sentence\|>|<｜[^｜\n]{1,40}｜>"
 )
 MARKER = re.compile(_MARKER, re.IGNORECASE)
@@ -59,17 +61,17 @@ _TITLE = re.compile(
 )
 _TALK_AFTER = re.compile(
     rf"""
-    (?:\A|\n)[ ]*(?:
-        [*_(\[]*(?:total[ ])?word[ ]count\b[^\n]{{0,60}}
-      | [*_(\[]*\d{{2,5}}[ ]words[)\]*_.]*
+    (?:\A|\n)[ ]{{0,8}}(?:
+        [*_(\[]{{0,4}}(?:total[ ])?word[ ]count\b[^\n]{{0,60}}
+      | [*_(\[]{{0,4}}\d{{2,5}}[ ]words[)\]*_.]{{0,4}}
       | let[ ]me[ ]know[ ]if[ ]you(?:['’]d|[ ]would)?[^\n]{{0,40}}
         \b(?:me[ ]to|{_OF_THE_TEXT}|changes?|adjustments?|else)\b[^\n]*
       | would[ ]you[ ]like[ ]me[ ]to\b[^\n]*
       | i[ ]hope[ ](?:this|you[ ]enjoy(?:ed)?|that)\b[^\n]{{0,60}}
         \b(?:{_OF_THE_TEXT}|helps?|request|needs)\b[^\n]{{0,150}}
-      | [*_(\[]*(?:the[ ]end|fin)[.!]?[)\]*_]*
+      | [*_(\[]{{0,4}}(?:the[ ]end|fin)[.!]?[)\]*_]{{0,4}}
       | -{{3,}} | \*{{3,}} | _{{3,}} | ={{3,}}
-    )[ ]*\Z
+    )\Z
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -80,7 +82,7 @@ def clean(raw: str) -> str:
     text = _plain_characters(_without_thinking(raw)).strip()
     fenced = _FENCE.match(text)
     text = _without_talk(fenced[1] if fenced else text)
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    text = "\n".join(map(str.rstrip, text.split("\n")))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
@@ -111,12 +113,13 @@ def _plain_characters(text: str) -> str:
 
 def _without_talk(text: str) -> str:
     """Talk, titles and markers can stand in front of and behind each other: they are taken off until none is left."""
-    before = None
-    while text != before:
+    for _ in range(MOST_LAYERS):
         before = text
         text = _MARKERS_AT_THE_EDGES.sub("", text).strip()
         for pattern in (_TALK_BEFORE, _TITLE):
             found = pattern.match(text)
             text = text[found.end() :].lstrip("\n") if found else text
         text = _TALK_AFTER.sub("", text).rstrip()
+        if text == before:
+            break
     return text
