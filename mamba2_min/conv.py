@@ -21,21 +21,25 @@ def causal_conv_silu(
         state = u.new_zeros(u.shape[0], K - 1, u.shape[2])
     padded = torch.cat([state.to(u.dtype), u], dim=1)  # (b, K - 1 + l, c)
     new_state = padded[:, padded.shape[1] - (K - 1) :].clone()  # a view would keep all of `padded` alive
-    if seq_idx is None:
+    if seq_idx is None and u.device.type == "cpu":
         # As a picture of height 1 whose channels lie last in memory, it needs no copy to convolve along the width.
         picture = padded[:, None].permute(0, 3, 1, 2)  # (b, c, 1, K - 1 + l)
         y = F.conv2d(picture, weight[:, None, None].to(u.dtype), _cast(bias, u.dtype), groups=u.shape[2])
         return F.silu(y.permute(0, 2, 3, 1)[:, 0]), new_state
 
-    documents = torch.cat([seq_idx[:, :1].expand(-1, K - 1), seq_idx], dim=1)
-    l, y = u.shape[1], 0
+    # Tap by tap: taps can be masked, and on a GPU a compiler makes one kernel of them.
+    l = u.shape[1]
+    y = 0 if bias is None else bias.to(u.dtype)
+    if seq_idx is not None:
+        documents = torch.cat([seq_idx[:, :1].expand(-1, K - 1), seq_idx], dim=1)
+        same = (documents[:, documents.shape[1] - (K - 1) :] == seq_idx[:, -1:])[..., None]
+        new_state = torch.where(same, new_state, 0)
     for k in range(K):
-        same = (documents[:, k : k + l] == seq_idx)[..., None]
-        y = y + torch.where(same, padded[:, k : k + l], 0) * weight[:, k].to(u.dtype)
-    if bias is not None:
-        y = y + bias.to(u.dtype)
-    same = (documents[:, documents.shape[1] - (K - 1) :] == seq_idx[:, -1:])[..., None]
-    return F.silu(y), torch.where(same, new_state, 0)
+        tap = padded[:, k : k + l]
+        if seq_idx is not None:
+            tap = torch.where((documents[:, k : k + l] == seq_idx)[..., None], tap, 0)
+        y = y + tap * weight[:, k].to(u.dtype)
+    return F.silu(y), new_state
 
 
 def causal_conv_silu_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (arXiv:1910.07467): x (..., d), weight (d,), in weight's dtype."""
-    return _RMSNorm.apply(x.to(weight.dtype), weight, eps, 1)
+    return _RMSNorm.apply(x, weight, eps, 1)
 
 
 def gated_rms_norm(
@@ -19,30 +19,30 @@ def gated_rms_norm(
 
     Each of `groups` equal parts of the last dimension has an rms of its own.
     """
-    y, z = y.to(weight.dtype), z.to(weight.dtype)
     if norm_before_gate:
-        return _RMSNorm.apply(y, weight, eps, groups) * F.silu(z)
+        return _RMSNorm.apply(y, weight, eps, groups) * F.silu(z.to(weight.dtype))
     return _GatedRMSNorm.apply(y, z, weight, eps, groups)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, groups):
-        scale = _inverse_rms(x, eps, groups)
-        ctx.save_for_backward(x, weight, scale)
-        return _scaled(x, scale).mul_(weight)
+        wide = x.to(weight.dtype)
+        scale = _inverse_rms(wide, eps, groups)
+        ctx.save_for_backward(x, weight, scale)  # as it came: bf16 takes half of the memory
+        return _scaled(wide, scale).mul_(weight)
 
     @staticmethod
     def backward(ctx, dout):
         x, weight, scale = ctx.saved_tensors
-        dx, dweight = _normed_backward(x, weight, scale, dout)
-        return dx, dweight, None, None
+        dx, dweight = _normed_backward(x.to(weight.dtype), weight, scale, dout)
+        return dx.to(x.dtype), dweight, None, None
 
 
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, z, weight, eps, groups):
-        u = F.silu(z).mul_(y)
+        u = F.silu(z.to(weight.dtype)).mul_(y)
         scale = _inverse_rms(u, eps, groups)
         ctx.save_for_backward(y, z, weight, scale)
         return _scaled(u, scale).mul_(weight)
@@ -50,10 +50,11 @@ class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         y, z, weight, scale = ctx.saved_tensors
-        gate = F.silu(z)
+        wide_z = z.to(weight.dtype)
+        gate = F.silu(wide_z)
         du, dweight = _normed_backward(gate * y, weight, scale, dout)
-        dz = torch.ops.aten.silu_backward(du * y, z)
-        return du.mul_(gate), dz, dweight, None, None
+        dz = torch.ops.aten.silu_backward(du * y, wide_z)
+        return du.mul_(gate).to(y.dtype), dz.to(z.dtype), dweight, None, None
 
 
 def _inverse_rms(u: Tensor, eps: float, groups: int) -> Tensor:

@@ -172,20 +172,22 @@ def ssd_chunked(
     b, l = x.shape[:2]
     wide, q = state.dtype, min(chunk_size, l)
     segment = None if seq_idx is None else _segments(seq_idx, b, l, x.device)
-    xw, dtw, Bw, Cw = x.to(wide), dt.to(wide), B.to(wide), C.to(wide)
     if l % q:  # a token of dt = 0 neither decays the state nor adds to it, so padding changes nothing
         pad = -l % q
-        xw, Bw, Cw = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (xw, Bw, Cw))
-        dtw = F.pad(dtw, (0, 0, 0, pad))
+        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, pad))
         if segment is not None:
             segment = torch.cat([segment, segment[:, -1:].expand(b, pad)], dim=1)
-    Dw = None if D is None else D.to(wide)
-    y, state = _ChunkedScan.apply(xw, dtw, A.to(wide), Bw, Cw, Dw, state, segment, q)
-    return y[:, :l].to(x.dtype), state
+    D = None if D is None else D.to(wide)
+    y, state = _ChunkedScan.apply(x, dt.to(wide), A.to(wide), B, C, D, state, segment, q)
+    return y[:, :l], state
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """The chunked scan and its derivative, for l a multiple of the chunk size and all floats of one dtype."""
+    """The chunked scan and its derivative, for l a multiple of the chunk size, in the dtype of dt, A, D and the state.
+
+    x, B and C may be narrower: they are kept as they are, and widened for the work.
+    """
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, initial_state, segment, q):
@@ -193,7 +195,7 @@ class _ChunkedScan(torch.autograd.Function):
         g = B.shape[2]
         xm, dtm, Bm, Cm = _chunks(x, dt, B, C, q)
         s, enter, leave, across = _decays(dtm, A, segment, b, q)
-        visible = _visible(segment, q, x)
+        visible = _visible(segment, q, dt)
 
         # Step 1, the low-rank blocks' right factor: what each chunk adds to the state that leaves it.
         added = torch.einsum("mqgn,mqgrp->mgnrp", Bm, xm * (leave * dtm)[..., None])
@@ -212,7 +214,7 @@ class _ChunkedScan(torch.autograd.Function):
             ym += torch.einsum("mgrij,mjgrp->migrp", M, xm[part])
             if D is not None:
                 ym.addcmul_(xm[part], D.view(g, -1, 1))
-            y[part] = ym
+            y[part] = ym  # in x's dtype
 
         ctx.save_for_backward(x, dt, A, B, C, D, states, segment)
         ctx.q = q
@@ -226,16 +228,16 @@ class _ChunkedScan(torch.autograd.Function):
         g, n = B.shape[2:]
         q = ctx.q
         xm, dtm, Bm, Cm = _chunks(x, dt, B, C, q)
-        dym = dy.reshape(xm.shape)
+        dym = dy.reshape(xm.shape).to(dt.dtype)
         s, enter, leave, across = _decays(dtm, A, segment, b, q)
-        visible = _visible(segment, q, x)
+        visible = _visible(segment, q, dt)
 
         # Step 3 reversed, then step 2: the gradient of the state that leaves each chunk, from the last to the first.
         read = torch.einsum("mqgn,mqgrp->mgnrp", Cm, dym * enter[..., None])
         dadded, dinitial = _carry(read, across, _to_inner(dfinal, g), backwards=True)
 
         dx, ddt = x.new_empty(xm.shape), torch.empty_like(dtm)
-        dB, dC = Bm.new_empty(Bm.shape), Cm.new_empty(Cm.shape)
+        dB, dC = B.new_empty(Bm.shape), C.new_empty(Cm.shape)
         da = torch.empty_like(dtm)
         for part in _parts(len(xm), h * q * q, x.device):
             X, dY, dtp, Bp, Cp = xm[part], dym[part], dtm[part], Bm[part], Cm[part]
@@ -286,11 +288,12 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _chunks(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views of m = b l / q chunks: x (m, q, g, r, p), dt (m, q, g, r), B and C (m, q, g, n)."""
+    """m = b l / q chunks: x (m, q, g, r, p), dt (m, q, g, r), B and C (m, q, g, n); in dt's dtype, views if they can."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    m = b * l // q
-    return x.reshape(m, q, g, h // g, p), dt.reshape(m, q, g, h // g), B.reshape(m, q, g, n), C.reshape(m, q, g, n)
+    m, wide = b * l // q, dt.dtype
+    xm, dtm = x.reshape(m, q, g, h // g, p).to(wide), dt.reshape(m, q, g, h // g)
+    return xm, dtm, B.reshape(m, q, g, n).to(wide), C.reshape(m, q, g, n).to(wide)
 
 
 def _decays(
