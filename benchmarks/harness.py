@@ -35,6 +35,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 OURS = "mamba2_min"  # the peer that the ratios are about
 FLOOR = "floor"  # the matrix products alone, a peer like the others
+USUAL_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 Measurement = dict[str, Any]
 
@@ -91,7 +92,7 @@ def options(args: argparse.Namespace) -> Options:
     return Options(
         device=args.device,
         threads=args.threads,
-        dtype=args.dtype or ("bfloat16" if args.device == "cuda" else "float32"),
+        dtype=args.dtype or USUAL_DTYPE[args.device],
         rounds=1 if args.quick else args.rounds,
         warmup=1 if args.quick else Options.warmup,
         quick=args.quick,
@@ -302,13 +303,24 @@ def command(benchmark: str) -> str:
 
 
 def save(result: Measurement, folder: Path) -> Path:
-    """Puts a measurement into folder/BENCHMARK-DEVICE.json, in the place of an older one of the same setting."""
-    path = folder / f"{result['benchmark']}-{result['about']['device']}.json"
+    """Puts a measurement into folder/BENCHMARK-DEVICE.json, in the place of an older one of the same setting.
+
+    Where the dtype is not the device's usual one, it is part of the file's name.
+    """
+    device, dtype = result["about"]["device"], result["about"]["dtype"]
+    unusual = "" if dtype == USUAL_DTYPE[device] else f"-{dtype}"
+    path = folder / f"{result['benchmark']}-{device}{unusual}.json"
     kept = [old for old in load(path) if old["setting"] != result["setting"]]
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(sorted([*kept, result], key=lambda r: r["setting"]), indent=1)
+    text = json.dumps(sorted([*kept, result], key=_by_numbers), indent=1)
     path.write_text(re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
     return path
+
+
+def _by_numbers(result: Measurement) -> list[str | int]:
+    """Sorts l512 before l4096."""
+    parts = re.split(r"(\d+)", result["setting"])  # text and numbers by turns
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def load(path: Path) -> list[Measurement]:

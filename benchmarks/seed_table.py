@@ -1,0 +1,251 @@
+"""Writes the tables and pictures of the README and of docs/ from the JSON in benchmarks/results.
+
+What stands between two lines like these is replaced by the table of benchmarks/results/train_step-cpu.json:
+
+    <!-- benchmark:train_step-cpu -->
+    <!-- /benchmark:train_step-cpu -->
+
+`benchmark:decode-cpu/small` takes only the settings whose names begin with "small". A benchmark over lengths (scan,
+memory) also becomes a picture, docs/images/NAME.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.harness import FLOOR, OURS, Measurement
+
+ROOT = Path(__file__).parent.parent
+_BLOCK = re.compile(r"(<!-- benchmark:(\S+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
+
+LABELS = {
+    OURS: "**mamba2_min**",
+    "transformer": "our Transformer, same size",
+    "transformer-deep": "our Transformer, same size and depth",
+    "transformers-mamba2": "`transformers` Mamba2",
+    "mamba_ssm": "`mamba_ssm`",
+    "plain-autograd": "plain autograd",
+    FLOOR: "matrix products alone",
+}
+
+
+def label(peer: str) -> str:
+    """A peer's name for readers."""
+    base, _, suffix = peer.partition("+")
+    return LABELS.get(base, base) + (", compiled" if suffix else "")
+
+
+def describe(result: Measurement) -> str:
+    """A setting's sizes for readers."""
+    about = result["about"]
+    if result["benchmark"] == "scan":
+        return f"b {about['b']}, l {about['l']:,}, h {about['h']}"
+    model = f"d {about['model']['d_model']}, {about['model']['n_layer']} layers, b {about['batch']}"
+    if result["benchmark"] == "decode":
+        return f"{model}, after {about['context']:,} tokens"
+    return f"{model}, l {about['length']:,}"
+
+
+def row_table(results: list[Measurement]) -> str:
+    """A row a setting and peer: speed, what our time is compared with, memory."""
+    state = any("state_bytes" in peer for result in results for peer in result["peers"].values())
+    head = ["", "", "tokens/s (quartiles)", "its time / ours", *(["state"] if state else []), "peak memory"]
+    rows = []
+    for result in results:
+        where = describe(result)
+        for name, peer in shown_peers(result):
+            if "median" in peer:
+                tokens = peer["tokens_per_second"] * peer["median"]
+                low, high = (number(tokens / s) for s in reversed(peer["quartiles"]))
+                times = harness.ratio(result, name)
+                speed = f"{number(peer['tokens_per_second'])} ({low} to {high})"
+                cells = [speed, "" if times is None else f"{times:.2f}"]
+            else:
+                cells = [peer["skipped"], ""]
+            cells += [size(peer.get("state_bytes"))] if state else []
+            rows.append([where, label(name), *cells, size(peer.get("peak_bytes"))])
+            where = ""
+    return markdown(head, rows)
+
+
+def length_table(results: list[Measurement]) -> str:
+    """A row a length and a column a peer."""
+    names = list(dict.fromkeys(name for result in results for name, _ in shown_peers(result) if name != FLOOR))
+    rows = []
+    for result in results:
+        peers = result["peers"]
+        rows.append([describe(result), *(length_cell(result["benchmark"], peers.get(name, {})) for name in names)])
+    if results[0]["benchmark"] == "scan":
+        meaning = "Each cell: time; where there is a backward also what is kept for it; and peak memory."
+    else:
+        meaning = "Each cell: tokens a second; peak memory."
+    return f"{markdown(['', *map(label, names)], rows)}\n{meaning}\n"
+
+
+def length_cell(benchmark: str, peer: dict[str, Any]) -> str:
+    if "median" not in peer:
+        return peer.get("skipped", "").partition(":")[0]
+    milliseconds, speed = f"{number(1e3 * peer['median'])} ms", f"{number(peer['tokens_per_second'])}/s"
+    cell = [milliseconds if benchmark == "scan" else speed, size(peer.get("kept_bytes")), size(peer.get("peak_bytes"))]
+    return "; ".join(filter(None, cell))
+
+
+TABLES: dict[str, Callable[[list[Measurement]], str]] = {
+    "train_step": row_table,
+    "decode": row_table,
+    "scan": length_table,
+    "memory": length_table,
+}
+
+
+def shown_peers(result: Measurement) -> Iterable[tuple[str, dict[str, Any]]]:
+    """The peers that were measured, or could have been but for their own needs."""
+    return [
+        (name, peer)
+        for name, peer in result["peers"].items()
+        if "median" in peer or peer.get("skipped", "").startswith(("out of memory", "too long"))
+    ]
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands separated."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def size(count: int | None) -> str:
+    """Bytes for readers; nothing for None."""
+    if count is None:
+        return ""
+    return f"{number(count / 1e9)} GB" if count >= 1e9 else f"{number(count / 1e6)} MB"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def caption(results: list[Measurement]) -> str:
+    """Where, when and how the results were measured; one line for each way."""
+    lines = {}
+    for result in results:
+        machine, about = result["machine"], result["about"]
+        rounds = len(result["peers"].get(OURS, {}).get("seconds", ()))
+        what = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+        lines[
+            f"*{what}; torch {result['versions']['torch']}, {about['dtype']}; median of {rounds} rounds; "
+            f"{result['date']}; `{result['command']}`*"
+        ] = None
+    return "\n\n".join(lines) + "\n"
+
+
+def block(name: str, folder: Path) -> str | None:
+    """What belongs between the markers of `name`; None where there are no results for it."""
+    stem, _, prefix = name.partition("/")
+    results = [r for r in harness.load(folder / f"{stem}.json") if r["setting"].startswith(prefix)]
+    if not results:
+        return None
+    return f"\n{TABLES[results[0]['benchmark']](results)}\n{caption(results)}\n"
+
+
+def rewrite(text: str, folder: Path) -> tuple[str, list[str]]:
+    """A document with its blocks renewed, and the names of those that stay as they are for want of results."""
+    missing = []
+
+    def renew(match: re.Match[str]) -> str:
+        content = block(match[2], folder)
+        if content is None:
+            missing.append(match[2])
+            return match[0]
+        return match[1] + content + match[3]
+
+    return _BLOCK.sub(renew, text), missing
+
+
+def plot(results: list[Measurement], path: Path) -> bool:
+    """Draws time and memory against length; False, and no picture, where the results are not a series of lengths."""
+    import matplotlib.pyplot as plt
+
+    from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE, STYLE
+
+    length, unit = ("l", "tokens") if results[0]["benchmark"] == "scan" else ("length", "tokens of context")
+    series = sorted((r for r in results if r["about"].get("backward", True)), key=lambda r: r["about"][length])
+    names = [name for name, _ in shown_peers(series[0])] if series else []
+    if len({r["about"][length] for r in series}) < 3 or len({without(r["about"], length) for r in series}) > 1:
+        return False
+    panels = [("median", 1, "seconds"), ("peak_bytes", 1e9, "peak memory, GB")]
+    if any("kept_bytes" in peer for _, peer in shown_peers(series[0])):
+        panels.insert(1, ("kept_bytes", 1e9, "kept for the backward, GB"))
+    colours = dict(zip(names, (BLUE, ORANGE, GREEN, "#8e63b5", "#b8860b", "#c0504d"), strict=False)) | {FLOOR: GREY}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
+        for axis, (field, unit_size, title) in zip(axes, panels, strict=True):
+            for name in names:
+                points = [
+                    (r["about"][length], r["peers"][name][field] / unit_size)
+                    for r in series
+                    if field in r["peers"].get(name, {})
+                ]
+                if points:
+                    style = {"linestyle": "--"} if name == FLOOR else {"marker": "o", "markersize": 3}
+                    axis.plot(*zip(*points, strict=True), label=plain(name), color=colours.get(name, GREY), **style)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xlabel(unit)
+            axis.set_title(title, loc="left", fontsize=10)
+        axes[0].legend(fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Software": None})  # the same picture for the same numbers
+        plt.close(figure)
+    return True
+
+
+def without(about: dict[str, Any], field: str) -> str:
+    return repr(sorted((key, value) for key, value in about.items() if key != field))
+
+
+def plain(peer: str) -> str:
+    """A label without Markdown."""
+    return re.sub(r"[*`]", "", label(peer))
+
+
+def main() -> int:
+    """The status to exit with: 1 where --check finds a table out of date."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.seed_table", description=__doc__)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("--results", type=Path, default=harness.RESULTS)
+    p.add_argument("--documents", type=Path, nargs="+", help="default: README.md and docs/*.md")
+    p.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
+    p.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is out of date")
+    args = p.parse_args()
+    documents = args.documents or [d for d in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if d.exists()]
+
+    stale = []
+    for document in documents:
+        text = document.read_text(encoding="utf-8")
+        new, missing = rewrite(text, args.results)
+        for name in missing:
+            print(f"{document.name}: no results for {name}; left as it is")
+        if new != text:
+            stale.append(document.name)
+            if not args.check:
+                document.write_text(new, encoding="utf-8")
+    print(("out of date: " if args.check else "written: ") + (", ".join(stale) or "nothing"))
+    if args.check:
+        return 1 if stale else 0
+    for path in sorted(args.results.glob("*.json")):
+        results = harness.load(path)
+        if results and TABLES[results[0]["benchmark"]] is length_table:
+            image = args.images / f"{path.stem}.png"
+            if plot(results, image):
+                print(f"drawn: {image.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
