@@ -142,8 +142,8 @@ def is_written_in(text: str, code: str) -> bool:
 
 def _share(text: str, script: str) -> float:
     """Which part of the letters of `text` lie in `script`."""
-    letters = "".join(filter(str.isalpha, text))
-    return len(re.findall(f"[{script}]", letters)) / max(len(letters), 1)
+    letters = "".join(re.findall(r"[^\W\d_]+", text))
+    return sum(map(len, re.findall(f"[{script}]+", letters))) / max(len(letters), 1)
 
 
 def _common(found: Counter[str], common: frozenset[str]) -> float:
