@@ -49,13 +49,22 @@ def run(path: Path, timeout: int = 600, write: bool = False) -> float:
     """
     import nbformat
     from nbclient import NotebookClient
+    from traitlets.config import Config
 
     notebook = nbformat.read(path, as_version=4)
     answers = [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": HERE}},
-                            record_timing=False)  # fmt: skip
+    # Sockets in the file system, where there are such: two runs at once cannot take each other's ports.
+    sockets = Config() if os.name == "nt" else Config({"KernelManager": {"transport": "ipc"}})
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": HERE}},
+        record_timing=False,
+        config=sockets,
+    )
     client.reset_execution_trackers()
     with client.setup_kernel(env=_environment()):
         start = time.perf_counter()
