@@ -47,16 +47,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, vocab_size, dtype):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        w = weight[:vocab_size].to(dtype)
+        w = weight.to(dtype)
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if need_weight else None
         total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
-        rows = max(1, _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS_GPU) // vocab_size)
+        rows = max(1, _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS_GPU) // len(weight))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h, weigh = hidden[part].to(dtype), weights[part, None]
             index = targets[part, None].clamp_min(0)
-            logp = F.log_softmax((h @ w.t()).to(total.dtype), dim=-1)
+            logits = (h @ w.t()).to(total.dtype)
+            # Padding takes part in the products, whose sizes it makes round, and in nothing else.
+            logits[:, vocab_size:] = -torch.inf
+            logp = F.log_softmax(logits, dim=-1)
             total -= (logp.gather(1, index) * weigh).sum()
             if not (need_hidden or need_weight):
                 continue
@@ -66,9 +69,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_weight:
                 h = (h * weigh).to(dtype)
                 if dtype == dweight.dtype:
-                    dweight[:vocab_size].addmm_(dlogits.t(), h)
+                    dweight.addmm_(dlogits.t(), h)
                 else:
-                    dweight[:vocab_size] += dlogits.t() @ h
+                    dweight += dlogits.t() @ h
         ctx.gradients = dhidden, None if dweight is None else dweight.to(weight.dtype)
         return total
 
