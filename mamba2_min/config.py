@@ -42,6 +42,10 @@ class Mamba2Config:
     proj_bias: bool = False
     residual_in_fp32: bool = True
 
+    def __new__(cls, *args: Any, **values: Any) -> Mamba2Config:
+        _refuse_unknown(values, [field.name for field in dataclasses.fields(cls)])
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand", "headdim", "ngroups",
                      "chunk_size", "pad_vocab_size_multiple"):
@@ -121,14 +125,17 @@ class Mamba2Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Mamba2Config:
         """The config that `to_dict` gave. An unknown key is a ValueError that names the nearest known one."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                raise ValueError(f"unknown config key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        _refuse_unknown(values, [field.name for field in dataclasses.fields(cls)])
         if "vocab_size" not in values:
             raise ValueError("the config has no vocab_size")
         return cls(**values)
+
+
+def _refuse_unknown(values: dict[str, Any], known: list[str]) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"unknown config key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def _nearest_divisor(n: int, near: int) -> int:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mamba2_min.ssd import document_numbers
+
 
 def causal_conv_silu(
     u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None = None, seq_idx: Tensor | None = None
@@ -13,7 +15,8 @@ def causal_conv_silu(
     """silu(bias + sum_k weight[:, k] u_{t - (K - 1) + k}): a depthwise convolution of K taps that never looks ahead.
 
     u (b, l, c), weight (c, K), bias (c,) or None; state (b, K - 1, c), the inputs before the first, zeros if None;
-    seq_idx (b, l): a tap that would reach into another document reads zero. The state belongs to the first document.
+    seq_idx (b, l): a document ends where it changes, and a tap that would reach into another one reads zero. The state
+    belongs to the first document.
     Returns (b, l, c) in u's dtype, and the state after the last token. (Mamba-2 paper, arXiv:2405.21060, section 7.1.)
     """
     K = weight.shape[1]
@@ -31,13 +34,14 @@ def causal_conv_silu(
     l = u.shape[1]
     y = 0 if bias is None else bias.to(u.dtype)
     if seq_idx is not None:
-        documents = torch.cat([seq_idx[:, :1].expand(-1, K - 1), seq_idx], dim=1)
-        same = (documents[:, documents.shape[1] - (K - 1) :] == seq_idx[:, -1:])[..., None]
+        document = document_numbers(seq_idx, *u.shape[:2], u.device)
+        documents = F.pad(document, (K - 1, 0))
+        same = (documents[:, documents.shape[1] - (K - 1) :] == document[:, -1:])[..., None]
         new_state = torch.where(same, new_state, 0)
     for k in range(K):
         tap = padded[:, k : k + l]
         if seq_idx is not None:
-            tap = torch.where((documents[:, k : k + l] == seq_idx)[..., None], tap, 0)
+            tap = torch.where((documents[:, k : k + l] == document)[..., None], tap, 0)
         y = y + tap * weight[:, k].to(u.dtype)
     return F.silu(y), new_state
 

@@ -24,7 +24,8 @@ def linear_cross_entropy(
 
     hidden (..., d), weight (v, d), targets (...) int64 with IGNORE (-100) where a position does not count; rows of
     `weight` from vocab_size on are padding and get no probability. reduction "mean" is over the targets that count
-    (0 where none does), "sum" their sum. Under autocast the products run in its dtype, the softmax in float32.
+    (0 where none does), "sum" their sum. ValueError for other targets (on a GPU, where a look would wait for the
+    device, its own assertion). Under autocast the products run in its dtype, the softmax in float32.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
@@ -32,13 +33,15 @@ def linear_cross_entropy(
         raise ValueError(f"targets must be {tuple(hidden.shape[:-1])}, as hidden is, not {tuple(targets.shape)}")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    targets = targets.reshape(-1)
+    targets, size = targets.reshape(-1), vocab_size or weight.shape[0]
+    if targets.device.type == "cpu" and ((targets != IGNORE) & ((targets < 0) | (targets >= size))).any():
+        raise ValueError(f"targets must lie in [0, {size}), the vocabulary, or be {IGNORE}")
     # What a target weighs. It scales rows of `hidden`, never the logits.
     weights = (targets != IGNORE).to(torch.promote_types(hidden.dtype, torch.float32))
     if reduction == "mean":
         weights /= weights.sum().clamp_min(1)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return _LinearCrossEntropy.apply(flat, weight, targets, weights, vocab_size or weight.shape[0], dtype)
+    return _LinearCrossEntropy.apply(flat, weight, targets, weights, size, dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

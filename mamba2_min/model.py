@@ -170,12 +170,15 @@ class Mamba2LM(nn.Module):
 
     def __init__(self, config: Mamba2Config, seed: int | None = None):
         super().__init__()
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
         self.config = config
-        self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        with torch.random.fork_rng(devices=[]):  # PyTorch's modules draw numbers of their own, which nobody will see
+            self.backbone = Backbone(config)
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
-        generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+        generator = torch.Generator().manual_seed(seed)
         init_parameters(self, generator)
 
     def forward(

@@ -128,7 +128,7 @@ def ssd_quadratic(
     xw, dtw, H0 = xw.reshape(b, l, g, -1, p), dtw.reshape(b, l, g, -1), H0.reshape(b, g, -1, p, n)
 
     a = (dtw * Aw.view(g, -1)).movedim(1, -1)  # (b, g, r, l)
-    segment = _segments(seq_idx, b, l, x.device)
+    segment = document_numbers(seq_idx, b, l, x.device)
     visible = (segment[:, :, None] == segment[:, None, :]).tril()[:, None, None]  # (b, 1, 1, l, l)
     # a_{j+1} + ... + a_i in row i, column j, summed downwards rather than as a difference of two sums: exact
     # whatever came before.
@@ -171,7 +171,7 @@ def ssd_chunked(
     state = _check(x, dt, A, B, C, D, initial_state, seq_idx)
     b, l = x.shape[:2]
     wide, q = state.dtype, min(chunk_size, l)
-    segment = None if seq_idx is None else _segments(seq_idx, b, l, x.device)
+    segment = None if seq_idx is None else document_numbers(seq_idx, b, l, x.device)
     if l % q:  # a token of dt = 0 neither decays the state nor adds to it, so padding changes nothing
         pad = -l % q
         x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
@@ -288,7 +288,7 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _chunks(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """m = b l / q chunks: x (m, q, g, r, p), dt (m, q, g, r), B and C (m, q, g, n); in dt's dtype, views if they can."""
+    """m = b l / q chunks, in dt's dtype: x (m, q, g, r, p), dt (m, q, g, r), B and C (m, q, g, n)."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     m, wide = b * l // q, dt.dtype
@@ -379,8 +379,11 @@ def _to_outer(state: Tensor) -> Tensor:
     return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
 
-def _segments(seq_idx: Tensor | None, b: int, l: int, device: torch.device) -> Tensor:
-    """Numbers the documents of each row 0, 1, 2... from left to right: (b, l). The initial state belongs to 0."""
+def document_numbers(seq_idx: Tensor | None, b: int, l: int, device: torch.device) -> Tensor:
+    """Numbers the documents of each row 0, 1, 2... from left to right, by where seq_idx changes: (b, l).
+
+    The initial state belongs to document 0. Without seq_idx there is one document.
+    """
     if seq_idx is None:
         return torch.zeros(b, l, dtype=torch.int64, device=device)
     return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
