@@ -47,7 +47,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             raise
         _flush_folder(path.parent)
     except OSError as error:

@@ -27,14 +27,15 @@ class MetricsLog:
         """Writes one line, whole or not at all. Raises UserError where that fails, as on a full disk."""
         line = json.dumps({k: _plain(v) for k, v in values.items()}, allow_nan=False) + "\n"
         try:
-            with open(self.path, "ab") as file:
+            with open(self.path, "ab", buffering=0) as file:  # a buffer would write what is left of a torn line later
                 before = file.tell()
                 try:
-                    file.write(line.encode())
-                    file.flush()
+                    rest = line.encode()
+                    while rest:
+                        rest = rest[file.write(rest) :]
                 except OSError:
-                    with contextlib.suppress(OSError):  # a part of it may be there
-                        os.truncate(self.path, before)
+                    with contextlib.suppress(OSError):
+                        file.truncate(before)
                     raise
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error

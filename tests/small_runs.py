@@ -1,0 +1,138 @@
+"""Trainings small enough to be run by the dozen: documents, a model, a trainer, and train.py in a process of its own.
+
+The processes are forked from one that has imported torch already, and are otherwise as real as any: they have a
+terminal or a file to write to, limits, and a number that signals can be sent to.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import random
+import resource
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba2_min import checkpoint
+from mamba2_min.config import Mamba2Config
+from mamba2_min.corpus import load_corpus
+from mamba2_min.errors import run_script
+from mamba2_min.model import Mamba2LM
+from mamba2_min.settings import Settings
+from mamba2_min.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {"d_model": 16, "n_layer": 1, "d_state": 4, "headdim": 8, "chunk_size": 8}
+STATE = ("model", "optimizer", "windows", "guard", "torch_rng", "step", "pending", "records", "best", "best_step",
+         "evaluated_step", "stale", "micro_batch")  # fmt: skip
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["small_runs", "mamba2_min.plots", "mamba2_min.runs", "mamba2_min.model"])
+
+
+def write_documents(folder, count=12, words=60, seed=0):
+    """Documents of made-up sentences, from few words, so that there is something to learn."""
+    draw = random.Random(seed)
+    names = ["owl", "fox", "hen", "cat", "dog", "cow", "bee", "ant"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        said = " ".join(f"The {draw.choice(names)} saw the {draw.choice(names)}." for _ in range(words // 5))
+        (folder / f"{k:03}.md").write_text(f"{said} That was story {k}.\n")
+    return folder
+
+
+def make_trainer(out, data, dropout=0.1, resume=False, device="cpu", model=None, accept_documents=False, report=None,
+                 **settings):  # fmt: skip
+    """A Trainer of the smallest model; `settings` are Settings."""
+    tokenizer = None
+    if resume and (out / checkpoint.TOKENIZER).exists():
+        tokenizer = checkpoint_tokenizer(out)
+    corpus = load_corpus(data, min_count=1, tokenizer=tokenizer)
+    if model is None:
+        model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), dropout=dropout, **SHAPE), seed=0)
+    asked = {"context": 16, "batch_size": 3, "max_steps": 12, "eval_every": 4, "save_every": 3, "lr": 0.01,
+             "log_every": 2, "precision": "float32", **settings}  # fmt: skip
+    report = report or (lambda event, values: None)
+    return Trainer(model, corpus, Settings(**asked), out, device, resume, report, accept_documents)
+
+
+def checkpoint_tokenizer(out):
+    from mamba2_min.tokenizer import WordTokenizer
+
+    return WordTokenizer.load(out / checkpoint.TOKENIZER)
+
+
+def same(a, b):
+    """Whether two nests of tensors and plain values are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(one, other):
+    """Two runs' folders hold the same files, best weights, measurements and everything that a next step depends on."""
+    assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
+    a, b = (checkpoint.load_tensors(folder / checkpoint.RESUME) for folder in (one, other))
+    for name in STATE:
+        assert same(a[name], b[name]), name
+    best = [checkpoint.load_tensors(folder / checkpoint.WEIGHTS) for folder in (one, other)]
+    assert same(*best)
+    lines = [(folder / checkpoint.METRICS).read_text() for folder in (one, other)]
+    assert lines[0] == lines[1]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+class Training:
+    """train.py with `arguments` in a process of its own. `limits`: {resource.RLIMIT_...: most}."""
+
+    def __init__(self, *arguments, said, limits=None):
+        self.said = said
+        with pytest.MonkeyPatch.context() as patch:  # the server of forks looks for modules there
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+            patch.setenv("OMP_NUM_THREADS", "1")
+            forkserver.ensure_running()
+        self.process = _processes.Process(target=_child, args=(list(map(str, arguments)), said, limits or {}))
+        self.process.start()
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def wait(self, timeout=120):
+        """The exit status as a shell would give it: 128 + the signal that ended it, if one did."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout} seconds: {self.text()}")
+        status = self.process.exitcode
+        return 128 - status if status < 0 else status
+
+    def text(self):
+        return self.said.read_text() if self.said.exists() else ""
+
+
+def _child(arguments, said, limits):
+    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    for limit, most in limits.items():
+        resource.setrlimit(limit, (most, most))
+    sys.argv = ["train.py", "--threads", "1", "--device", "cpu", "--precision", "float32", *arguments]
+    try:
+        run_script(load_script().main)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

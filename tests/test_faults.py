@@ -1,0 +1,211 @@
+"""What happens to a training process: killed, interrupted, out of disk, out of memory, two at once.
+
+Each test does it to a real process that runs train.py. See tests/test_trainer.py for every moment of a kill, and for
+losses that go wrong.
+"""
+
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import time
+
+import pytest
+from small_runs import SHAPE, Training, assert_same_run, write_documents
+
+from mamba2_min import checkpoint
+from mamba2_min.metrics import read_metrics
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits as POSIX has them")
+FILES = {"config.json", "tokenizer.json", "settings.json", "model.pt", "last.pt", "metrics.jsonl", "loss.png"}
+FLAGS = [word for name, value in SHAPE.items() for word in ("--" + name.replace("_", "-"), value)] + [
+    "--min-count", 1, "--context", 16, "--batch-size", 3, "--micro-batch", 2, "--dropout", 0.1, "--lr", 0.01,
+    "--log-every", 2, "--patience", 0,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def training(tmp_path, data):
+    """Starts train.py in a process; every one that a test leaves running is ended."""
+    started = []
+
+    def start(*arguments, out="run", limits=None):
+        said = tmp_path / f"said-{len(started)}.txt"
+        command = ["--data", data, "--out", tmp_path / out, *FLAGS, *arguments]
+        started.append(Training(*command, said=said, limits=limits))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.is_alive():
+            one.process.kill()
+        one.process.join()
+
+
+def last_line(training):
+    text = training.text()
+    assert "Traceback" not in text, text
+    return text.rstrip("\n").split("\n")[-1]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def killed_again_and_again(tmp_path, training, kills, steps, seed):
+    """One training killed at random moments must end as one that never was."""
+    flags = ("--max-steps", steps, "--eval-every", 10, "--save-every", 4)
+    began = time.monotonic()
+    assert training(*flags, out="whole").wait() == 0
+    whole = time.monotonic() - began
+    draw = random.Random(seed)
+    landed = sittings = 0
+    while landed < kills:
+        sittings += 1
+        one = training(*flags, "--resume", out="killed")
+        one.process.join(draw.uniform(0, 2.5 * whole / kills))
+        if one.process.is_alive():
+            os.kill(one.pid, signal.SIGKILL)
+            assert one.wait() == 128 + signal.SIGKILL
+            landed += 1
+        else:
+            assert one.wait() == 0, one.text()
+            break
+    assert landed > kills / 2, "it ended before it could be killed"
+    last = training(*flags, "--resume", out="killed")
+    assert last.wait() == 0, last.text()
+    assert {p.name for p in (tmp_path / "killed").iterdir()} == FILES
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    steps_seen = [r["step"] for r in read_metrics(tmp_path / "killed" / "metrics.jsonl") if r["split"] == "train"]
+    assert steps_seen == list(range(2, steps + 1, 2))
+
+
+def test_five_kills_at_random_moments_change_nothing(tmp_path, training):
+    killed_again_and_again(tmp_path, training, kills=5, steps=60, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_twenty_five_kills_at_random_moments_change_nothing(tmp_path, training, seed):
+    killed_again_and_again(tmp_path, training, kills=25, steps=600, seed=seed)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, training, number, status):
+    flags = ("--max-steps", 40, "--eval-every", 20, "--save-every", 1000)
+    one = training(*flags)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    os.kill(one.pid, number)
+    assert one.wait() == status
+    assert "Traceback" not in one.text()
+    hint = re.search(r"^saved       go on with: python train\.py (.*) --resume$", one.text(), re.M)
+    assert hint and f"--out {tmp_path / 'run'}" in hint[1], one.text()
+    saved = checkpoint.load_tensors(tmp_path / "run" / "last.pt")
+    assert 0 < saved["step"] < 40
+    again = training(*flags, "--resume")
+    assert again.wait() == 0 and f"resume      from step {saved['step']}" in again.text()
+    assert training(*flags, out="whole").wait() == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path, training):
+    one = training("--max-steps", 100_000, "--eval-every", 100_000, "--save-every", 100_000)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    os.kill(one.pid, signal.SIGSTOP)  # both signals are there before the step can end
+    os.kill(one.pid, signal.SIGINT)
+    os.kill(one.pid, signal.SIGTERM)
+    os.kill(one.pid, signal.SIGCONT)
+    assert one.wait(20) in (130, 143)
+
+
+def test_resume_where_nothing_was_saved_begins_and_says_so(tmp_path, training):
+    one = training("--max-steps", 2, "--resume")
+    assert one.wait() == 0 and "resume      nothing saved yet: from the beginning" in one.text()
+    again = training("--max-steps", 2, "--resume")
+    assert again.wait() == 0 and "this run has ended already; nothing is changed" in again.text()
+
+
+def test_two_trainings_into_one_folder(tmp_path, training):
+    first = training("--max-steps", 100_000)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    for flag in ("--resume", "--overwrite"):
+        second = training("--max-steps", 100_000, flag)
+        assert second.wait() == 2
+        assert last_line(second) == (
+            f"error: another training is writing into {tmp_path / 'run'}; wait for it, or take another --out"
+        )
+    assert first.process.is_alive()
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert training("--max-steps", 2, "--overwrite").wait() == 0  # the lock died with its process
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path, training):
+    out = tmp_path / "run"
+    assert training("--max-steps", 4, "--eval-every", 4).wait() == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    on = ("--max-steps", 400, "--resume", "--accept", "max-steps,save-every,eval-every", "--eval-every", 400)
+    size = len(before["last.pt"])
+    for room in (size // 2, size - 1):  # in the middle of the new file, and at its very end
+        full = training(*on, "--save-every", 2, limits={resource.RLIMIT_FSIZE: room})
+        assert full.wait() == 2
+        assert last_line(full) == (
+            f"error: cannot write {out / 'last.pt'}: File too large; the one from before is unchanged"
+        )
+        assert {p.name for p in out.iterdir()} == before.keys()
+        assert (out / "last.pt").read_bytes() == before["last.pt"]
+        assert (out / "model.pt").read_bytes() == before["model.pt"]
+    goes_on = training("--max-steps", 8, "--resume", "--accept", "max-steps,save-every,eval-every", "--eval-every", 4)
+    assert goes_on.wait() == 0
+
+
+def test_a_full_disk_tears_no_line_of_metrics(tmp_path, training):
+    out = tmp_path / "run"
+    assert training("--max-steps", 40, "--eval-every", 40).wait() == 0
+    whole = (out / "metrics.jsonl").read_bytes()
+    on = ("--max-steps", 400, "--resume", "--accept", "max-steps,save-every", "--eval-every", 40)
+    full = training(*on, "--save-every", 400, limits={resource.RLIMIT_FSIZE: len(whole) + 50})
+    assert full.wait() == 2
+    assert "cannot write" in last_line(full) and "File too large" in last_line(full)
+    assert (out / "metrics.jsonl").read_bytes() == whole
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere an address space has no limit")
+def test_out_of_memory_is_one_line_that_says_what_to_lower(tmp_path, training):
+    limits = {resource.RLIMIT_AS: 3 << 30}
+    flags = ("--max-steps", 2, "--batch-size", 20_000, "--micro-batch", 0, "--d-model", 256, "--ignore-memory")
+    one = training(*flags, limits=limits)
+    assert one.wait() == 2
+    assert re.match(
+        r"error: out of memory in step 1, with 20000 windows of 16 at a time: pass --micro-batch 10000 ", last_line(one)
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere an address space has no limit")
+def test_batch_size_auto_finds_a_micro_batch_that_fits(tmp_path, training):
+    flags = ("--max-steps", 1, "--batch-size", 20_000, "--micro-batch", "auto", "--d-model", 64, "--ignore-memory")
+    one = training(*flags, limits={resource.RLIMIT_AS: 3 << 30})
+    assert one.wait() == 0, one.text()
+    assert re.search(r"^step      1  out of memory: now \d+ windows at a time, the same batch$", one.text(), re.M)
+
+
+def test_what_an_earlier_process_left_half_written_is_taken_away(tmp_path, training):
+    out = tmp_path / "run"
+    out.mkdir()
+    leftovers = [out / ".last.pt.abc.tmp", out / ".metrics.jsonl.x.tmp", out / "tokenizer.json.partial"]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    mine = out / ".notes.tmp"
+    mine.write_text("not ours to take")
+    assert training("--max-steps", 1).wait() == 0
+    assert not any(path.exists() for path in leftovers) and mine.exists()
