@@ -83,7 +83,6 @@ def test_gradcheck(documents):
     assert torch.autograd.gradcheck(lambda *args: causal_conv_silu(*args, seq_idx), leaves)
 
 
-@pytest.mark.xfail(strict=True, reason="the convolution goes by the names of documents, not by their ends")
 @pytest.mark.parametrize("names", [[7, 2, 7, 7, 7], [0, 0, 1, 0, 0], [1, 0, 1, 0, 1]], ids=str)
 def test_a_third_document_named_as_the_first_does_not_see_it(names):
     case = {**make(1, 5, 2, 4), "seq_idx": torch.tensor([names])}
