@@ -72,12 +72,11 @@ def writer_of(peer: peers.Peer, setting: Setting, options: Options) -> tuple[Cal
 
 def build(name: str, setting: Setting, options: Options) -> peers.Peer:
     """Weights are of the dtype asked for, as those who decode keep them; autocast would convert them every token."""
-    return peers.build(name, setting.config, options.device, getattr(torch, options.dtype))
+    return peers.build(name, setting.config, options.device, options.weight_dtype)
 
 
 def peak_memory(name: str, setting: Setting, options: Options) -> int:
     """Bytes that the model, its state and a round's writing take at their highest."""
-    options.prepare()
     rehearsal = QUICK["tiny-b2-after10"]
     writer_of(build(name, rehearsal, options), rehearsal, options)[0]()
     meter = MemoryMeter(options.device)

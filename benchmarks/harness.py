@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -32,10 +32,12 @@ from typing import Any
 
 import torch
 
+from mamba2_min import devices
+
 RESULTS = Path(__file__).parent / "results"
 OURS = "mamba2_min"  # the peer that the ratios are about
 FLOOR = "floor"  # the matrix products alone, a peer like the others
-USUAL_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+USUAL_PRECISION = {"cpu": "float32", "cuda": "bf16"}
 
 Measurement = dict[str, Any]
 
@@ -50,22 +52,37 @@ class Options:
 
     device: str = "cpu"
     threads: int = 2
-    dtype: str = "float32"  # "bfloat16": autocast, on a CPU too
+    precision: str = "float32"  # or "bf16", in the sense of train.py's --precision
+    usual_malloc: bool = False
     rounds: int = 7
     warmup: int = 2
     quick: bool = False
     memory: bool = True
 
     def prepare(self) -> None:
-        """Sets this process up as the options say."""
+        """Sets this process up as the options say, and otherwise as train.py does: for every peer alike."""
         torch.set_num_threads(self.threads)
         torch.manual_seed(0)
-        torch.set_float32_matmul_precision("high")  # TF32 on a GPU that has it; nothing changes on a CPU
+        if self.device == "cpu" and not self.usual_malloc:
+            devices.keep_freed_memory()
+
+    def products(self) -> AbstractContextManager:
+        """How float32 matrices are multiplied, forward and backward."""
+        return devices.matmul_precision(torch.device(self.device), self.precision)
 
     def autocast(self) -> AbstractContextManager:
-        if self.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.device, dtype=getattr(torch, self.dtype))
+        """What a forward pass runs in."""
+        return devices.autocast(torch.device(self.device), self.precision)
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """What a projection's operands are: with bf16 a GPU has them so, and a CPU rounds them on their way in."""
+        return torch.bfloat16 if self.precision == "bf16" and self.device == "cuda" else torch.float32
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What weights are kept in where nothing is trained."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def synchronize(self) -> None:
         if self.device == "cuda":
@@ -77,7 +94,8 @@ def parser(name: str, description: str, peers: Sequence[str]) -> argparse.Argume
     p = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    p.add_argument("--precision", choices=("float32", "bf16"), help="default: float32 on a CPU, bf16 on a GPU")
+    p.add_argument("--usual-malloc", action="store_true", help="leave the C library's allocator as it is")
     p.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
     p.add_argument("--peers", nargs="+", default=list(peers), help=f"default: {' '.join(peers)}")
     p.add_argument("--settings", nargs="+", help="only these (default: all for the device)")
@@ -92,7 +110,8 @@ def options(args: argparse.Namespace) -> Options:
     return Options(
         device=args.device,
         threads=args.threads,
-        dtype=args.dtype or USUAL_DTYPE[args.device],
+        precision=args.precision or USUAL_PRECISION[args.device],
+        usual_malloc=args.usual_malloc,
         rounds=1 if args.quick else args.rounds,
         warmup=1 if args.quick else Options.warmup,
         quick=args.quick,
@@ -112,16 +131,17 @@ def take_turns(works: dict[str, Callable[[], Any]], options: Options) -> dict[st
     """Seconds that each work took in each round. Every work runs once a round; warm-up rounds are dropped."""
     names = list(works)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(-options.warmup, options.rounds):
-        gc.collect()
-        first = (i + options.warmup) % max(1, len(names))
-        for name in names[first:] + names[:first]:
-            options.synchronize()
-            started = time.perf_counter()
-            works[name]()
-            options.synchronize()
-            if i >= 0:
-                seconds[name].append(time.perf_counter() - started)
+    with options.products():
+        for i in range(options.warmup + options.rounds):
+            gc.collect()
+            first = i % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                options.synchronize()
+                started = time.perf_counter()
+                works[name]()
+                options.synchronize()
+                if i >= options.warmup:
+                    seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
@@ -214,7 +234,7 @@ def compare(
         for name in names:
             if name != FLOOR:
                 with _noting(entries[name]):
-                    entries[name]["peak_bytes"] = in_fresh_process(peak, name, setting, options)
+                    entries[name]["peak_bytes"] = in_fresh_process(_prepared, peak, name, setting, options)
     for name in names:
         if "skipped" not in entries[name]:
             with _noting(entries[name]):
@@ -223,6 +243,12 @@ def compare(
     for name, seconds in take_turns(works, options).items():
         entries[name] |= timed(seconds, things, tokens)
     return entries
+
+
+def _prepared(peak: Callable[[str, Any, Options], int], name: str, setting: Any, options: Options) -> int:
+    options.prepare()
+    with options.products():
+        return peak(name, setting, options)
 
 
 @contextmanager
@@ -238,10 +264,10 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
-        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):  # the first: stopped by the system
+        except BrokenProcessPool:  # the system stopped it
             raise Unavailable("out of memory") from None
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error):  # how torch says it on a CPU
+        except (MemoryError, RuntimeError) as error:
+            if devices.is_out_of_memory(error):
                 raise Unavailable("out of memory") from None
             raise
 
@@ -251,7 +277,7 @@ def measurement(benchmark: str, setting: str, about: dict[str, Any], options: Op
     return {
         "benchmark": benchmark,
         "setting": setting,
-        "about": about | {"device": options.device, "dtype": options.dtype},
+        "about": about | {"device": options.device, "precision": options.precision},
         "machine": machine(options),
         "versions": versions(),
         "date": date.today().isoformat(),
@@ -305,10 +331,10 @@ def command(benchmark: str) -> str:
 def save(result: Measurement, folder: Path) -> Path:
     """Puts a measurement into folder/BENCHMARK-DEVICE.json, in the place of an older one of the same setting.
 
-    Where the dtype is not the device's usual one, it is part of the file's name.
+    Where the precision is not the device's usual one, it is part of the file's name.
     """
-    device, dtype = result["about"]["device"], result["about"]["dtype"]
-    unusual = "" if dtype == USUAL_DTYPE[device] else f"-{dtype}"
+    device, precision = result["about"]["device"], result["about"]["precision"]
+    unusual = "" if precision == USUAL_PRECISION[device] else f"-{precision}"
     path = folder / f"{result['benchmark']}-{device}{unusual}.json"
     kept = [old for old in load(path) if old["setting"] != result["setting"]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -330,7 +356,7 @@ def load(path: Path) -> list[Measurement]:
 
 def show(result: Measurement) -> None:
     """Prints a measurement as a table."""
-    print(f"\n{result['benchmark']}  {result['setting']}  {result['about']['device']} {result['about']['dtype']}")
+    print(f"\n{result['benchmark']}  {result['setting']}  {result['about']['device']} {result['about']['precision']}")
     print(f"  {'':24} {'ms':>10} {'quartiles':>17} {'tokens/s':>12} {'x ours':>8} {'peak MB':>9}")
     for name, peer in result["peers"].items():
         if "seconds" not in peer:

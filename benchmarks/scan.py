@@ -84,8 +84,8 @@ def _segment_sum(a: Tensor) -> Tensor:
 
 
 def inputs_of(setting: Setting, options: Options) -> tuple[Tensor, ...]:
-    """x, dt, A, B, C, D of a usual scale, one group; x, B and C in the dtype of the options, the others float32."""
-    s, dtype = setting, getattr(torch, options.dtype)
+    """x, dt, A, B, C, D of a usual scale, one group; x, B and C in the dtype of projections, the others float32."""
+    s, dtype = setting, options.operand_dtype
     generator = torch.Generator(options.device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -168,7 +168,7 @@ def kept_bytes(forward: Callable[[], Tensor], inputs: list[Tensor]) -> int:
 
 def floor_of(setting: Setting, options: Options) -> Callable[[], None]:
     """The products of every chunk: C B^T once; M x, B^T x and C H once a head. All dense, though M is triangular."""
-    s, dtype = setting, getattr(torch, options.dtype)
+    s, dtype = setting, options.operand_dtype
     m = s.b * (s.l // s.q)  # chunks
     width = s.h * s.p
     shapes = [(m, s.q, s.n, s.q), (m * s.h, s.q, s.q, s.p), (m, s.n, s.q, width), (m, s.q, s.n, width)]
@@ -190,7 +190,6 @@ def floor_of(setting: Setting, options: Options) -> Callable[[], None]:
 
 def peak_memory(name: str, setting: Setting, options: Options) -> int:
     """Bytes beyond inputs and dy that the work takes at its highest, results and gradients included."""
-    options.prepare()
     run_of(name, replace(setting, l=2 * setting.q), options)[0]()  # loads libraries and starts threads
     run, _, _inputs = run_of(name, setting, options)
     meter = MemoryMeter(options.device)

@@ -138,7 +138,7 @@ def caption(results: list[Measurement]) -> str:
         rounds = len(result["peers"].get(OURS, {}).get("seconds", ()))
         what = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
         lines[
-            f"*{what}; torch {result['versions']['torch']}, {about['dtype']}; median of {rounds} rounds; "
+            f"*{what}; torch {result['versions']['torch']}, {about['precision']}; median of {rounds} rounds; "
             f"{result['date']}; `{result['command']}`*"
         ] = None
     return "\n\n".join(lines) + "\n"
@@ -176,7 +176,8 @@ def plot(results: list[Measurement], path: Path) -> bool:
     length, unit = ("l", "tokens") if results[0]["benchmark"] == "scan" else ("length", "tokens of context")
     series = sorted((r for r in results if r["about"].get("backward", True)), key=lambda r: r["about"][length])
     names = [name for name, _ in shown_peers(series[0])] if series else []
-    if len({r["about"][length] for r in series}) < 3 or len({without(r["about"], length) for r in series}) > 1:
+    lengths = [r["about"][length] for r in series]
+    if len(lengths) < 3 or len({without(r["about"], length) for r in series}) > 1:
         return False
     panels = [("median", 1, "seconds"), ("peak_bytes", 1e9, "peak memory, GB")]
     if any("kept_bytes" in peer for _, peer in shown_peers(series[0])):
@@ -195,6 +196,7 @@ def plot(results: list[Measurement], path: Path) -> bool:
                     style = {"linestyle": "--"} if name == FLOOR else {"marker": "o", "markersize": 3}
                     axis.plot(*zip(*points, strict=True), label=plain(name), color=colours.get(name, GREY), **style)
             axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [f"{l:,}" for l in lengths], fontsize=8)
             axis.set_yscale("log")
             axis.set_xlabel(unit)
             axis.set_title(title, loc="left", fontsize=10)

@@ -71,7 +71,7 @@ def step_of(peer: peers.Peer, ids: Tensor, targets: Tensor, options: Options) ->
 
 def floor_of(setting: Setting, options: Options) -> Callable[[], None]:
     """The products that the parameters take part in: y = x W^T, and in the backward dx = dy W, dW = dy^T x."""
-    c, dtype = setting.config, getattr(torch, options.dtype)
+    c, dtype = setting.config, options.operand_dtype
     shapes = [(c.d_model, c.d_in_proj, c.n_layer), (c.d_inner, c.d_model, c.n_layer), (c.d_model, c.vocab_size, 1)]
     new = partial(torch.randn, device=options.device, dtype=dtype)
     operands = [
@@ -98,7 +98,6 @@ def batch_of(setting: Setting, device: str) -> tuple[Tensor, Tensor]:
 
 def peak_memory(name: str, setting: Setting, options: Options) -> int:
     """Bytes that a peer's model, gradients, optimiser state and activations take at their highest, in a third step."""
-    options.prepare()
     rehearsal = QUICK["tiny-b2-l48"]  # loads libraries and starts threads, which are not the model's
     step_of(peers.build(name, rehearsal.config, options.device), *batch_of(rehearsal, options.device), options)()
     meter = MemoryMeter(options.device)

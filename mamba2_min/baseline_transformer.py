@@ -28,6 +28,7 @@ from mamba2_min import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 from mamba2_min.language_model import LanguageModel
+from mamba2_min.norm import rms_norm
 
 _ARCHITECTURE = "transformer"  # in a saved config, so that it is not taken for a Mamba-2's
 _FF_MULTIPLE = 8  # widths of the SwiGLU: a bfloat16 row then fills whole 16-byte loads
@@ -210,14 +211,21 @@ class SwiGLU(nn.Module):
         return self.out_proj(F.silu(gate) * up)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Mamba2LM's: the same function, computed by the same code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Attention(config)
-        self.norm2 = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm2 = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
         self.dropout = config.dropout
 
@@ -236,7 +244,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
 
 class TransformerLM(LanguageModel):
@@ -247,12 +255,15 @@ class TransformerLM(LanguageModel):
 
     def __init__(self, config: TransformerConfig, seed: int | None = None):
         super().__init__()
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
         self.config = config
-        self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        with torch.random.fork_rng(devices=[]):  # PyTorch's modules draw numbers of their own, which nobody will see
+            self.backbone = Backbone(config)
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
-        init_parameters(self, torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed))
+        init_parameters(self, torch.Generator().manual_seed(seed))
 
     def hidden(
         self, input_ids: Tensor, state: KVCache | None = None, seq_idx: Tensor | None = None

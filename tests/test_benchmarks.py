@@ -106,8 +106,8 @@ def test_saving_replaces_the_setting_and_keeps_the_others(tmp_path):
     results = harness.load(path)
     assert [r["setting"] for r in results] == ["l256", "l1024", "l4096"]
     assert results[1] == json.loads(json.dumps(again))
-    unusual = again | {"about": again["about"] | {"dtype": "bfloat16"}}
-    assert harness.save(unusual, tmp_path).name == "train_step-cpu-bfloat16.json"
+    unusual = again | {"about": again["about"] | {"precision": "bf16"}}
+    assert harness.save(unusual, tmp_path).name == "train_step-cpu-bf16.json"
     assert harness.load(tmp_path / "none.json") == []
 
 
