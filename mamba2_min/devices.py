@@ -32,7 +32,13 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"unknown device {name!r}; there are auto, cpu, cuda and mps")
     if not available[kind]:
         raise UserError(f"this machine has no {kind} device that torch can use; try --device cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"{name!r} is no device; a number may follow, as in cuda:1") from error
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no {name}: this machine has {torch.cuda.device_count()} of them, counted from 0")
+    return device
 
 
 def pick_precision(name: str, device: torch.device) -> str:

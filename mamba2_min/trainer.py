@@ -116,7 +116,7 @@ class Trainer:
         self.pending: list[float] = []  # training losses that are not in metrics.jsonl yet
         self.notes = [self.windows.note] if self.windows.note else []
         self._records = 0  # of metrics.jsonl, when last.pt was written
-        self._since = self._drawn = -math.inf  # the clock, when `seconds` was counted and when loss.png was drawn
+        self._since = self._drawn = 0.0  # the clock, when `seconds` was counted and when loss.png was drawn
         torch.manual_seed(settings.seed)
         self.resumed = resume and (self.out / checkpoint.RESUME).is_file()
         if self.resumed:
@@ -168,7 +168,7 @@ class Trainer:
     def _run(self) -> tuple[str, list[int]]:
         """Steps until there is a reason to stop: the reason, and the signals that came."""
         self._begin()
-        self._since = time.perf_counter()
+        self._since = self._drawn = time.perf_counter()
         with devices.matmul_precision(self.device, self.precision), deferred_signals() as caught:
             while not (reason := self.ended() or ("signal" if caught else "")):
                 self._step()

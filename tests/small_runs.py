@@ -29,8 +29,9 @@ SHAPE = {"d_model": 16, "n_layer": 1, "d_state": 4, "headdim": 8, "chunk_size": 
 STATE = ("model", "optimizer", "windows", "guard", "torch_rng", "step", "pending", "records", "best", "best_step",
          "evaluated_step", "stale", "micro_batch")  # fmt: skip
 
+# AdamW imports torch._dynamo, which takes seconds, when it is first made.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["small_runs", "mamba2_min.plots", "mamba2_min.runs", "mamba2_min.model"])
+_processes.set_forkserver_preload(["small_runs", "mamba2_min.plots", "mamba2_min.runs", "torch._dynamo"])
 
 
 def write_documents(folder, count=12, words=60, seed=0):
@@ -96,7 +97,8 @@ def load_script():
 
 
 class Training:
-    """train.py with `arguments` in a process of its own. `limits`: {resource.RLIMIT_...: most}."""
+    """train.py with `arguments` in a process of its own. `limits`: {resource.RLIMIT_...: most}, where the most of
+    RLIMIT_AS is counted from what the process has when it starts."""
 
     def __init__(self, *arguments, said, limits=None):
         self.said = said
@@ -129,6 +131,8 @@ def _child(arguments, said, limits):
     for stream in (1, 2):
         os.dup2(handle, stream)
     for limit, most in limits.items():
+        if limit == resource.RLIMIT_AS:
+            most += 4096 * int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(limit, (most, most))
     sys.argv = ["train.py", "--threads", "1", "--device", "cpu", "--precision", "float32", *arguments]
     try:

@@ -65,28 +65,22 @@ def wait_for(condition, seconds=60):
 def killed_again_and_again(tmp_path, training, kills, steps, seed):
     """One training killed at random moments must end as one that never was."""
     flags = ("--max-steps", steps, "--eval-every", 10, "--save-every", 4)
-    began = time.monotonic()
     assert training(*flags, out="whole").wait() == 0
-    whole = time.monotonic() - began
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    lines = len(read_metrics(tmp_path / "whole" / "metrics.jsonl"))
     draw = random.Random(seed)
-    landed = sittings = 0
-    while landed < kills:
-        sittings += 1
+    for k in range(kills):
         one = training(*flags, "--resume", out="killed")
-        one.process.join(draw.uniform(0, 2.5 * whole / kills))
-        if one.process.is_alive():
-            os.kill(one.pid, signal.SIGKILL)
-            assert one.wait() == 128 + signal.SIGKILL
-            landed += 1
-        else:
-            assert one.wait() == 0, one.text()
-            break
-    assert landed > kills / 2, "it ended before it could be killed"
+        far_enough = int(0.8 * lines * (k + draw.random()) / kills)
+        wait_for(lambda n=far_enough: (metrics.read_bytes().count(b"\n") if metrics.exists() else 0) >= n)
+        time.sleep(draw.uniform(0, 0.03))
+        os.kill(one.pid, signal.SIGKILL)
+        assert one.wait() == 128 + signal.SIGKILL, one.text()
     last = training(*flags, "--resume", out="killed")
     assert last.wait() == 0, last.text()
     assert {p.name for p in (tmp_path / "killed").iterdir()} == FILES
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    steps_seen = [r["step"] for r in read_metrics(tmp_path / "killed" / "metrics.jsonl") if r["split"] == "train"]
+    steps_seen = [r["step"] for r in read_metrics(metrics) if r["split"] == "train"]
     assert steps_seen == list(range(2, steps + 1, 2))
 
 
@@ -95,9 +89,9 @@ def test_five_kills_at_random_moments_change_nothing(tmp_path, training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("seed", [2, 3, 4])
 def test_twenty_five_kills_at_random_moments_change_nothing(tmp_path, training, seed):
-    killed_again_and_again(tmp_path, training, kills=25, steps=600, seed=seed)
+    killed_again_and_again(tmp_path, training, kills=25, steps=200, seed=seed)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -182,19 +176,18 @@ def test_a_full_disk_tears_no_line_of_metrics(tmp_path, training):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere an address space has no limit")
 def test_out_of_memory_is_one_line_that_says_what_to_lower(tmp_path, training):
-    limits = {resource.RLIMIT_AS: 3 << 30}
-    flags = ("--max-steps", 2, "--batch-size", 20_000, "--micro-batch", 0, "--d-model", 256, "--ignore-memory")
-    one = training(*flags, limits=limits)
+    flags = ("--max-steps", 2, "--batch-size", 2000, "--micro-batch", 0, "--d-model", 256, "--ignore-memory")
+    one = training(*flags, limits={resource.RLIMIT_AS: 400 << 20})
     assert one.wait() == 2
     assert re.match(
-        r"error: out of memory in step 1, with 20000 windows of 16 at a time: pass --micro-batch 10000 ", last_line(one)
+        r"error: out of memory in step 1, with 2000 windows of 16 at a time: pass --micro-batch 1000 ", last_line(one)
     )
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere an address space has no limit")
 def test_batch_size_auto_finds_a_micro_batch_that_fits(tmp_path, training):
-    flags = ("--max-steps", 1, "--batch-size", 20_000, "--micro-batch", "auto", "--d-model", 64, "--ignore-memory")
-    one = training(*flags, limits={resource.RLIMIT_AS: 3 << 30})
+    flags = ("--max-steps", 1, "--batch-size", 2000, "--micro-batch", "auto", "--d-model", 64, "--ignore-memory")
+    one = training(*flags, limits={resource.RLIMIT_AS: 200 << 20})
     assert one.wait() == 0, one.text()
     assert re.search(r"^step      1  out of memory: now \d+ windows at a time, the same batch$", one.text(), re.M)
 
