@@ -82,10 +82,12 @@ def main() -> int:
         _show(pieces, prompt if _is_terminal(sys.stdout) else "")
     except FloatingPointError as error:
         raise UserError(str(error)) from None
-    except BrokenPipeError:
+    except OSError as error:
         # What is left in the buffer would fail again, and loudly, when Python closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"cannot write the text: {error.strerror}") from None
     print(_how_it_ended(completer), file=sys.stderr)
     return 0
 

@@ -1,5 +1,6 @@
 """The completer: what it writes, how it goes on, and what may interrupt it."""
 
+import gc
 import os
 import signal
 import threading
@@ -95,6 +96,29 @@ def test_going_on_reads_nothing_again(completer, model, monkeypatch):
     assert (completer.stats.prompt_tokens, completer.stats.tokens) == (4, 25)
 
 
+def test_a_repetition_is_counted_in_the_last_tokens_of_the_document(completer, tokenizer):
+    seen = []
+
+    class Spy(Script):
+        def pick(self, logits, history=()):
+            seen.append(list(history))
+            return super().pick(logits, history)
+
+    prompt, ids = tokenizer.encode("the old tower"), tokenizer.encode(" a small owl")
+    spy = Spy([*ids, tokenizer.eos_id, *ids])
+    "".join(completer.complete("the old tower", 9, spy))
+    "".join(completer.continue_(3))
+    written = [*prompt, *ids, *ids]  # the end of a document is no repetition
+    assert seen == [written[: len(prompt) + k] for k in (0, 1, 2, 3, 3, 4, 5)]
+
+
+def test_a_repetition_is_counted_within_the_window_only(completer):
+    "".join(completer.complete(TEXT, 5, Sampler(repeat_window=6)))
+    assert len(completer._session.recent) == 6
+    "".join(completer.continue_(5, Sampler(repeat_window=3)))
+    assert len(completer._session.recent) == 3
+
+
 def test_a_document_ends_at_its_token_and_the_next_one_can_follow(completer, tokenizer):
     ids = tokenizer.encode(" lived in the old")
     sampler = Script([*ids, tokenizer.eos_id, *tokenizer.encode("Once upon a time")])
@@ -141,6 +165,14 @@ def test_a_stop_text_is_found_over_several_tokens_and_nothing_is_lost(
         assert text == shown
     assert completer.stopped_by == ("stop" if rest else "end")
     assert text + "".join(completer.continue_(50, stop=())) == shown + rest if rest else True
+
+
+def test_a_stop_text_that_is_new_does_not_stop_at_what_is_written_already(completer, tokenizer):
+    ids = [*tokenizer.encode("Once upon a time"), tokenizer.eos_id]
+    text = "".join(completer.complete("", 2, Script(ids), stop="a long text that never comes"))
+    assert text == "Once upon"
+    assert "".join(completer.continue_(9, stop="pon")) == " a time"
+    assert completer.stopped_by == "end"
 
 
 def test_stop_texts_follow_each_other_without_overlap(completer, tokenizer):
@@ -199,11 +231,12 @@ def test_ctrl_c_at_any_moment_loses_no_token_and_doubles_none(completer, tokeniz
     ids = torch.randint(1, len(tokenizer), (1500,), generator=torch.Generator().manual_seed(0)).tolist()
     stop = ["owl in", "tower"]
     expected = tokenizer.decode([*ids, tokenizer.eos_id])
-    armed, done, interruptions = threading.Event(), threading.Event(), 0
+    # A plain flag: an Event's lock could be held by the very code that the handler interrupts.
+    armed, done, interruptions = [False], threading.Event(), 0
 
     def once(signum, frame):
-        if armed.is_set():
-            armed.clear()
+        if armed[0]:
+            armed[0] = False
             raise KeyboardInterrupt
 
     def press():
@@ -217,9 +250,9 @@ def test_ctrl_c_at_any_moment_loses_no_token_and_doubles_none(completer, tokeniz
         pieces = completer.complete("The owl", 2000, Script([*ids, tokenizer.eos_id]), stop)
         while completer.stopped_by != "end":
             try:
-                armed.set()
+                armed[0] = True
                 text.extend(pieces)  # takes them in one go: what is lost would be lost within the completer
-                armed.clear()
+                armed[0] = False
             except KeyboardInterrupt:
                 interruptions += 1
             if completer.stopped_by != "end":
@@ -255,19 +288,22 @@ def test_it_works_outside_of_the_main_thread(completer):
     assert texts == [whole]
 
 
-def test_the_hundredth_token_holds_as_much_memory_as_the_last(completer, tokenizer):
-    ids = [i for i in range(1, len(tokenizer)) if i < 129 or i > 256]
-    sampler = Script((ids * 100)[:700])
-    pieces = completer.complete("The owl", 700, sampler, stop=["never to be found"])
-    size = completer.stats.state_bytes
+def test_the_last_token_holds_as_much_memory_as_the_hundredth(completer, tokenizer):
+    ids = [i for i in range(1, len(tokenizer)) if i < 129 or i > 256]  # none of which waits for more bytes
+    pieces = completer.complete("The owl", 500, Script((ids * 3)[:500]), stop=["never to be found"])
+    size, held = completer.stats.state_bytes, []
+    tracemalloc.start()
     for k, _ in enumerate(pieces):
-        if k == 100:
-            tracemalloc.start()
-    grown, _ = tracemalloc.get_traced_memory()
+        if k % 100 == 99:
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert grown < 20_000
+    logits = 4 * len(tokenizer)  # bytes, the smallest thing that might be kept for each token
+    assert held[4] - held[0] < 0.2 * 400 * logits
     assert completer._session.state.nbytes == size
-    assert completer.stats.tokens == 700 and completer.stats.tokens_per_second > 0
+    assert len(completer._session.text._tail) < len("never to be found")
+    assert len(completer._session.recent) == Sampler().repeat_window
+    assert completer.stats.tokens == 500 and completer.stats.tokens_per_second > 0
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,15 @@ def test_any_prompt_is_completed(call, prompt):
 
 
 def test_standard_input_loses_the_line_end_that_echo_adds_and_nothing_else(call):
+    few = ("--max-tokens", "9", "--temperature", "0")
+
     def out(stdin):
-        return call("--max-tokens", "9", "--temperature", "0", stdin=stdin).out
+        return call(*few, stdin=stdin).out
 
     plain = out(b"in the\n\nold tower")
     assert out(b"in the\n\nold tower\n") == out(b"\xef\xbb\xbfin the\r\n\r\nold tower\r\n") == plain
-    assert call("--max-tokens", "9", "--temperature", "0", "--prompt", "in the\n\nold tower").out == plain
+    assert out(b"in the\n\nold tower\n\n") == call(*few, "--prompt", "in the\n\nold tower\n").out
+    assert call(*few, "--prompt", "in the\n\nold tower").out == plain
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,12 @@ def test_rejection_draws_the_nucleus_of_a_large_vocabulary():
     assert chi_square(counts, [0.1] * 10) < 28
 
 
+@pytest.mark.parametrize(("uniform", "index"), [(0.0, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_a_uniform_number_on_the_edge_draws_no_token_of_weight_0(monkeypatch, uniform, index):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(uniform, dtype=torch.float64))
+    assert draw(torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64)) == index
+
+
 @pytest.mark.parametrize("size", [1, 2, 13_148])
 @pytest.mark.parametrize(
     "values", [{"top_p": 0.0}, {"top_p": 1e-300}, {"min_p": 1.0}, {"top_k": 1}, {"temperature": 0}], ids=str
