@@ -25,6 +25,8 @@ SHAPES = {
     "a group a head": {"ngroups": 4},
     "no look back": {"d_conv": 1},
     "one token back": {"d_conv": 2, "conv_bias": False},
+    "groups that share a norm": {"ngroups": 2, "norm_per_group": False},
+    "gate after the norm": {"ngroups": 2, "norm_before_gate": True},
     "every switch turned": {
         "ngroups": 2, "norm_per_group": False, "norm_before_gate": True, "proj_bias": True, "tie_embeddings": False,
         "pad_vocab_size_multiple": 8,
@@ -81,6 +83,58 @@ def gradients(model, total):
 def assert_same_gradients(got, expected, tolerance=1e-10):
     for name in expected:
         assert_same(got[name], expected[name], tolerance)
+
+
+# -- The network ------------------------------------------------------------------------------------------------------
+
+
+def by_definition(weights, c, tokens):
+    """Logits of the official model, written out token by token in the paper's symbols; nothing of the package."""
+
+    def rms_norm(x, weight, groups=1):
+        x = x.unflatten(-1, (groups, -1))
+        return (x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()).flatten(-2) * weight
+
+    x = weights["backbone.embedding.weight"][tokens]
+    b, l, _ = x.shape
+    for i in range(c.n_layer):
+        w = {name.split(f"layers.{i}.")[-1]: t for name, t in weights.items() if f"layers.{i}." in name}
+        u = F.linear(rms_norm(x, w["norm.weight"]), w["mixer.in_proj.weight"], w.get("mixer.in_proj.bias"))
+        z, xBC, dt = u.split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
+        before = F.pad(xBC, (0, 0, c.d_conv - 1, 0))
+        xBC = sum(before[:, k : k + l] * w["mixer.conv1d.weight"][:, 0, k] for k in range(c.d_conv))
+        xBC = F.silu(xBC + w.get("mixer.conv1d.bias", 0))
+        X, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
+        X = X.unflatten(-1, (c.nheads, c.headdim))
+        B, C = (t.unflatten(-1, (c.ngroups, c.d_state)).repeat_interleave(c.nheads // c.ngroups, dim=2) for t in (B, C))
+        dt = torch.log1p(torch.exp(dt + w["mixer.dt_bias"]))
+        decay = torch.exp(-dt * w["mixer.A_log"].exp())
+        H, ys = X.new_zeros(b, c.nheads, c.headdim, c.d_state), []
+        for t in range(l):
+            written = torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], X[:, t], B[:, t])
+            H = decay[:, t, :, None, None] * H + written
+            ys.append(torch.einsum("bhpn,bhn->bhp", H, C[:, t]) + w["mixer.D"][:, None] * X[:, t])
+        y, gate = torch.stack(ys, 1).flatten(-2), z * torch.sigmoid(z)
+        groups = c.ngroups if c.norm_per_group else 1
+        if c.norm_before_gate:
+            y = rms_norm(y, w["mixer.norm.weight"], groups) * gate
+        else:
+            y = rms_norm(y * gate, w["mixer.norm.weight"], groups)
+        x = x + F.linear(y, w["mixer.out_proj.weight"], w.get("mixer.out_proj.bias"))
+    logits = rms_norm(x, weights["backbone.norm_f.weight"]) @ weights["lm_head.weight"].T
+    return logits[..., : c.vocab_size]
+
+
+@each_shape
+def test_the_model_is_its_definition(shape):
+    model, tokens = shared(shape), ids(2, 19)
+    weight = torch.randn(2, 19, V, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    logits = model(tokens)[0]
+    expected = by_definition(dict(model.named_parameters(remove_duplicate=False)), model.config, tokens)
+    assert_same(logits, expected)
+    assert_same_gradients(gradients(model, (logits * weight).sum()), gradients(model, (expected * weight).sum()))
+    with torch.no_grad():
+        assert_same(stirred(torch.float32, **SHAPES[shape])(tokens)[0], expected, 2e-5)
 
 
 # -- A state continues exactly where it stopped -----------------------------------------------------------------------
