@@ -242,6 +242,8 @@ def compare(
                 entries[name] |= facts
     for name, seconds in take_turns(works, options).items():
         entries[name] |= timed(seconds, things, tokens)
+    works.clear()
+    devices.release_memory(torch.device(options.device))  # the next setting's processes may need it
     return entries
 
 

@@ -58,11 +58,14 @@ QUICK = _both_ways([Setting(2, 128, 2, p=8, n=8, q=32)])
 
 
 def plain_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, q: int) -> Tensor:
-    """The chunked scan as the paper's listing 1 (arXiv:2405.21060) writes it; l must be a multiple of q, g is 1."""
+    """The chunked scan as the paper's listing 1 (arXiv:2405.21060) writes it; l must be a multiple of q, g is 1.
+
+    All in dt's dtype, as einsum wants it.
+    """
     b, l, h, p = x.shape
     X = (x * dt[..., None]).view(b, -1, q, h, p)
     a = (dt * A).view(b, -1, q, h).permute(0, 3, 1, 2)  # (b, h, c, q)
-    Bc, Cc = (t[:, :, 0].view(b, l // q, q, -1) for t in (B, C))
+    Bc, Cc = (t[:, :, 0].view(b, l // q, q, -1).to(dt.dtype) for t in (B, C))
     s = a.cumsum(-1)
     L = _segment_sum(a).exp()
     y = torch.einsum("bcin,bcjn,bhcij,bcjhp->bcihp", Cc, Bc, L, X)
@@ -72,7 +75,7 @@ def plain_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     across = _segment_sum(F.pad(s[..., -1], (1, 0))).exp()
     states = torch.einsum("bhzc,bchpn->bzhpn", across, states)[:, :-1]
     y = y + torch.einsum("bcin,bchpn,bhci->bcihp", Cc, states, s.exp())
-    return y.reshape(b, l, h, p) + D[:, None] * x
+    return (y.reshape(b, l, h, p) + D[:, None] * x).to(x.dtype)
 
 
 def _segment_sum(a: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks import harness, peers
 from benchmarks.harness import FLOOR, MemoryMeter, Options
 from mamba2_min.config import Mamba2Config
+from mamba2_min.trainer import decay_groups
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,7 @@ QUICK = {"tiny-b2-l48": Setting(peers.TINY, 2, 48)}
 def step_of(peer: peers.Peer, ids: Tensor, targets: Tensor, options: Options) -> Callable[[], None]:
     """One training step as a function: what `train.py` does, for every peer alike."""
     weights = list(peer.model.parameters())
-    matrices = [p for p in weights if p.dim() > 1]
-    rest = [p for p in weights if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=1e-3, betas=(0.9, 0.95), fused=True,
-    )  # fmt: skip
+    optimizer = torch.optim.AdamW(decay_groups(peer.model, 0.1), lr=1e-3, betas=(0.9, 0.95), fused=True)
     peer.model.train()
 
     def step() -> None:

@@ -18,8 +18,14 @@ from mamba2_min.baseline_transformer import (
     rotate,
 )
 from mamba2_min.config import Mamba2Config
+from mamba2_min.corpus import load_corpus
 from mamba2_min.errors import UserError
+from mamba2_min.generation import Completer
 from mamba2_min.model import Mamba2LM
+from mamba2_min.sampling import Sampler
+from mamba2_min.settings import Settings
+from mamba2_min.tokenizer import WordTokenizer
+from mamba2_min.trainer import Trainer
 
 CONFIG = TransformerConfig(vocab_size=31, d_model=24, n_layer=2, headdim=8, d_ff=20)
 
@@ -344,3 +350,25 @@ def test_state_is_used_as_a_mamba2s_is():
     mambas = Mamba2LM(Mamba2Config(vocab_size=31, d_model=16, headdim=8, n_layer=1)).initial_state()
     for name in ("nbytes", "clone", "detach"):
         assert hasattr(mambas, name) and hasattr(KVCache([], []), name)
+
+
+@pytest.mark.xfail(reason="the trainer reads the best weights back through a Mamba-2's config", raises=UserError)
+def test_the_trainer_trains_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
+    (tmp_path / "data").mkdir()
+    for k in range(6):
+        (tmp_path / "data" / f"{k}.md").write_text(f"Owl {k} sat in a tree and looked at the moon. " * 4)
+    corpus = load_corpus(tmp_path / "data")
+    model = TransformerLM(TransformerConfig(len(corpus.tokenizer), 16, 1, 8, 16), seed=0)
+    settings = Settings(context=16, batch_size=4, max_steps=20, eval_every=10)
+    result = Trainer(model, corpus, settings, tmp_path / "run").train()
+    assert result.step == 20 and math.isfinite(result.best.loss)
+    assert torch.equal(TransformerLM.from_pretrained(tmp_path / "run").lm_head.weight, model.lm_head.weight)
+
+
+def test_the_completer_completes_with_it():
+    tokenizer = WordTokenizer.train(["the owl sat in a tree"])
+    completer = Completer(TransformerLM(TransformerConfig(len(tokenizer), 16, 1, 8, 16), seed=0), tokenizer)
+    whole = "".join(completer.complete("the owl", 8, Sampler(seed=0)))
+    parts = "".join(completer.complete("the owl", 3, Sampler(seed=0))) + "".join(completer.continue_(5))
+    assert parts == whole and completer.stats.tokens == 8

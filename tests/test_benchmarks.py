@@ -197,6 +197,14 @@ def test_plain_scan_is_the_same_map():
         torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
+def test_plain_scan_takes_what_a_gpu_gives_it():
+    x, dt, A, B, C, D = scan.inputs_of(scan.Setting(1, 64, 2, p=8, n=4, q=32), OPTIONS)
+    plain = scan.plain_chunked(x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), D, 32)
+    assert plain.dtype == torch.bfloat16
+    exact = ssd_chunked(x, dt, A, B, C, D)[0]
+    assert (plain - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_kept_bytes_are_those_beyond_the_inputs():
     x = torch.randn(1000, requires_grad=True)
     assert scan.kept_bytes(lambda: x * x, [x]) == 0
