@@ -290,7 +290,7 @@ def test_it_works_outside_of_the_main_thread(completer):
 
 def test_the_last_token_holds_as_much_memory_as_the_hundredth(completer, tokenizer):
     ids = [i for i in range(1, len(tokenizer)) if i < 129 or i > 256]  # none of which waits for more bytes
-    pieces = completer.complete("The owl", 500, Script((ids * 3)[:500]), stop=["never to be found"])
+    pieces = completer.complete("The owl", 500, Script((ids * 4)[:500]), stop=["never to be found"])
     size, held = completer.stats.state_bytes, []
     tracemalloc.start()
     for k, _ in enumerate(pieces):
