@@ -24,26 +24,15 @@ def causal_conv_silu(
         state = u.new_zeros(u.shape[0], K - 1, u.shape[2])
     padded = torch.cat([state.to(u.dtype), u], dim=1)  # (b, K - 1 + l, c)
     new_state = padded[:, padded.shape[1] - (K - 1) :].clone()  # a view would keep all of `padded` alive
-    if seq_idx is None and u.device.type == "cpu":
-        # As a picture of height 1 whose channels lie last in memory, it needs no copy to convolve along the width.
-        picture = padded[:, None].permute(0, 3, 1, 2)  # (b, c, 1, K - 1 + l)
-        y = F.conv2d(picture, weight[:, None, None].to(u.dtype), _cast(bias, u.dtype), groups=u.shape[2])
-        return F.silu(y.permute(0, 2, 3, 1)[:, 0]), new_state
-
-    # Tap by tap: taps can be masked, and on a GPU a compiler makes one kernel of them.
-    l = u.shape[1]
-    y = 0 if bias is None else bias.to(u.dtype)
-    if seq_idx is not None:
-        document = document_numbers(seq_idx, *u.shape[:2], u.device)
-        documents = F.pad(document, (K - 1, 0))
-        same = (documents[:, documents.shape[1] - (K - 1) :] == document[:, -1:])[..., None]
-        new_state = torch.where(same, new_state, 0)
-    for k in range(K):
-        tap = padded[:, k : k + l]
-        if seq_idx is not None:
-            tap = torch.where((documents[:, k : k + l] == document)[..., None], tap, 0)
-        y = y + tap * weight[:, k].to(u.dtype)
-    return F.silu(y), new_state
+    weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
+    if seq_idx is None:
+        # On a GPU a compiler makes one kernel of a few shifted products; a CPU is faster with its library's.
+        convolve = _ConvSiLU.apply if u.device.type == "cpu" else _taps
+        return convolve(padded, weight, bias), new_state
+    document = document_numbers(seq_idx, *u.shape[:2], u.device)
+    documents = F.pad(document, (K - 1, 0))
+    same = (documents[:, documents.shape[1] - (K - 1) :] == document[:, -1:])[..., None]
+    return _taps(padded, weight, bias, documents), torch.where(same, new_state, 0)
 
 
 def causal_conv_silu_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,5 +42,39 @@ def causal_conv_silu_step(u: Tensor, weight: Tensor, bias: Tensor | None, state:
     return F.silu(y if bias is None else y + bias), window[:, 1:]
 
 
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype)
+def _taps(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None = None) -> Tensor:
+    """The definition, a shifted product a tap. padded (b, K - 1 + l, c), documents (b, K - 1 + l) -> (b, l, c)."""
+    K = weight.shape[1]
+    l = padded.shape[1] - (K - 1)
+    y = 0 if bias is None else bias
+    for k in range(K):
+        tap = padded[:, k : k + l]
+        if documents is not None:
+            tap = torch.where((documents[:, k : k + l] == documents[:, K - 1 :])[..., None], tap, 0)
+        y = y + tap * weight[:, k]
+    return F.silu(y)
+
+
+class _ConvSiLU(torch.autograd.Function):
+    """`_taps` by the convolution of PyTorch's CPU library; the backward keeps the input alone."""
+
+    @staticmethod
+    def forward(ctx, padded, weight, bias):
+        ctx.save_for_backward(padded, weight, bias)
+        return F.silu(_convolved(padded, weight, bias), inplace=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        padded, weight, bias = ctx.saved_tensors
+        K = weight.shape[1]
+        du = torch.ops.aten.silu_backward(dy, _convolved(padded, weight, bias))
+        # Each input reaches the K outputs after it: the same convolution, its taps in reverse, over du.
+        dpadded = _convolved(F.pad(du, (0, 0, K - 1, K - 1)), weight.flip(1), None)
+        dweight = torch.stack([(du * padded[:, k : k + du.shape[1]]).sum((0, 1)) for k in range(K)], dim=1)
+        return dpadded, dweight, None if bias is None else du.sum((0, 1))
+
+
+def _convolved(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(b, K - 1 + l, c) -> (b, l, c). As a picture of height 1 whose channels lie last, it needs no copy."""
+    picture = padded[:, None].permute(0, 3, 1, 2)  # (b, c, 1, K - 1 + l)
+    return F.conv2d(picture, weight[:, None, None], bias, groups=len(weight)).permute(0, 2, 3, 1)[:, 0]

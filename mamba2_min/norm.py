@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (arXiv:1910.07467): x (..., d), weight (d,), in weight's dtype."""
+    if not torch.is_grad_enabled():  # token by token, what `apply` itself costs would show
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps, 1)
 
 
@@ -19,6 +21,11 @@ def gated_rms_norm(
 
     Each of `groups` equal parts of the last dimension has an rms of its own.
     """
+    if groups == 1 and not torch.is_grad_enabled():
+        gate, y = F.silu(z.to(weight.dtype)), y.to(weight.dtype)
+        if norm_before_gate:
+            return rms_norm(y, weight, eps).mul_(gate)
+        return rms_norm(gate.mul_(y), weight, eps)
     if norm_before_gate:
         return _RMSNorm.apply(y, weight, eps, groups) * F.silu(z.to(weight.dtype))
     return _GatedRMSNorm.apply(y, z, weight, eps, groups)

@@ -245,14 +245,15 @@ class _ChunkedScan(torch.autograd.Function):
             G = _products(Bm, Cm, visible, part)
 
             # Step 4, with M = G L dt_j. dM is dY x^T; E is its derivative by each exponent a_{j+1} + ... + a_i.
-            dM = torch.einsum("migrp,mjgrp->mgrij", dY, X)
+            dY_heads = dY.permute(0, 2, 3, 1, 4).contiguous()  # (m, g, r, q, p)
+            dM = torch.einsum("mgrip,mjgrp->mgrij", dY_heads, X)
             dM *= L
             dM *= dtp.movedim(1, -1)[..., None, :]
             dG = dM.sum(2) * visible[part if len(visible) > 1 else slice(None)]
             E = dM.mul_(G)
             # a_k is in the exponents with j < k <= i: their sum is had without a difference, so nothing cancels.
             between = E.cumsum_(-1).tril_(-1).sum(-2)[..., :-1].movedim(-1, 1)  # k = 1 to q - 1
-            u = torch.einsum("mgrij,migrp->mjgrp", L.mul_(G), dY)
+            u = torch.einsum("mgrij,mgrip->mjgrp", L.mul_(G), dY_heads)
             direct = (X * u).sum(-1)
 
             # Step 1: a token's x and B, through the state that leaves the chunk.
