@@ -56,7 +56,6 @@ class Options:
     usual_malloc: bool = False
     rounds: int = 7
     warmup: int = 2
-    quick: bool = False
     memory: bool = True
 
     def prepare(self) -> None:
@@ -114,7 +113,6 @@ def options(args: argparse.Namespace) -> Options:
         usual_malloc=args.usual_malloc,
         rounds=1 if args.quick else args.rounds,
         warmup=1 if args.quick else Options.warmup,
-        quick=args.quick,
         memory=not args.no_memory,
     )
 
