@@ -23,6 +23,7 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,26 +56,27 @@ def run(path: Path, timeout: int = 600, write: bool = False) -> float:
     answers = [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-    # Sockets in the file system, where there are such: two runs at once cannot take each other's ports.
-    sockets = Config() if os.name == "nt" else Config({"KernelManager": {"transport": "ipc"}})
-    client = NotebookClient(
-        notebook,
-        timeout=timeout,
-        kernel_name="python3",
-        resources={"metadata": {"path": HERE}},
-        record_timing=False,
-        config=sockets,
-    )
-    client.reset_execution_trackers()
-    with client.setup_kernel(env=_environment()):
-        start = time.perf_counter()
-        for index, cell in enumerate(notebook.cells):
-            client.execute_cell(cell, index)
-        seconds = time.perf_counter() - start
-        own = list(notebook.cells)
-        for cell in answers:
-            notebook.cells.append(cell)
-            client.execute_cell(cell, len(notebook.cells) - 1)
+    with tempfile.TemporaryDirectory() as sockets:
+        # Sockets in the file system, where there are such: two runs at once cannot take each other's ports.
+        manager = {} if os.name == "nt" else {"transport": "ipc", "ip": os.path.join(sockets, "kernel")}
+        client = NotebookClient(
+            notebook,
+            timeout=timeout,
+            kernel_name="python3",
+            resources={"metadata": {"path": HERE}},
+            record_timing=False,
+            config=Config({"KernelManager": manager}),
+        )
+        client.reset_execution_trackers()
+        with client.setup_kernel(env=_environment()):
+            start = time.perf_counter()
+            for index, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, index)
+            seconds = time.perf_counter() - start
+            own = list(notebook.cells)
+            for cell in answers:
+                notebook.cells.append(cell)
+                client.execute_cell(cell, len(notebook.cells) - 1)
     notebook.cells = own
     if write:
         notebook.metadata = {  # nothing of the machine that it ran on
