@@ -425,6 +425,25 @@ def test_bfloat16_inputs_are_computed_in_float32(form):
 
 
 @each_kind
+def test_each_gradient_has_the_dtype_of_its_input(form):
+    """bfloat16 activations and float32 parameters, as under autocast, and a float64 state, as a test may have."""
+    case = make(l=9, g=2)
+    dtypes = [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ]
+    leaves = [case[name].to(dtype).requires_grad_() for name, dtype in zip(INPUTS, dtypes, strict=True)]
+    y, state = form(*leaves, seq_idx=case["seq_idx"])
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float64
+    assert [g.dtype for g in torch.autograd.grad(y.float().sum() + state.sum(), leaves)] == dtypes
+
+
+@each_kind
 def test_float64_stays_float64(form):
     y, state = form(**make(l=9))
     assert y.dtype == state.dtype == torch.float64
