@@ -6,7 +6,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 .PHONY: demo test test-all notebooks lint clean
 
 demo: .venv/installed            ## train on the bundled documents for four minutes, then complete a sentence
-	$(BIN)/python train.py --data training_data --out runs/demo --resume --max-minutes 4 --eval-every 50 --patience 4
+	$(BIN)/python train.py --data training_data --out runs/demo --resume --max-minutes 4 --max-steps 450 --eval-every 30 --patience 4
 	$(BIN)/python run.py --model runs/demo --prompt "The old man looked at the sea and" --max-tokens 80 --seed 1
 
 test: .venv/installed-dev        ## lint and the default tests: under six minutes on two cores

@@ -25,12 +25,13 @@ MODEL_FLAGS = {
 TRAINING_FLAGS = {
     "context": "tokens a window ({})", "batch_size": "windows a step, or auto ({})",
     "micro_batch": "windows at a time; their gradients add up to the batch's; or auto: what memory allows (all)",
-    "max_steps": "steps (20 passes over the data)", "max_minutes": "limit of time (none)",
+    "max_steps": "steps (10 passes over the data)", "max_minutes": "limit of time (none)",
     "eval_every": "steps between validations ({})", "save_every": "steps between saves ({})",
     "patience": "validations without a better one, then stop; 0: never ({})",
     "min_delta": "nats that count as better ({})", "lr": "peak learning rate ({})",
     "min_lr": "final learning rate ({})", "warmup_steps": "steps of linear warm-up ({})",
-    "weight_decay": "on matrices only ({})", "clip": "largest gradient norm; 0: none ({})",
+    "weight_decay": "on matrices only ({})", "beta1": "AdamW's mean of gradients ({})",
+    "beta2": "AdamW's mean of their squares ({})", "clip": "largest gradient norm; 0: none ({})",
     "spike": "deviations above recent losses that skip a step; 0: never ({})",
     "max_bad_steps": "skipped steps in a row, then stop ({})", "log_every": "steps a line of metrics.jsonl ({})",
     "seed": "of the weights, the order of data and dropout ({})",
@@ -114,8 +115,10 @@ def train(args: argparse.Namespace) -> int:
     corpus = plan.corpus(args.out)
     config = plan.config(corpus)
     show_corpus(plan, corpus)
-    plan = dataclasses.replace(plan, training=devices.fit_to_memory(config, plan.training, device))
-    needed, free = devices.check_memory(config, plan.training, device, ignore=args.ignore_memory)
+    context = min(plan.training.context, max(len(corpus.train) - 1, 1))  # no window is longer than the text
+    fitting = devices.fit_to_memory(config, dataclasses.replace(plan.training, context=context), device)
+    needed, free = devices.check_memory(config, fitting, device, ignore=args.ignore_memory)
+    plan = dataclasses.replace(plan, training=dataclasses.replace(plan.training, micro_batch=fitting.micro_batch))
     model = Mamba2LM(config, seed=plan.training.seed)
     screen = Screen(corpus, model)
     trainer = Trainer(

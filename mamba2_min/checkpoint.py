@@ -109,24 +109,30 @@ def load_tensors(path: str | Path) -> Any:
     """What `save_tensors` wrote, on the CPU; code in the file is refused, never run, and no more memory is taken than
     the file is long. Raises UserError."""
     try:
-        _refuse_inflated(path)
+        with open(path, "rb") as file:
+            bomb = _is_inflated(file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
+    if bomb:
+        raise UserError(f"{path} is compressed, which no checkpoint is; it was not loaded")
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a foreign file's details; what counts is said below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds something other than tensors and numbers; it was not loaded") from error
     except Exception as error:  # a truncated or foreign file fails in torch's reader in many ways
         raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
 
 
-def _refuse_inflated(path: str | Path) -> None:
-    """Raises ValueError for an archive whose records are longer than itself: torch never compresses, bombs do."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
-                raise ValueError("its records are compressed, which torch.save never does")
+def _is_inflated(file: BinaryIO) -> bool:
+    """Whether a file is an archive whose records are longer than itself: torch never compresses, bombs do."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return sum(record.file_size for record in archive.infolist()) > os.fstat(file.fileno()).st_size
 
 
 def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tensor], format: str = "own") -> None:

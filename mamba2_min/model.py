@@ -18,7 +18,6 @@ Parameters have the names and shapes of the official checkpoints.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +29,9 @@ from mamba2_min import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.conv import causal_conv_silu, causal_conv_silu_step
 from mamba2_min.hippo import a_log_init, dt_bias_init
-from mamba2_min.loss import linear_cross_entropy
+from mamba2_min.language_model import LanguageModel
 from mamba2_min.norm import gated_rms_norm, rms_norm
-from mamba2_min.sampling import Sampler
 from mamba2_min.ssd import ssd_chunked, ssd_step
-
-_PREFILL_SLICE = 2048  # tokens of a prompt that are read at a time
 
 
 @dataclass
@@ -165,7 +161,7 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
 
-class Mamba2LM(nn.Module):
+class Mamba2LM(LanguageModel):
     """The language model. `config` fixes its shape; `seed` draws its parameters, or torch's own generator if None."""
 
     def __init__(self, config: Mamba2Config, seed: int | None = None):
@@ -181,18 +177,6 @@ class Mamba2LM(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         init_parameters(self, generator)
 
-    def forward(
-        self, input_ids: Tensor, state: State | None = None, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """Logits (b, l, vocab_size) for every next token, and the state after the last.
-
-        input_ids (b, l) int64, l >= 1; a `state` that an earlier call returned is continued exactly. seq_idx (b, l):
-        documents packed in a row do not see each other; padding is a document of its own.
-        Raises ValueError for ids outside the vocabulary or of the wrong shape.
-        """
-        hidden, state = self.hidden(input_ids, state, seq_idx)
-        return self.lm_head(hidden)[..., : self.config.vocab_size], state
-
     def hidden(
         self, input_ids: Tensor, state: State | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, State]:
@@ -206,13 +190,6 @@ class Mamba2LM(nn.Module):
             new.conv.append(conv)
             new.ssm.append(ssm)
         return self.backbone.norm_f(x), new
-
-    def loss(
-        self, input_ids: Tensor, targets: Tensor, state: State | None = None, seq_idx: Tensor | None = None
-    ) -> Tensor:
-        """Mean cross-entropy in nats over the targets (b, l) that are not -100. The logits are never held."""
-        hidden, _ = self.hidden(input_ids, state, seq_idx)
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size)
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before any token: zeros, as if nothing had ever been read."""
@@ -230,50 +207,6 @@ class Mamba2LM(nn.Module):
         for i, layer in enumerate(self.backbone.layers):
             x, state.conv[i], state.ssm[i] = layer.step(x, state.conv[i], state.ssm[i])
         return self.lm_head(self.backbone.norm_f(x))[:, : self.config.vocab_size], state
-
-    @torch.no_grad()
-    def prefill(self, input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Reads a prompt (b, l) in slices, so in bounded memory: the last logits (b, vocab_size) and the state."""
-        for part in input_ids.split(_PREFILL_SLICE, dim=1):
-            hidden, state = self.hidden(part, state)
-        return self.lm_head(hidden[:, -1])[:, : self.config.vocab_size], state
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        seed: int | None = None,
-        stop_ids: Sequence[int] = (),
-    ) -> Iterator[int]:
-        """Yields up to max_new_tokens ids that continue prompt_ids, until one of stop_ids, which is not yielded.
-
-        Temperature 0 takes the likeliest. Each token costs the same time and memory, the ten-thousandth as the first.
-        Raises ValueError for an empty prompt, an id outside the vocabulary, or impossible sampling values.
-        """
-        sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed)
-        history = list(prompt_ids)
-        if not history:
-            raise ValueError("the prompt is empty; start a document with its end-of-document token")
-        return self._generate(history, max_new_tokens, sampler, frozenset(stop_ids))
-
-    @torch.no_grad()
-    def _generate(self, history: list[int], max_new_tokens: int, sampler: Sampler, stop_ids: frozenset[int]):
-        device = self.lm_head.weight.device
-        logits, state = self.prefill(torch.tensor([history], device=device))
-        for k in range(max_new_tokens):
-            token = sampler.pick(logits[0], history)
-            if token in stop_ids:
-                return
-            yield token
-            history.append(token)
-            if k + 1 < max_new_tokens:
-                logits, state = self.step(torch.tensor([token], device=device), state)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Mamba2LM:
@@ -293,14 +226,6 @@ class Mamba2LM(nn.Module):
         Raises UserError where that layout has no words for this model, or the folder cannot be written.
         """
         checkpoint.save_model(folder, self.config, self.state_dict(), format)
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or ids.shape[1] < 1:
-            raise ValueError(f"input_ids must be (b, l) with l >= 1, not {tuple(ids.shape)}")
-        # On a GPU the check would wait for the device; there the embedding's own assertion stands guard.
-        v = self.config.vocab_size
-        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < v:
-            raise ValueError(f"input_ids must lie in [0, {v}), the vocabulary")
 
 
 @torch.no_grad()

@@ -53,8 +53,10 @@ def _in_full_precision(function):
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        with torch.autocast(next(tensors).device.type, enabled=False):
+        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return run

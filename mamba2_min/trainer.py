@@ -63,7 +63,7 @@ def _resolved(settings: Settings, windows: Windows) -> Settings:
     """The settings with what depends on the data filled in, and a warm-up that a short run has time for."""
     max_steps = settings.max_steps
     if not max_steps:
-        max_steps = max(200, round(20 * windows.targets_per_epoch / (windows.context * settings.batch_size)))
+        max_steps = max(200, round(10 * windows.targets_per_epoch / (windows.context * settings.batch_size)))
     return dataclasses.replace(settings, max_steps=max_steps, warmup_steps=min(settings.warmup_steps, max_steps // 5))
 
 
@@ -397,7 +397,7 @@ class Trainer:
 
     def _restore_best(self) -> None:
         if self.best is not None:
-            _, weights = checkpoint.load_model(self.out)
+            weights = checkpoint.load_tensors(self.out / checkpoint.WEIGHTS)
             checkpoint.load_weights(self.model, weights, self.out / checkpoint.WEIGHTS)
         self.model.eval()
 

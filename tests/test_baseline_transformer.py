@@ -352,7 +352,6 @@ def test_state_is_used_as_a_mamba2s_is():
         assert hasattr(mambas, name) and hasattr(KVCache([], []), name)
 
 
-@pytest.mark.xfail(reason="the trainer reads the best weights back through a Mamba-2's config", raises=UserError)
 def test_the_trainer_trains_it(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_draw", lambda self: None)
     (tmp_path / "data").mkdir()
