@@ -55,6 +55,9 @@ def main() -> int:
         prompt = _read_standard_input()
     folder, found = (args.model, "") if args.model is not None else _find_run()
 
+    # Threads that wait for each other would spin, many times in each word; where other programs have work to do, that
+    # made a word take twenty times as long. It is read once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mamba2_min.devices import pick_device
     from mamba2_min.generation import Completer
     from mamba2_min.sampling import Sampler
