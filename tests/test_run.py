@@ -53,6 +53,7 @@ def call(monkeypatch, capsys, folder):
     """Runs `main` in this process: returns what it wrote to standard output and to standard error."""
 
     def call(*arguments, stdin=None, model=folder):
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main sets, and which must not outlive the test
         monkeypatch.setattr(sys, "argv", ["run.py", *(["--model", str(model)] if model else []), *arguments])
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
