@@ -102,7 +102,7 @@ class Dialogue:
         self.completer, self.sampler, self.max_tokens, self.stop = completer, sampler, max_tokens, stop
 
     def run(self) -> None:
-        print("\nType the beginning of a text. /help lists the commands; Ctrl-C stops the words, Ctrl-D leaves.")
+        print("\nType the beginning of a text, or /help. Ctrl-C stops the words, Ctrl-D leaves.")
         with _line_editing():
             while True:
                 try:
