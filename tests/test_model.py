@@ -254,6 +254,8 @@ def test_a_clone_stays_where_it_was():
         model.step(tokens[:, t], state)
     assert all(torch.equal(a, b) for a, b in zip(parts(clone), before, strict=True))
     assert torch.equal(model.step(tokens[:, 0], clone)[0], expected)
+    copied = clone.clone()
+    assert not {t.data_ptr() for t in parts(copied)} & {t.data_ptr() for t in parts(clone)}
 
 
 @pytest.mark.parametrize("length", [1, 2048, 4100])
@@ -348,6 +350,18 @@ def test_prompts_shorter_than_the_convolution(shape, l):
     logits, state = shared(shape)(ids(2, l))
     assert logits.shape == (2, l, V)
     assert state.conv[0].shape == (2, shared(shape).config.d_conv - 1, shared(shape).config.conv_dim)
+
+
+@each_shape
+def test_the_result_is_the_same_without_gradients(shape):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model, tokens = stirred(dtype, **SHAPES[shape]), ids(2, 21)
+        logits, state = model(tokens)
+        loss = model.loss(tokens, tokens)
+        with torch.no_grad():
+            assert_same(model(tokens)[0], logits, tolerance)
+            assert_same_state(model(tokens)[1], state, tolerance)
+            assert_same(model.loss(tokens, tokens), loss, tolerance)
 
 
 # -- Causality and documents ------------------------------------------------------------------------------------------
