@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import dataclasses
@@ -102,24 +103,27 @@ _CGROUPS = (
 )
 
 
-def training_memory(config: Mamba2Config, batch_size: int, context: int) -> int:
-    """An estimate of a training step's bytes: what the parameters need, and what each token of a batch needs.
+def training_memory(config: Mamba2Config, batch_size: int, context: int, device: torch.device | str = "cpu") -> int:
+    """An estimate of the bytes that a training adds to the process: a bit more than it takes, within a half.
 
     Weights, gradients and AdamW's two moments are four float32 copies of the parameters, and while the head's gradient
     is made there is one more of the embedding. A token keeps, for each layer, the residual stream and the outputs and
     inputs of its projections, convolution, scan and norms until the backward pass.
     """
+    tokens = batch_size * context
     head = config.padded_vocab_size * config.d_model
-    a_token = config.n_layer * (
-        6 * config.d_model
+    a_layer = (
+        4 * config.d_model
         + 2 * config.d_in_proj
-        + 3 * config.conv_dim
-        + 5 * config.d_inner
+        + 2 * config.conv_dim
+        + 4 * config.d_inner
         + config.d_inner * config.d_state // config.chunk_size
     )
-    a_token += 4 * config.d_model
-    scratch = 1 << 28  # slices of logits and of the scan, and torch itself
-    return 4 * (4 * config.num_parameters() + head + batch_size * context * a_token) + scratch
+    kept = 4 * config.num_parameters() + head + tokens * (config.n_layer * a_layer + 4 * config.d_model)
+    on_cpu = torch.device(device).type == "cpu"
+    slices = 3 * min(1 << 22 if on_cpu else 1 << 28, tokens * config.vocab_size)  # of logits: see loss.py
+    libraries = 180 << 20 if on_cpu else 0  # what the optimiser and the picture import
+    return 4 * (kept + slices) + libraries
 
 
 def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device) -> Settings:
@@ -128,7 +132,7 @@ def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device
     if not settings.adapt_micro_batch or settings.micro_batch:
         return settings
     micro, free = settings.batch_size, free_memory(device)
-    while micro > 1 and free is not None and training_memory(config, micro, settings.context) > free:
+    while micro > 1 and free is not None and training_memory(config, micro, settings.context, device) > free:
         micro = -(-micro // 2)
     return dataclasses.replace(settings, micro_batch=micro)
 
@@ -141,21 +145,21 @@ def check_memory(
     Raises UserError that says what to lower, and to what, where it is too much, unless that is to be ignored.
     """
     micro, context = settings.micro_batch or settings.batch_size, settings.context
-    needed, free = training_memory(config, micro, context), free_memory(device)
+    needed, free = training_memory(config, micro, context, device), free_memory(device)
     if free is None or needed <= free or ignore:
         return size(needed), "" if free is None else size(free)
-    says = f"a step needs about {size(needed)}, and {size(free)} is free"
-    fixed = training_memory(config, 0, 0)
-    tokens = int((free - fixed) / (needed - fixed) * micro * context)
-    if tokens < 1:
+    says = f"training needs about {size(needed)}, and {size(free)} is free"
+
+    def fits(batch: int, length: int) -> bool:
+        return training_memory(config, batch, length, device) <= free
+
+    if not fits(1, 1):
         raise UserError(f"{says}: the model alone is too large; lower --d-model, --n-layer or --vocab-size")
     flag = "--micro-batch" if settings.micro_batch else "--batch-size"
-    options = []
-    if tokens >= context:
-        options.append(f"{flag} from {micro} to {tokens // context}")
-    if tokens >= micro:
-        options.append(f"--context from {context} to {tokens // micro}")
-    lower = " or ".join(options) or f"{flag} to 1 and --context to {tokens}"
+    batch = bisect.bisect_left(range(micro), True, key=lambda b: not fits(b + 1, context))  # the most that fits, or 0
+    length = bisect.bisect_left(range(context), True, key=lambda n: not fits(micro, n + 1))
+    options = [f"{flag} from {micro} to {batch}"] * bool(batch) + [f"--context from {context} to {length}"] * bool(length)
+    lower = " or ".join(options) or f"both {flag} and --context"
     auto = "" if settings.adapt_micro_batch else "; --batch-size auto computes the same batch in parts"
     raise UserError(f"{says}: lower {lower}{auto} (--ignore-memory starts all the same)")
 

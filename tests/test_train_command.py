@@ -1,0 +1,395 @@
+"""train.py as its users meet it: what it prints, what it refuses, and how it goes on."""
+
+import dataclasses
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_runs import ROOT, SHAPE, load_script, write_documents
+
+from mamba2_min import checkpoint, devices
+from mamba2_min.config import Mamba2Config
+from mamba2_min.errors import UserError
+from mamba2_min.runs import plan_run, read_plan
+from mamba2_min.settings import PRESETS, Settings
+from mamba2_min.trainer import Trainer
+
+FLAGS = [str(word) for name, value in SHAPE.items() for word in ("--" + name.replace("_", "-"), value)] + [
+    "--min-count", "1", "--context", "16", "--batch-size", "3", "--threads", "1", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def train(monkeypatch, capsys, tmp_path, data):
+    """train.py in this process: its status and what it printed. A UserError is what run_script makes of it."""
+    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def call(*arguments, out="run", data=data, flags=FLAGS):
+        arguments = ["--data", str(data), "--out", str(out), *flags, *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        try:
+            status = load_script().main()
+        except UserError as error:
+            assert "\n" not in str(error)
+            return 2, str(error)
+        finally:
+            captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_a_run_says_what_it_does_and_what_to_do_next(train, tmp_path, data):
+    status, text = train("--max-steps", "4", "--eval-every", "2")
+    lines = text.splitlines()
+    assert status == 0
+    assert [line[:12].strip() for line in lines[:5]] == ["documents", "tokens", "note", "model", "training"] or [
+        line[:12].strip() for line in lines[:4]
+    ] == ["documents", "tokens", "model", "training"]
+    assert f"12 in {data}" in lines[0] and "parameters" in text
+    assert re.search(r"^device      cpu, \w+; needs about \d+ MB of .* free$", text, re.M)
+    line = r"^step      2  validation \d\.\d{4}  perplexity [\d.,]+  bits per byte \d\.\d{4}  \*$"
+    assert re.search(line, text, re.M)
+    assert lines[-1] == "saved       run; complete text with: python run.py --model run"
+    assert "\r" not in text and "\x1b" not in text  # a pipe is no terminal
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json", "tokenizer.json", "settings.json", "model.pt", "last.pt", "metrics.jsonl",
+    }  # fmt: skip
+
+
+BAD = {
+    "no such folder": (["--data", "nowhere"], "no such file or folder: nowhere"),
+    "no documents": (["--data", "bare"], "no documents in bare"),
+    "an empty file": (["--data", "empty"], "no documents in empty"),
+    "not UTF-8": (["--data", "latin"], "latin/a.md is not UTF-8: byte 0xE9 at offset 3"),
+    "a letter": (["--data", "letter"], "the only document, and too short to be cut in two"),
+    "out is a file": (["--out", "file"], "file is a file, where a folder is wanted"),
+    "out below a file": (["--out", "file/run"], "cannot make the folder file/run: Not a directory"),
+    "out is nothing": (["--out", ""], "--out needs the name of a folder"),
+    "out cannot be written": (["--out", "/proc/run"], "cannot make the folder /proc/run"),
+    "a huge model": (["--d-model", "1000000000000"], "d_model must be a whole number from 1 to"),
+    "a large model": (["--n-layer", "10000000"], "the model alone is too large; lower --d-model"),
+    "no heads": (["--headdim", "7"], "headdim must divide"),
+    "a tiny vocabulary": (["--vocab-size", "10"], "a vocabulary of 10 is too small"),
+    "a negative rate": (["--lr", "-1"], "lr must be a number from 0"),
+    "a rate that is none": (["--lr", "nan"], "lr must be a number from 0"),
+    "no steps a save": (["--save-every", "0"], "save_every must be a whole number from 1"),
+    "a share of more than all": (["--val-fraction", "1.5"], "a fraction between 0 and 1, not 1.5"),
+    "no device": (["--device", "abacus"], "unknown device 'abacus'"),
+    "a device that is no device": (["--device", "cpu:x"], "'cpu:x' is no device"),
+    "threads": (["--threads", "-1"], "--threads must be at least 1"),
+    "accepting what can't be": (["--accept", "lr"], "--accept takes max-steps, "),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_done_is_one_line(train, tmp_path, name):
+    (tmp_path / "bare").mkdir()
+    for folder, content in (("empty", b""), ("latin", b"caf\xe9 au lait"), ("letter", b"w")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.md").write_bytes(content)
+    (tmp_path / "file").write_text("here first")
+    flags, expected = BAD[name]
+    status, text = train("--max-steps", "2", *flags)
+    assert status == 2 and expected in text, text
+    assert (tmp_path / "file").read_text() == "here first"
+    assert not list(tmp_path.glob("run/*"))  # nothing was begun
+
+
+def test_a_folder_that_cannot_be_written(train, tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root writes everywhere")
+    (tmp_path / "run").mkdir(mode=0o555)
+    status, text = train("--max-steps", "2")
+    assert status == 2 and "cannot write run" in text
+
+
+@pytest.mark.parametrize("flags", [["--max-steps", "many"], ["--preset", "vast"], ["--frobnicate"], ["--pattern", "x"],
+                                   ["--batch-size", "1.5"], ["--resume", "--overwrite"]])  # fmt: skip
+def test_an_unknown_flag_or_value_is_a_usage_error(train, capsys, flags):
+    with pytest.raises(SystemExit) as error:
+        train(*flags)
+    assert error.value.code == 2
+
+
+def test_a_run_is_not_overwritten_by_accident(train, tmp_path):
+    assert train("--max-steps", "2")[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    status, text = train("--max-steps", "3")
+    assert (status, text) == (2, "run holds a run already (last.pt): --resume goes on, --overwrite replaces it")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    status, text = train("--max-steps", "3", "--overwrite")
+    assert status == 0 and "at most 3 steps" in text
+
+
+def test_what_goes_on_as_it_was_and_what_must_be_accepted(train, tmp_path, data):
+    assert train("--max-steps", "2", "--eval-every", "2")[0] == 0
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()}
+
+    def refused(expected, *arguments, **where):
+        status, text = train("--resume", *arguments, **where)
+        assert status == 2 and expected in text, text
+        assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()} == before
+
+    refused("--max-steps was 2 when the run in run began, and is now 4; add --accept max-steps", "--max-steps", "4")
+    refused(f"--lr was {Settings().lr} when the run in run began, and is now 0.7; leave it out", "--lr", "0.7")
+    refused("--d-state was 4", "--d-state", "8")
+    refused("--min-count was 1", "--min-count", "3")
+    refused("--a-init was hippo", "--a-init", "uniform")
+    refused("was not begun with --preset tiny", "--preset", "tiny", flags=["--threads", "1", "--device", "cpu"])
+    refused("the documents are not those", data=write_documents(tmp_path / "other", seed=3))
+
+    status, text = train("--resume")
+    assert status == 0 and "this run has ended already; nothing is changed" in text
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()} == before
+    moved = data.rename(tmp_path / "moved")  # the same documents at another place
+    status, text = train("--resume", "--max-steps", "4", "--accept", "max-steps", data=moved)
+    assert status == 0 and "resume      from step 2" in text
+    status, text = train("--resume", data=moved)  # once accepted it is the run's own
+    assert status == 0 and "all 4 steps done" in text
+    status, text = train(
+        "--resume", "--max-steps", "6", "--accept", "max-steps,documents", data=write_documents(tmp_path / "b", seed=3)
+    )
+    assert status == 0 and "other documents than before" in text
+    moved.rename(data)
+
+
+def test_a_half_written_folder(train, tmp_path):
+    run = tmp_path / "run"
+    assert train("--max-steps", "2", "--lr", "0.02")[0] == 0
+    (run / "last.pt").rename(tmp_path / "kept.pt")
+    status, text = train("--resume")
+    assert status == 2 and "run holds a model but no last.pt to go on from; --overwrite replaces it" in text
+    (run / "model.pt").unlink()
+    status, text = train("--max-steps", "2")
+    assert status == 2 and "holds a run already (config.json)" in text
+    status, text = train("--resume")  # settings.json is of a run that was ended before its first save
+    assert status == 0 and "nothing saved yet: from the beginning" in text
+    assert read_plan(run).training.lr == 0.02
+    whole = (run / "last.pt").read_bytes()
+    for part in (b"", whole[:100], whole[: len(whole) // 2], b"\0" * 1000):
+        (run / "last.pt").write_bytes(part)
+        status, text = train("--resume")
+        assert status == 2 and "run/last.pt is not a whole checkpoint" in text, text
+    (run / "last.pt").write_bytes(whole)
+    for name in ("settings.json", "tokenizer.json"):
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[: len(content) // 2])
+        status, text = train("--resume")
+        assert status == 2 and f"run/{name}" in text
+        (run / name).write_bytes(content)
+    assert train("--resume")[0] == 0
+
+
+def test_a_folder_of_another_vocabulary(train, tmp_path):
+    assert train("--max-steps", "2")[0] == 0
+    assert train("--max-steps", "2", out="other", data=write_documents(tmp_path / "d", count=7, seed=8))[0] == 0
+    (tmp_path / "other" / "tokenizer.json").replace(tmp_path / "run" / "tokenizer.json")
+    status, text = train("--resume")
+    assert status == 2 and ("the model is not that of the run" in text or "the vocabulary in" in text)
+
+
+def test_settings_from_elsewhere_are_checked(tmp_path):
+    good = {"data": {"data": "d", "val_data": None, "vocab_size": 8, "min_count": 1, "pattern": "words",
+                     "val_fraction": 0.1}, "model": {}, "training": {}}  # fmt: skip
+    path = tmp_path / "settings.json"
+    checkpoint.save_json(path, good)
+    assert read_plan(tmp_path).training == Settings()
+    for part, change in (
+        ("data", {"data": 7}), ("data", {"more": 1}), ("data", {"val_fraction": "x"}), ("model", {"d_model": 10**12}),
+        ("model", {"vocab_size": 5}), ("training", {"lr": None}), ("training", {"unheard": 1}), ("training", []),
+    ):  # fmt: skip
+        value = {**good[part], **change} if change else change
+        checkpoint.save_json(path, {**good, part: value})
+        with pytest.raises(UserError, match=r"settings.json cannot be understood"):
+            read_plan(tmp_path)
+
+
+def test_a_plan_takes_defaults_presets_and_wishes(tmp_path):
+    plan = plan_run(tmp_path / "run", {"d_model": 96, "lr": 0.5, "val_fraction": 0.2}, preset="tiny")
+    assert plan.model == {**PRESETS["tiny"], "d_model": 96}
+    assert (plan.training, plan.data["val_fraction"]) == (Settings(lr=0.5), 0.2)
+    assert plan_run(tmp_path / "run", {}).model == PRESETS["small"]
+
+
+def test_batch_size_auto_is_kept(train, tmp_path, monkeypatch):
+    flags = [word for word in FLAGS if word not in ("--batch-size", "3")]
+    need = [devices.training_memory(Mamba2Config(vocab_size=272, **SHAPE), batch, 512) for batch in (2, 3)]
+    monkeypatch.setattr(devices, "free_memory", lambda device: sum(need) // 2)
+    status, text = train("--batch-size", "auto", "--max-steps", "2", "--context", 512, flags=flags)
+    assert status == 0 and re.search(r"batch 8 in parts of [12],", text), text
+    chosen = read_plan(tmp_path / "run").training.micro_batch
+    monkeypatch.setattr(devices, "free_memory", lambda device: 10**15)
+    status, text = train("--resume", "--batch-size", "auto", flags=["--threads", "1", "--device", "cpu"])
+    assert status == 0 and f"in parts of {chosen}" in text
+
+
+# What reaches the terminal
+
+
+HOSTILE = {
+    "nul": "one\0two " * 200, "right to left": "שלום عالم \u202e olleh " * 80, "marks": "e\u0301\u0300\u0323" * 300,
+    "escapes": "\x1b[31mred\x1b]0;title\x07 \x9b2J \x08\x08 " * 80, "one line": "word " * 4000,
+    "one word": "a" * 20_000, "emoji": "👩‍👩‍👧 " * 300,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_documents_train_and_are_never_printed_raw(train, tmp_path, name):
+    folder = tmp_path / "bad\x1b[2J\n\u202edata"
+    folder.mkdir()
+    (folder / "a\x1b[31m.md").write_text(HOSTILE[name], newline="")
+    status, text = train("--max-steps", "3", "--eval-every", "1", out=f"{folder}/run", data=folder)
+    assert status == 0
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+    assert r"\x1b[2J" in text  # the folder's name, made visible
+
+
+def process(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, env=environment, timeout=180, text=True, **options)
+
+
+def test_a_real_process_refuses_in_one_line(tmp_path):
+    (tmp_path / "a\x1b[31m.md").write_bytes(b"\xff")
+    done = process("--data", tmp_path, "--out", tmp_path / "run")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: {tmp_path}/a\\x1b[31m.md is not UTF-8")
+
+
+def test_help_is_quick_and_shows_the_true_defaults():
+    done = process("--help")
+    assert done.returncode == 0
+    said = " ".join(done.stdout.split())
+    assert f"--patience N validations without a better one, then stop; 0: never ({Settings().patience})" in said
+    assert f"({Settings().lr:g})" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
+def test_a_terminal_gets_a_bar_that_fits(tmp_path, data):
+    main, side = pty.openpty()
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(data), "--out", str(tmp_path / "run"), *FLAGS,
+               "--max-steps", "30", "--eval-every", "15"]  # fmt: skip
+    with subprocess.Popen(command, stdout=side, stderr=side, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+        os.close(side)
+        received = b""
+        while True:
+            try:
+                part = os.read(main, 65536)
+            except OSError:
+                break
+            if not part:
+                break
+            received += part
+    os.close(main)
+    assert child.returncode == 0
+    text = received.decode()
+    assert "\r" in text and " left" in text
+    assert max(len(line) for line in re.split(r"[\r\n]+|\x1b\[\w", text)) <= 80
+
+
+def test_the_hint_of_a_stopped_run_can_be_pasted(train):
+    words = ["python", "train.py", "--out", "a folder", "--resume"]
+    assert shlex.split(shlex.join(words)) == words
+
+
+# Memory
+
+
+MEASURE = """
+import re, sys, tempfile
+import torch
+from mamba2_min import devices
+from mamba2_min.config import Mamba2Config
+from mamba2_min.corpus import Corpus
+from mamba2_min.model import Mamba2LM
+from mamba2_min.runs import plan_run
+from mamba2_min.settings import PRESETS, Settings
+from mamba2_min.tokenizer import WordTokenizer
+from mamba2_min.trainer import Trainer
+
+def status(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+devices.keep_freed_memory()
+torch.set_num_threads(1)
+vocab_size, d_model, n_layer, d_state, batch, context = map(int, sys.argv[1:])
+config = Mamba2Config(vocab_size, d_model, n_layer, d_state)
+tokenizer = WordTokenizer([f"w{k}" for k in range(vocab_size - 257)])
+tokens = torch.randint(vocab_size, (2 * batch * context,), dtype=torch.int32)
+corpus = Corpus(tokenizer, tokens, tokens[:1000], len(tokens), 1000, 1, 1, 1, 1)
+before = status("VmRSS")
+with tempfile.TemporaryDirectory() as out:
+    settings = Settings(context=context, batch_size=batch, max_steps=2, precision="float32")
+    Trainer(Mamba2LM(config, seed=0), corpus, settings, out).train()
+print(status("VmHWM") - before, devices.training_memory(config, batch, context))
+"""
+SHAPES = [(300, 64, 1, 16, 2, 32), (4000, 192, 3, 64, 8, 256)]
+MORE = [
+    (8192, 256, 4, 64, 8, 256), (8192, 256, 4, 64, 32, 256), (8192, 256, 4, 64, 2, 1024), (30000, 64, 2, 64, 16, 512),
+    (2000, 512, 8, 128, 4, 256), (1000, 256, 2, 256, 8, 1024), (1000, 128, 12, 64, 4, 512),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measured where the system keeps the peak")
+@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in MORE)])
+def test_the_memory_that_is_announced_is_enough_and_not_much_more(shape):
+    command = [sys.executable, "-c", MEASURE, *map(str, shape)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=300)
+    peak, estimate = map(int, done.stdout.split())
+    assert peak <= estimate <= 1.6 * peak, f"{shape}: {peak / 1e6:.0f} MB taken, {estimate / 1e6:.0f} MB announced"
+
+
+def test_too_little_memory_says_what_to_lower_and_to_what(monkeypatch):
+    config = Mamba2Config(vocab_size=1000, **SHAPE)
+    settings = Settings(context=4096, batch_size=64)
+    device = torch.device("cpu")
+    need = devices.training_memory(config, 64, 4096)
+    least = devices.training_memory(config, 1, 1)
+    monkeypatch.setattr(devices, "free_memory", lambda device: (need + least) // 2)
+    with pytest.raises(UserError) as error:
+        devices.check_memory(config, settings, device)
+    says = str(error.value)
+    lower = re.search(r"lower --batch-size from 64 to (\d+) or --context from 4096 to (\d+); --batch-size auto", says)
+    assert lower, says
+    batch, context = map(int, lower.groups())
+    devices.check_memory(config, dataclasses.replace(settings, batch_size=batch), device)
+    devices.check_memory(config, dataclasses.replace(settings, context=context), device)
+    for more in ({"batch_size": batch + 1}, {"context": context + 1}):  # as much as there is room for
+        with pytest.raises(UserError):
+            devices.check_memory(config, dataclasses.replace(settings, **more), device)
+    auto = devices.fit_to_memory(config, dataclasses.replace(settings, adapt_micro_batch=True), device)
+    assert batch / 2 < auto.micro_batch <= batch and auto.batch_size == 64
+    devices.check_memory(config, settings, device, ignore=True)
+    monkeypatch.setattr(devices, "free_memory", lambda device: least // 2)
+    with pytest.raises(UserError, match="the model alone is too large; lower --d-model, --n-layer or --vocab-size"):
+        devices.check_memory(config, settings, device)
+    monkeypatch.setattr(devices, "free_memory", lambda device: None)
+    assert devices.check_memory(config, settings, device)[1] == ""
+
+
+def test_metrics_and_settings_are_json(train, tmp_path):
+    assert train("--max-steps", "4", "--eval-every", "2", "--log-every", "1")[0] == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
+    assert {"step", "split", "loss"} <= json.loads(lines[0]).keys()
