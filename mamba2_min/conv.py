@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mamba2_min.autograd import first_order, without_autocast
 from mamba2_min.ssd import document_numbers
 
 
+@without_autocast
 def causal_conv_silu(
     u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -64,6 +66,7 @@ class _ConvSiLU(torch.autograd.Function):
         return F.silu(_convolved(padded, weight, bias), inplace=True)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         padded, weight, bias = ctx.saved_tensors
         K = weight.shape[1]

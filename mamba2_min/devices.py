@@ -156,9 +156,11 @@ def check_memory(
     if not fits(1, 1):
         raise UserError(f"{says}: the model alone is too large; lower --d-model, --n-layer or --vocab-size")
     flag = "--micro-batch" if settings.micro_batch else "--batch-size"
-    batch = bisect.bisect_left(range(micro), True, key=lambda b: not fits(b + 1, context))  # the most that fits, or 0
+    # The most of each that fits beside the other, or 0.
+    batch = bisect.bisect_left(range(micro), True, key=lambda b: not fits(b + 1, context))
     length = bisect.bisect_left(range(context), True, key=lambda n: not fits(micro, n + 1))
-    options = [f"{flag} from {micro} to {batch}"] * bool(batch) + [f"--context from {context} to {length}"] * bool(length)
+    options = [f"{flag} from {micro} to {batch}"] if batch else []
+    options += [f"--context from {context} to {length}"] if length else []
     lower = " or ".join(options) or f"both {flag} and --context"
     auto = "" if settings.adapt_micro_batch else "; --batch-size auto computes the same batch in parts"
     raise UserError(f"{says}: lower {lower}{auto} (--ignore-memory starts all the same)")

@@ -55,8 +55,13 @@ class LanguageModel(nn.Module, ABC):
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Reads a prompt (b, l) in slices, to bound what is held at a time: the last logits (b, v), the state."""
-        for part in input_ids.split(_PREFILL_SLICE, dim=1):
-            hidden, state = self.hidden(part, state)
+        training = self.training
+        self.eval()  # a prompt is read without dropout, as `step` reads what follows it
+        try:
+            for part in input_ids.split(_PREFILL_SLICE, dim=1):
+                hidden, state = self.hidden(part, state)
+        finally:
+            self.train(training)
         return self.lm_head(hidden[:, -1])[:, : self.config.vocab_size], state
 
     @torch.no_grad()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mamba2_min.autograd import first_order
+
 IGNORE = -100  # a target that does not count
 
 # Elements of one slice's logits: enough for the matrix products to be efficient, little enough to stay in cache.
@@ -79,6 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_order
     def backward(ctx, dtotal):
         if ctx.gradients is None:
             raise RuntimeError("this loss has been through backward() already, and its gradients are gone")

@@ -182,7 +182,11 @@ class Mamba2LM(LanguageModel):
     ) -> tuple[Tensor, State]:
         """What the head reads: (b, l, d_model) after the last norm, and the state. Arguments as for `forward`."""
         self._check_ids(input_ids)
-        x = self.backbone.embedding(input_ids)
+        if seq_idx is not None and seq_idx.shape != input_ids.shape:
+            raise ValueError(f"seq_idx must be {tuple(input_ids.shape)}, as input_ids is, not {tuple(seq_idx.shape)}")
+        if state is not None and len(state.ssm[0]) != len(input_ids):
+            raise ValueError(f"the state is of {len(state.ssm[0])} rows, and input_ids of {len(input_ids)}")
+        x = self._embed(input_ids)
         new = State([], [])
         for i, layer in enumerate(self.backbone.layers):
             conv, ssm = (None, None) if state is None else (state.conv[i], state.ssm[i])
@@ -190,6 +194,11 @@ class Mamba2LM(LanguageModel):
             new.conv.append(conv)
             new.ssm.append(ssm)
         return self.backbone.norm_f(x), new
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """The start of the residual stream, whose dtype all that is added to it takes."""
+        x = self.backbone.embedding(ids)
+        return _widen(x) if self.config.residual_in_fp32 else x
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before any token: zeros, as if nothing had ever been read."""
@@ -203,7 +212,7 @@ class Mamba2LM(LanguageModel):
     @torch.no_grad()
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
-        x = F.embedding(ids, self.backbone.embedding.weight)
+        x = self._embed(ids)
         for i, layer in enumerate(self.backbone.layers):
             x, state.conv[i], state.ssm[i] = layer.step(x, state.conv[i], state.ssm[i])
         return self.lm_head(self.backbone.norm_f(x))[:, : self.config.vocab_size], state

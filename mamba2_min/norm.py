@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mamba2_min.autograd import first_order
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (arXiv:1910.07467): x (..., d), weight (d,), in weight's dtype."""
@@ -41,6 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         return _scaled(wide, scale).mul_(weight)
 
     @staticmethod
+    @first_order
     def backward(ctx, dout):
         x, weight, scale = ctx.saved_tensors
         dx, dweight = _normed_backward(x.to(weight.dtype), weight, scale, dout)
@@ -56,6 +59,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         return _scaled(u, scale).mul_(weight)
 
     @staticmethod
+    @first_order
     def backward(ctx, dout):
         y, z, weight, scale = ctx.saved_tensors
         wide_z = z.to(weight.dtype)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba2_min import checkpoint
+import torch
+
+from mamba2_min import checkpoint, devices
 from mamba2_min.config import Mamba2Config
 from mamba2_min.corpus import Corpus, load_corpus
 from mamba2_min.errors import UserError
@@ -29,9 +31,11 @@ class Plan:
     resume: bool = False
     accept_documents: bool = False
 
-    def corpus(self, out: str | Path) -> Corpus:
+    def corpus(self, out: str | Path, ignore_memory: bool = False) -> Corpus:
         """Reads the documents; with the run's own tokenizer where it goes on. Raises UserError."""
         d = self.data
+        if not ignore_memory:
+            _check_room([d["data"], d["val_data"]])
         tokenizer = WordTokenizer.load(Path(out) / checkpoint.TOKENIZER) if self.resume else None
         return load_corpus(
             d["data"], d["vocab_size"], d["min_count"], d["pattern"], d["val_fraction"], d["val_data"],
@@ -135,6 +139,21 @@ def read_plan(out: str | Path) -> Plan:
         return Plan(saved["data"], saved["model"], Settings(**saved["training"]), resume=True)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be understood: {error}") from error
+
+
+def _check_room(paths: list[str | None]) -> None:
+    """Raises UserError where there is less memory than reading the documents at these paths takes.
+
+    That is measured: while a text is cut into words, each of its bytes takes up to 23.
+    """
+    files = [file for path in paths if path for file in (Path(path), *Path(path).rglob("*"))]
+    length = sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
+    needed, free = 24 * length, devices.free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise UserError(
+            f"the documents are {devices.size(length)}: reading them takes about {devices.size(needed)}, and "
+            f"{devices.size(free)} is free; take some of them out (--ignore-memory starts all the same)"
+        )
 
 
 def _names(cls: type) -> set[str]:

@@ -119,7 +119,6 @@ def defaults(cls: type) -> dict[str, Any]:
 
 
 def learning_rate(progress: float, step: int, settings: Settings) -> float:
-    """Linear warm-up over warmup_steps, then a cosine from lr to min_lr as `progress` goes from 0 to 1."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+    """A cosine from lr to min_lr as `progress` goes from 0 to 1, times a linear warm-up over warmup_steps."""
+    cosine = settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+    return cosine * min(1.0, (step + 1) / max(settings.warmup_steps, 1))

@@ -32,11 +32,11 @@ in one large matrix product; callers see (p, n).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mamba2_min.autograd import first_order, without_autocast
 
 # exp(-88) is the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps the
 # cumulative sums small enough to subtract exactly.
@@ -48,21 +48,7 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _BLOCK_ELEMENTS_GPU = 1 << 26
 
 
-def _in_full_precision(function):
-    """Runs `function` without autocast: a state, a sum or a decay in bf16 would lose what the scan is there to keep."""
-
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device.type
-        if not torch.is_autocast_enabled(device):
-            return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-@_in_full_precision
+@without_autocast
 def ssd_recurrent(
     x: Tensor,
     dt: Tensor,
@@ -89,7 +75,7 @@ def ssd_recurrent(
     return torch.stack(ys, dim=1), state
 
 
-@_in_full_precision
+@without_autocast
 def ssd_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +94,7 @@ def ssd_step(
     return y.to(x.dtype), state
 
 
-@_in_full_precision
+@without_autocast
 def ssd_quadratic(
     x: Tensor,
     dt: Tensor,
@@ -150,7 +136,7 @@ def ssd_quadratic(
     return y.to(x.dtype), state.reshape(b, h, p, n)
 
 
-@_in_full_precision
+@without_autocast
 def ssd_chunked(
     x: Tensor,
     dt: Tensor,
@@ -223,7 +209,8 @@ class _ChunkedScan(torch.autograd.Function):
         return y.view(b, l, h, p), _to_outer(final)
 
     @staticmethod
-    @_in_full_precision
+    @first_order
+    @without_autocast
     def backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape
