@@ -112,7 +112,7 @@ def train(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads or devices.cpu_threads())
     devices.keep_freed_memory()
 
-    corpus = plan.corpus(args.out)
+    corpus = plan.corpus(args.out, args.ignore_memory)
     config = plan.config(corpus)
     show_corpus(plan, corpus)
     context = min(plan.training.context, max(len(corpus.train) - 1, 1))  # no window is longer than the text

@@ -323,8 +323,7 @@ from mamba2_min import devices
 from mamba2_min.config import Mamba2Config
 from mamba2_min.corpus import Corpus
 from mamba2_min.model import Mamba2LM
-from mamba2_min.runs import plan_run
-from mamba2_min.settings import PRESETS, Settings
+from mamba2_min.settings import Settings
 from mamba2_min.tokenizer import WordTokenizer
 from mamba2_min.trainer import Trainer
 
@@ -386,6 +385,17 @@ def test_too_little_memory_says_what_to_lower_and_to_what(monkeypatch):
         devices.check_memory(config, settings, device)
     monkeypatch.setattr(devices, "free_memory", lambda device: None)
     assert devices.check_memory(config, settings, device)[1] == ""
+
+
+def test_documents_that_do_not_fit_are_refused_unread(train, tmp_path, monkeypatch):
+    folder = tmp_path / "huge"
+    folder.mkdir()
+    (folder / "a.md").touch()
+    os.truncate(folder / "a.md", 10**9)  # a thousand million NULs in one line, which take no room on the disk
+    monkeypatch.setattr(devices, "free_memory", lambda device: 8 * 10**9)
+    status, text = train("--max-steps", "2", data=folder)
+    assert status == 2
+    assert text.startswith("the documents are 1.0 GB: reading them takes about 24.0 GB, and 8.0 GB is free; take some")
 
 
 def test_metrics_and_settings_are_json(train, tmp_path):

@@ -1,0 +1,80 @@
+"""What it costs that a run can be killed: the time of its saves beside the time of the steps between two of them.
+
+At the default --save-every and --eval-every each save is of the costliest kind: everything needed to go on, with the
+lines of metrics.jsonl flushed before and the file read back after, and the best model beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness, peers
+from benchmarks.harness import Options
+from mamba2_min import checkpoint
+from mamba2_min.config import Mamba2Config
+from mamba2_min.corpus import Corpus
+from mamba2_min.model import Mamba2LM
+from mamba2_min.settings import Settings
+from mamba2_min.tokenizer import WordTokenizer
+from mamba2_min.trainer import Trainer
+
+SETTINGS = {"small": peers.SMALL}
+QUICK = {"tiny": peers.TINY}
+STEPS = 5  # a round's
+
+
+def trainer_of(config: Mamba2Config, options: Options, out: Path) -> Trainer:
+    """A trainer with the default settings, on random tokens: what a step costs does not depend on which they are."""
+    words = WordTokenizer([f"word{k}" for k in range(config.vocab_size - 257)])
+    tokens = torch.randint(config.vocab_size, (100_000,), dtype=torch.int32)
+    corpus = Corpus(words, tokens, tokens[:1000], len(tokens), 1000, 1, 1, 1, 1)
+    settings = Settings(precision=options.precision, max_steps=10**6, spike=0.0)
+    return Trainer(Mamba2LM(config, seed=0), corpus, settings, out, options.device)
+
+
+def measure(name: str, config: Mamba2Config, options: Options) -> harness.Measurement:
+    """Steps and saves in turns, and the share of a training's time that the saves take."""
+    with tempfile.TemporaryDirectory() as folder, options.products():
+        trainer = trainer_of(config, options, Path(folder))
+        lines = itertools.count()
+
+        def steps() -> None:
+            for _ in range(STEPS):
+                trainer._step()
+
+        def save() -> None:
+            trainer.log.append(step=next(lines), split="validation", loss=1.0)
+            trainer.save()
+            checkpoint.save_model(trainer.out, config, trainer.model.state_dict())
+
+        seconds = harness.take_turns({"step": steps, "save": save}, options)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.pt"))
+    between = Settings().save_every / STEPS
+    shares = [s / (s + between * t) for s, t in zip(seconds["save"], seconds["step"], strict=True)]
+    low, share, high = harness.spread(shares)
+    about: dict[str, Any] = {
+        "batch": Settings().batch_size, "length": Settings().context, "save_every": Settings().save_every,
+        "bytes": size, "share": share, "share_quartiles": [low, high], "model": config.to_dict(),
+    }  # fmt: skip
+    entries = {"step": harness.timed(seconds["step"], STEPS), "save": harness.timed(seconds["save"])}
+    return harness.measurement("save_cost", name, about, options, entries)
+
+
+def main() -> None:
+    args = harness.parser("save_cost", __doc__, ()).parse_args()
+    options = harness.options(args)
+    options.prepare()
+    for name, config in harness.choose(QUICK if args.quick else SETTINGS, args).items():
+        result = measure(name, config, options)
+        harness.finish(result, args)
+        print(f"  saving takes {100 * result['about']['share']:.2f}% of the time, with a save every "
+              f"{result['about']['save_every']} steps")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
