@@ -113,7 +113,7 @@ def load_tensors(path: str | Path) -> Any:
             bomb = _is_inflated(file)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # an archive's directory may be damaged in any way
         raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
     if bomb:
         raise UserError(f"{path} is compressed, which no checkpoint is; it was not loaded")

@@ -13,7 +13,7 @@ import torch
 from mamba2_min import checkpoint, devices
 from mamba2_min.config import Mamba2Config
 from mamba2_min.corpus import Corpus, load_corpus
-from mamba2_min.errors import UserError
+from mamba2_min.errors import UserError, printable
 from mamba2_min.settings import ACCEPTABLE, DATA, PRESETS, Settings, check_data, defaults
 from mamba2_min.tokenizer import WordTokenizer
 
@@ -138,7 +138,7 @@ def read_plan(out: str | Path) -> Plan:
         Mamba2Config(vocab_size=1, **saved["model"])
         return Plan(saved["data"], saved["model"], Settings(**saved["training"]), resume=True)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be understood: {error}") from error
+        raise UserError(f"{path} cannot be understood: {printable(str(error))[:300]}") from error
 
 
 def _check_room(paths: list[str | None]) -> None:

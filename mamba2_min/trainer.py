@@ -373,7 +373,8 @@ class Trainer:
 
     def _load_counts(self, saved: dict[str, Any]) -> None:
         for name in ("step", "best_step", "evaluated_step", "stale", "records", "micro_batch"):
-            if type(saved[name]) is not int or not -1 <= saved[name] < 2**31:
+            least = -1 if name == "evaluated_step" else 0
+            if type(saved[name]) is not int or not least <= saved[name] < 2**31:
                 raise ValueError(f"its {name} is no number of anything")
         self.step, self.best_step, self.stale = saved["step"], saved["best_step"], saved["stale"]
         self.evaluated_step, self._records = saved["evaluated_step"], saved["records"]
