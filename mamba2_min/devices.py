@@ -117,7 +117,7 @@ def training_memory(config: Mamba2Config, batch_size: int, context: int, device:
         + 2 * config.d_in_proj
         + 2 * config.conv_dim
         + 4 * config.d_inner
-        + config.d_inner * config.d_state // config.chunk_size
+        + 2 * config.d_inner * config.d_state // config.chunk_size  # a state and its gradient a chunk
     )
     kept = 4 * config.num_parameters() + head + tokens * (config.n_layer * a_layer + 4 * config.d_model)
     on_cpu = torch.device(device).type == "cpu"
