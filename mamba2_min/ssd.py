@@ -10,13 +10,13 @@ Unrolled, it is multiplication by one lower-triangular, *semiseparable* matrix (
     y_i = sum_{j <= i} (C_i . B_j) exp(a_{j+1} + ... + a_i) dt_j x_j,        a_t = dt_t A
 
 so the same y can be had token by token (`ssd_recurrent`, `ssd_step`), by forming that matrix the way attention does
-(`ssd_quadratic`, section 4), or by cutting it into blocks (`ssd_chunked`, section 6): blocks on the diagonal as
+(`ssd_quadratic`, section 5), or by cutting it into blocks (`ssd_chunked`, section 6): blocks on the diagonal as
 attention, blocks below it, which have rank n, through the state. All four agree to rounding, values and gradients.
 
     symbol  shape           meaning
     x       (b, l, h, p)    input: b sequences, l tokens, h heads, p = headdim channels a head
     dt      (b, l, h)       step size, > 0, after softplus: how much time passes at a token
-    A       (h,)            decay rate, < 0, one scalar a head (the "scalar times identity" of section 2)
+    A       (h,)            decay rate, < 0, one scalar a head (the "scalar times identity" of section 5)
     B, C    (b, l, g, n)    what a token writes to and reads from the state; the h / g heads of a group share them
     D       (h,) or None    skip: y gets D x
     H       (b, h, p, n)    the state, n = d_state numbers a channel
@@ -38,8 +38,8 @@ from torch.nn import functional as F
 
 from mamba2_min.autograd import first_order, without_autocast
 
-# exp(-88) is the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps the
-# cumulative sums small enough to subtract exactly.
+# exp(-88) is about the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps
+# the cumulative sums small enough to subtract exactly.
 _FORGOTTEN = -88.0
 
 # Elements of one (chunks, h, q, q) intermediate that exist at a time: what fits in a core's second-level cache on a
@@ -105,7 +105,7 @@ def ssd_quadratic(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The attention-like dual (section 4, equation 16): the whole (l, l) matrix of each head, O(l^2).
+    """The attention-like dual (section 5): the whole (l, l) matrix of each head, O(l^2).
 
     Arguments, results and errors as for `ssd_recurrent`. It is the sequence as one chunk, written out plainly.
     """
