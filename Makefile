@@ -6,8 +6,10 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 .PHONY: demo test test-all notebooks lint clean
 
 demo: .venv/installed            ## train on the bundled documents for four minutes, then complete a sentence
-	$(BIN)/python train.py --data training_data --out runs/demo --resume --max-minutes 4 --max-steps 450 --eval-every 30 --patience 4
-	$(BIN)/python run.py --model runs/demo --prompt "The old man looked at the sea and" --max-tokens 80 --seed 1
+	$(BIN)/python train.py --data training_data --out runs/demo --resume --max-minutes 4 --max-steps 240 --eval-every 30 \
+		--weight-decay 2
+	$(BIN)/python run.py --model runs/demo --prompt "The old man looked at the sea and" --max-tokens 80 --seed 2 \
+		--temperature 0.6 --known-words
 
 test: .venv/installed-dev        ## lint and the default tests: under six minutes on two cores
 	$(BIN)/ruff check .

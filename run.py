@@ -68,6 +68,7 @@ def main() -> int:
         raise UserError("--" + _in_words(error)) from None
     device = pick_device(args.device)
     completer = Completer.load(folder, device)
+    completer.known_words = args.known_words
     print(
         f"model     {printable(str(folder))}{found}, {completer.model.config.num_parameters():,} "
         f"parameters, {len(completer.tokenizer):,} tokens known, on {device.type}\n"
@@ -300,6 +301,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="stop before this text; may be given several times (the end of the document always stops)",
     )  # fmt: skip
     sampling = parser.add_argument_group("which word comes next")
+    sampling.add_argument(
+        "--known-words", action="store_true", help="only words of the vocabulary; none spelled out byte by byte"
+    )
     defaults = {"temperature": 0.8, **OFF}
     for command, (name, read, what) in SETTINGS.items():
         if name in defaults:

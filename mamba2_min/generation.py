@@ -63,7 +63,9 @@ class Completer:
     Raises UserError where the tokenizer is not the model's.
     """
 
-    def __init__(self, model: Mamba2LM, tokenizer: WordTokenizer):
+    def __init__(self, model: Mamba2LM, tokenizer: WordTokenizer, known_words: bool = False):
+        """With `known_words` only words of the vocabulary are written: none is spelled out in bytes, as a small model
+        does when it would write a rare word, and spells nonsense."""
         if len(tokenizer) != model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: "
@@ -71,6 +73,7 @@ class Completer:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.known_words = known_words
         self.stopped_by: str | None = None
         self.stats = Stats()
         self._session: _Session | None = None
@@ -163,7 +166,8 @@ class Completer:
         if session.unread is not None:
             logits, session.state = self.model.step(torch.tensor([session.unread], device=self._device), session.state)
             session.logits, session.unread = logits[0], None
-        token = session.unread = session.sampler.pick(session.logits, session.recent)
+        logits = session.logits.masked_fill(self._spells, -torch.inf) if self.known_words else session.logits
+        token = session.unread = session.sampler.pick(logits, session.recent)
         self.stats.seconds += time.perf_counter() - started
         self.stats.tokens += 1
 
@@ -183,6 +187,13 @@ class Completer:
     def _begins_with_space(self) -> Tensor:
         """(vocab,) bool: the tokens that a word after a space can be."""
         return torch.tensor([self.tokenizer.token_bytes(i)[:1] == b" " for i in range(len(self.tokenizer))])
+
+    @cached_property
+    def _spells(self) -> Tensor:
+        """(vocab,) bool: the bytes that words are spelled with. "A" and "I" are words; marks and line ends are none."""
+        letters = {bytes([b]) for b in range(256) if b >= 0x80 or chr(b).isalpha() or chr(b) == " "} - {b"A", b"I"}
+        spells = torch.tensor([self.tokenizer.token_bytes(i) in letters for i in range(len(self.tokenizer))])
+        return spells.to(self._device)
 
 
 class _Text:

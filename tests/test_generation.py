@@ -411,3 +411,20 @@ def test_a_folder_is_enough(model, tokenizer, completer, tmp_path):
     loaded = Completer.load(tmp_path, device="cpu")
     texts = ["".join(c.complete("The owl", 20, Sampler(seed=1))) for c in (loaded, completer)]
     assert texts[0] == texts[1] != ""
+
+
+def test_known_words_are_written_and_none_is_spelled(model, tokenizer):
+    completer = Completer(model, tokenizer, known_words=True)
+    letters = {bytes([b]) for b in (*b" bcdefghijklmnopqrstuvwxyzBCDEFGHJKLMNOPQRSTUVWXYZ", *range(128, 256))}
+    written = []
+    pick = Sampler.pick
+
+    def watched(self, logits, history=()):
+        written.append(pick(self, logits, history))
+        return written[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "pick", watched)
+        "".join(completer.complete("", 200, Sampler(temperature=3.0, seed=0)))
+    assert len(written) > 20
+    assert not {tokenizer.token_bytes(token) for token in written} & letters
