@@ -15,7 +15,7 @@ from mamba2_min.autograd import first_order
 IGNORE = -100  # a target that does not count
 
 # Elements of one slice's logits: enough for the matrix products to be efficient, little enough to stay in cache.
-_SLICE_ELEMENTS = {"cpu": 1 << 23}
+_SLICE_ELEMENTS = {"cpu": 1 << 22}
 _SLICE_ELEMENTS_GPU = 1 << 28
 
 
