@@ -7,7 +7,7 @@ nothing else, so that an architecture is compared with another by exchanging the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,21 @@ class LanguageModel(nn.Module, ABC):
 
     config: Any
     lm_head: nn.Linear
+
+    def _build(
+        self, config: Any, backbone: type[nn.Module], init: Callable[[Any, torch.Generator], None], seed: int | None
+    ) -> None:
+        """Sets `config`, `backbone` and `lm_head`, and has `init` draw their parameters: from `seed`, or from a seed
+        that torch's own generator draws if None."""
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        self.config = config
+        with torch.random.fork_rng(devices=[]):  # PyTorch's modules draw numbers of their own, which nobody will see
+            self.backbone = backbone(config)
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        init(self, torch.Generator().manual_seed(seed))
 
     @abstractmethod
     def hidden(self, input_ids: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> tuple[Tensor, Any]:

@@ -166,16 +166,7 @@ class Mamba2LM(LanguageModel):
 
     def __init__(self, config: Mamba2Config, seed: int | None = None):
         super().__init__()
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
-        self.config = config
-        with torch.random.fork_rng(devices=[]):  # PyTorch's modules draw numbers of their own, which nobody will see
-            self.backbone = Backbone(config)
-            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.backbone.embedding.weight
-        generator = torch.Generator().manual_seed(seed)
-        init_parameters(self, generator)
+        self._build(config, Backbone, init_parameters, seed)
 
     def hidden(
         self, input_ids: Tensor, state: State | None = None, seq_idx: Tensor | None = None

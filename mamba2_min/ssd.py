@@ -183,7 +183,7 @@ class _ChunkedScan(torch.autograd.Function):
         g = B.shape[2]
         xm, dtm, Bm, Cm = _chunks(x, dt, B, C, q)
         s, enter, leave, across = _decays(dtm, A, segment, b, q)
-        visible = _visible(segment, q, dt)
+        visible = _visible(segment, q, dtm)
 
         # Step 1, the low-rank blocks' right factor: what each chunk adds to the state that leaves it.
         added = torch.einsum("mqgn,mqgrp->mgnrp", Bm, xm * (leave * dtm)[..., None])
@@ -219,7 +219,7 @@ class _ChunkedScan(torch.autograd.Function):
         xm, dtm, Bm, Cm = _chunks(x, dt, B, C, q)
         dym = dy.reshape(xm.shape).to(dt.dtype)
         s, enter, leave, across = _decays(dtm, A, segment, b, q)
-        visible = _visible(segment, q, dt)
+        visible = _visible(segment, q, dtm)
 
         # Step 3 reversed, then step 2: the gradient of the state that leaves each chunk, from the last to the first.
         read = torch.einsum("mqgn,mqgrp->mgnrp", Cm, dym * enter[..., None])
@@ -238,7 +238,7 @@ class _ChunkedScan(torch.autograd.Function):
             dM = torch.einsum("mgrip,mjgrp->mgrij", dY_heads, X)
             dM *= L
             dM *= dtp.movedim(1, -1)[..., None, :]
-            dG = dM.sum(2) * visible[part if len(visible) > 1 else slice(None)]
+            dG = dM.sum(2) * visible[part]
             E = dM.mul_(G)
             # a_k is in the exponents with j < k <= i: their sum is had without a difference, so nothing cancels.
             between = E.cumsum_(-1).tril_(-1).sum(-2)[..., :-1].movedim(-1, 1)  # k = 1 to q - 1
@@ -341,16 +341,16 @@ def _decay_matrix(s: tuple[Tensor, Tensor], part: slice) -> Tensor:
 def _products(Bm: Tensor, Cm: Tensor, visible: Tensor, part: slice) -> Tensor:
     """G (m, g, 1, q, q) of the chunks in `part`: C_i . B_j where i sees j, else 0. Once a group, not once a head."""
     G = torch.einsum("mign,mjgn->mgij", Cm[part], Bm[part])
-    return G.mul_(visible[part if len(visible) > 1 else slice(None)])[:, :, None]
+    return G.mul_(visible[part])[:, :, None]
 
 
-def _visible(segment: Tensor | None, q: int, like: Tensor) -> Tensor:
-    """1 where token i of a chunk sees token j: j <= i, in the same document; (1, 1, q, q), or (m, 1, q, q)."""
-    causal = torch.ones(q, q, dtype=torch.bool, device=like.device).tril_()[None, None]
+def _visible(segment: Tensor | None, q: int, dtm: Tensor) -> Tensor:
+    """1 where token i of a chunk sees token j: j <= i, in the same document. (m, 1, q, q), a view if all are alike."""
+    causal = torch.ones(q, q, dtype=torch.bool, device=dtm.device).tril_()[None, None]
     if segment is not None:
         seg = segment.view(-1, 1, q)
         causal = causal & (seg[..., :, None] == seg[..., None, :])
-    return causal.to(like.dtype)
+    return causal.to(dtm.dtype).expand(len(dtm), -1, -1, -1)
 
 
 def _parts(chunks: int, elements: int, device: torch.device) -> list[slice]:
