@@ -1,0 +1,161 @@
+"""Three games of recall: what a model can find again in what it has read. No text and no knowledge helps.
+
+    selective copying   say again the letters that stood between blanks            (Mamba, arXiv:2312.00752, 4.1.1)
+    induction heads     what followed the sign when it last came?                  (Mamba, 4.1.2)
+    associative recall  a list of pairs, then its keys: which value had each?      (Zoology, arXiv:2312.04927;
+                                                                                    Mamba-2, arXiv:2405.21060, 9.1)
+
+A game is a function that draws a batch: input_ids (b, l), and targets (b, l), which hold the answer where one is asked
+for and -100 elsewhere. As for `LanguageModel.loss`, a target stands at the token after which it has to be known, and it
+always follows from the tokens up to there. A generator in the same state gives the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mamba2_min.corpus import IGNORE
+from mamba2_min.trainer import decay_groups
+
+Batch = tuple[Tensor, Tensor]  # input_ids, targets
+
+BLANK = 0  # what stands between the letters to be copied, and between the questions of associative recall
+
+
+def selective_copying(batch: int, length: int, n_data: int, generator: torch.Generator, vocab_size: int = 16) -> Batch:
+    """Letters at random places among blanks; at the end a marker for each, at which it is to be said again, in order.
+
+    Returns input_ids and targets (batch, length). `n_data` letters, of ids 1 to vocab_size - 2, stand among the first
+    length - n_data tokens, the rest of which are 0; then come n_data markers, vocab_size - 1, and the k-th marker's
+    target is the k-th letter. Guessing is right once in vocab_size - 2 times. The distances between letters are
+    random, so no fixed filter can do it (Mamba, figure 2). The paper: length 4096, n_data 16, vocab_size 16.
+    Raises ValueError where the letters do not fit or the vocabulary leaves fewer than two.
+    """
+    _check(batch=batch, length=length, n_data=n_data, vocab_size=vocab_size)
+    room = length - n_data
+    if n_data > room:
+        raise ValueError(f"{n_data} letters and as many markers need a length of {2 * n_data}, not {length}")
+    if vocab_size < 4:
+        raise ValueError(f"a blank, a marker and two letters need a vocab_size of 4, not {vocab_size}")
+    letters = torch.randint(1, vocab_size - 1, (batch, n_data), generator=generator)
+    places = _distinct(batch, room, n_data, generator).sort(1).values
+    input_ids = torch.full((batch, length), BLANK)
+    input_ids[:, room:] = vocab_size - 1
+    targets = torch.full((batch, length), IGNORE)
+    targets[:, room:] = letters
+    return input_ids.scatter_(1, places, letters), targets
+
+
+def induction_heads(batch: int, length: int, generator: torch.Generator, vocab_size: int = 16) -> Batch:
+    """A sign comes once, somewhere in random letters, and once more at the very end: what followed it the first time?
+
+    Returns input_ids and targets (batch, length). The sign is vocab_size - 1, all other tokens are drawn from 0 to
+    vocab_size - 2; the only target is the last. Guessing is right once in vocab_size - 1 times.
+    The paper: length 256, vocab_size 16, tested up to 2^20.
+    Raises ValueError for a length under 3 or fewer than two letters.
+    """
+    _check(batch=batch, length=length, vocab_size=vocab_size)
+    if length < 3:
+        raise ValueError(f"the sign, what follows it and the sign again need a length of 3, not {length}")
+    if vocab_size < 3:
+        raise ValueError(f"a sign and two letters need a vocab_size of 3, not {vocab_size}")
+    input_ids = torch.randint(0, vocab_size - 1, (batch, length), generator=generator)
+    place = torch.randint(0, length - 2, (batch, 1), generator=generator)
+    targets = torch.full((batch, length), IGNORE)
+    targets[:, -1:] = input_ids.gather(1, place + 1)
+    input_ids.scatter_(1, place, vocab_size - 1)[:, -1] = vocab_size - 1
+    return input_ids, targets
+
+
+def associative_recall(
+    batch: int, length: int, n_pairs: int, generator: torch.Generator, vocab_size: int = 64, power: float = 0.01
+) -> Batch:
+    """Multi-query associative recall (MQAR): pairs of key and value, then each key once more, at which its value is
+    asked for.
+
+    Returns input_ids and targets (batch, length). Keys are drawn from 1 to vocab_size // 2 - 1, values from
+    vocab_size // 2 to vocab_size - 1, both without repetition in a row. The first 2 n_pairs tokens are key, value, key,
+    value ...; the questions stand at even places after them, the others are 0. The gap g between the pairs and a
+    question has a probability of about (g + 1)^(power - 1), as in Zoology: mostly short, sometimes long.
+    Who knows which values came, but not whose they are, is right once in n_pairs times.
+    The papers: vocab_size 8192, up to 64 pairs in a length of 512 (Zoology); a quarter of the length (Mamba-2), which
+    is all that fits, and random tokens in place of the zeros.
+    Raises ValueError for an odd length, or where the pairs do not fit into a quarter of it or into the vocabulary.
+    """
+    _check(batch=batch, length=length, n_pairs=n_pairs, vocab_size=vocab_size)
+    if length % 2:
+        raise ValueError(f"the length must be even, not {length}")
+    if 4 * n_pairs > length:
+        raise ValueError(f"{n_pairs} pairs and as many questions need a length of {4 * n_pairs}, not {length}")
+    half = vocab_size // 2
+    if n_pairs > half - 1:
+        raise ValueError(f"a vocab_size of {vocab_size} has {max(half - 1, 0)} keys, and {n_pairs} are asked for")
+    keys = _distinct(batch, half - 1, n_pairs, generator) + 1
+    values = _distinct(batch, vocab_size - half, n_pairs, generator) + half
+    start = 2 * n_pairs
+    gaps = torch.arange(1.0, (length - start) // 2 + 1) ** (power - 1)
+    places = start + 2 * torch.multinomial(gaps.expand(batch, -1), n_pairs, generator=generator)
+    input_ids = torch.full((batch, length), BLANK)
+    input_ids[:, 0:start:2], input_ids[:, 1:start:2] = keys, values
+    targets = torch.full((batch, length), IGNORE)
+    return input_ids.scatter_(1, places, keys), targets.scatter_(1, places, values)
+
+
+def train_on_task(
+    model: nn.Module,
+    make_batch: Callable[[torch.Generator], Batch],
+    steps: int,
+    lr: float = 5e-3,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+) -> list[float]:
+    """Trains a model on fresh batches, one a step, and returns the loss of each step in nats per answer.
+
+    `make_batch(generator)` draws a batch. AdamW with betas (0.9, 0.95), gradients clipped at 1; the learning rate rises
+    to `lr` in the first tenth of the steps, at most 50, and falls to a tenth of it along a straight line.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(
+        decay_groups(model, weight_decay), lr=lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda")
+    )
+    warmup, losses = max(1, min(50, steps // 10)), []
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / warmup) * (1 - 0.9 * step / steps)
+        input_ids, targets = make_batch(generator)
+        loss = model.loss(input_ids.to(device), targets.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batch: Batch) -> float:
+    """The share of a batch's targets that the model finds likeliest. Its training mode is put back as it was."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    input_ids, targets = (t.to(device) for t in batch)
+    answers = model(input_ids)[0].argmax(-1)
+    model.train(training)
+    asked = targets != IGNORE
+    return (answers == targets)[asked].double().mean().item()
+
+
+def _distinct(batch: int, n: int, k: int, generator: torch.Generator) -> Tensor:
+    """k different numbers below n a row, in random order: (batch, k)."""
+    return torch.rand(batch, n, generator=generator).argsort(1)[:, :k]
+
+
+def _check(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}")
