@@ -18,6 +18,9 @@ IGNORE = -100  # a target that does not count
 _SLICE_ELEMENTS = {"cpu": 1 << 22}
 _SLICE_ELEMENTS_GPU = 1 << 28
 
+# The logarithm of a probability that float32 still holds with all its digits; below, it is worked out on its own.
+_NEARLY_LOST = -60.0
+
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None = None, reduction: str = "mean"
@@ -56,19 +59,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if need_weight else None
         total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
-        rows = max(1, _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS_GPU) // len(weight))
+        most = max(1, _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS_GPU) // len(weight))
+        rows = -(-len(hidden) // -(-len(hidden) // most)) if len(hidden) else 1  # slices of one size
+        # One buffer for all slices' logits, their softmax and their gradient: fresh memory costs a CPU as much as the
+        # arithmetic.
+        buffer = torch.empty(rows, len(weight), dtype=dtype, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h, weigh = hidden[part].to(dtype), weights[part, None]
             index = targets[part, None].clamp_min(0)
-            logits = (h @ w.t()).to(total.dtype)
+            logits = torch.mm(h, w.t(), out=buffer[: len(h)]).to(total.dtype)
             # Padding takes part in the products, whose sizes it makes round, and in nothing else.
             logits[:, vocab_size:] = -torch.inf
-            logp = F.log_softmax(logits, dim=-1)
-            total -= (logp.gather(1, index) * weigh).sum()
+            if logits.device.type == "cpu":  # half of the time of log_softmax and exp
+                p = torch.softmax(logits, dim=-1, out=logits)
+                logp = p.gather(1, index).log()
+                lost = logp[:, 0] < _NEARLY_LOST
+                if lost.any():
+                    again = (h[lost] @ w[:vocab_size].t()).to(total.dtype)
+                    logp[lost] = F.log_softmax(again, dim=-1).gather(1, index[lost])
+            else:
+                logp = F.log_softmax(logits, dim=-1)
+                p, logp = logp.exp(), logp.gather(1, index)
+            total -= (logp * weigh).sum()
             if not (need_hidden or need_weight):
                 continue
-            dlogits = logp.exp_().scatter_add_(1, index, torch.full_like(weigh, -1)).to(dtype)
+            dlogits = p.scatter_add_(1, index, torch.full_like(weigh, -1)).to(dtype)
             if need_hidden:
                 dhidden[part] = (dlogits @ w) * weigh
             if need_weight:

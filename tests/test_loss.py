@@ -63,6 +63,18 @@ def test_it_does_not_depend_on_the_slices(dtype, tolerance):
     assert_close(low, run(plain, hidden, weight, targets), tolerance)
 
 
+def test_a_target_of_no_probability_has_its_exact_loss():
+    """exp(-200) is no float32; its logarithm is."""
+    hidden = torch.tensor([[200.0, 0.0], [0.0, 3.0], [-150.0, 0.0]])
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    targets = torch.tensor([2, 1, 0])
+    got = run(linear_cross_entropy, hidden, weight, targets)
+    expected = run(plain, hidden.double(), weight.double(), targets)
+    assert got[0] > 100
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b) < 2e-5
+
+
 def test_all_logits_are_never_held():
     hidden, weight, targets = make((4, 512), d=8, v=8000, dtype=torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
