@@ -18,8 +18,9 @@ Parameters have the names and shapes of the official checkpoints.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,12 @@ from torch.nn import functional as F
 
 from mamba2_min import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.conv import causal_conv_silu, causal_conv_silu_step
+from mamba2_min.conv import causal_conv_silu
+from mamba2_min.decoding import Decoder
 from mamba2_min.hippo import a_log_init, dt_bias_init
 from mamba2_min.language_model import LanguageModel
 from mamba2_min.norm import gated_rms_norm, rms_norm
-from mamba2_min.ssd import ssd_chunked, ssd_step
+from mamba2_min.ssd import ssd_chunked
 
 
 @dataclass
@@ -43,6 +45,10 @@ class State:
 
     conv: list[Tensor]
     ssm: list[Tensor]
+    _decoder: Decoder | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:  # what a copy or a file gets: the decoder would bring the model with it
+        return {**self.__dict__, "_decoder": None}
 
     @property
     def nbytes(self) -> int:
@@ -108,15 +114,6 @@ class Mamba2Mixer(nn.Module):
         )
         return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
 
-    def step(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token, u (b, d_model)."""
-        c = self.config
-        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
-        xBC, conv_state = causal_conv_silu_step(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state)
-        x, B, C = self._split_heads(xBC)
-        y, ssm_state = ssd_step(ssm_state, x, self._dt(dt), self._A(), B, C, self.D)
-        return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
-
     def _split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views: x (..., h, p), B and C (..., g, n)."""
         c = self.config
@@ -147,10 +144,6 @@ class Block(nn.Module):
     def forward(self, x, conv_state, ssm_state, seq_idx):
         out, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state, seq_idx)
         return x + F.dropout(out, self.dropout, self.training), conv_state, ssm_state
-
-    def step(self, x, conv_state, ssm_state):
-        out, conv_state, ssm_state = self.mixer.step(self.norm(x), conv_state, ssm_state)
-        return x + out, conv_state, ssm_state
 
 
 class Backbone(nn.Module):
@@ -200,13 +193,13 @@ class Mamba2LM(LanguageModel):
             [p.new_zeros(batch, c.nheads, c.headdim, c.d_state, dtype=wide) for _ in range(c.n_layer)],
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
-        x = self._embed(ids)
-        for i, layer in enumerate(self.backbone.layers):
-            x, state.conv[i], state.ssm[i] = layer.step(x, state.conv[i], state.ssm[i])
-        return self.lm_head(self.backbone.norm_f(x))[:, : self.config.vocab_size], state
+        if state._decoder is None or not state._decoder.fits(self, state):
+            state._decoder = Decoder(self, state)
+        logits = state._decoder(self._embed(ids))
+        return logits[:, : self.config.vocab_size], state
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Mamba2LM:

@@ -1,0 +1,186 @@
+"""One token at a time: the model's equations with as few operators as they can be had in, on memory made once.
+
+The matrix products of a token are small, so that what an operator costs before it computes anything (1 to 5
+microseconds on a CPU), and new memory for its result, would take longer than they do. A `Decoder` is therefore prepared
+for one state: it has the tensors between two operators, and the views of them, ready, and the state is updated where it
+lies. It belongs to its `State`, so that it ends with the text.
+
+No value of a parameter is kept from one token to the next, not even A: an optimiser may change it unseen (PyTorch's
+fused ones do not count their writes). `fits` sees what else can happen: a tensor or a module replaced by another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mamba2_min.autograd import without_autocast
+
+if TYPE_CHECKING:
+    from mamba2_min.model import Block, Mamba2LM, State
+
+
+class Decoder:
+    """Reads one token a row and gives the next logits; changes in place the state that it was made for."""
+
+    def __init__(self, model: Mamba2LM, state: State):
+        self._model, self._batch = model, len(state.ssm[0])
+        with torch.inference_mode(False), torch.no_grad():  # so that the state may still be trained from
+            state.conv[:] = map(_laid_out, state.conv)
+            state.ssm[:] = map(_laid_out, state.ssm)
+        self._conv, self._ssm = list(state.conv), list(state.ssm)
+        self._layers = [
+            _BlockStep(block, conv, ssm)
+            for block, conv, ssm in zip(model.backbone.layers, state.conv, state.ssm, strict=True)
+        ]
+        weight = model.backbone.norm_f.weight
+        self._norm_f = _RMSNormStep(weight, model.backbone.norm_f.eps, self._batch)
+        self._head = _product(model.lm_head)
+        self._weight_dtype = weight.dtype
+        self._watched = [
+            (holder, name, thing)
+            for module in model.modules()
+            for holder in (module._parameters, module._modules)
+            for name, thing in holder.items()
+        ]
+        self._parameters = list(model.parameters())
+        self._places = [parameter.data_ptr() for parameter in self._parameters]
+
+    def fits(self, model: Mamba2LM, state: State) -> bool:
+        """Whether these are still the model and the state of which it was made, all their tensors where they were."""
+        return (
+            model is self._model
+            and all(a is b for a, b in zip(state.conv, self._conv, strict=True))
+            and all(a is b for a, b in zip(state.ssm, self._ssm, strict=True))
+            and all(holder.get(name) is thing for holder, name, thing in self._watched)
+            and [parameter.data_ptr() for parameter in self._parameters] == self._places
+        )
+
+    @without_autocast
+    def __call__(self, x: Tensor) -> Tensor:
+        """The residual stream's start, x (b, d_model), which it changes -> logits (b, padded_vocab_size)."""
+        if len(x) != self._batch:
+            raise ValueError(f"the state is of {self._batch} rows, and ids of {len(x)}")
+        for layer in self._layers:
+            layer(x)
+        return self._head(self._norm_f(x.to(self._weight_dtype)))
+
+
+class _BlockStep:
+    """x + mixer(norm(x)) for one token. Letters as in ssd.py."""
+
+    def __init__(self, block: Block, conv_state: Tensor, ssm_state: Tensor):
+        mixer = block.mixer
+        c, b = mixer.config, len(ssm_state)
+        dtype, wide = block.norm.weight.dtype, ssm_state.dtype
+        new = ssm_state.new_empty
+
+        self.dtype = dtype
+        self.norm = _RMSNormStep(block.norm.weight, block.norm.eps, b)
+
+        self.in_proj = _product(mixer.in_proj)
+        self.projected = new(b, c.d_in_proj, dtype=dtype)
+        self.z, xBC, self.dt_in = self.projected.split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
+
+        self.conv_state = conv_state  # (b, K - 1, c)
+        self.window = new(b, c.d_conv, c.conv_dim, dtype=dtype)
+        self.window_parts, self.window_end = [conv_state, xBC[:, None]], self.window[:, 1:]
+        self.weight, self.bias = mixer.conv1d.weight[:, 0].t(), mixer.conv1d.bias
+        self.taps = new(c.d_conv, c.conv_dim, dtype=dtype)  # the weight in the window's order, which is faster
+        self.xBC = new(b, c.conv_dim, dtype=dtype)
+        self.wide_xBC = self.xBC if wide == dtype else new(b, c.conv_dim)
+        x, B, C = self.wide_xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
+        self.x = x.unflatten(-1, (c.nheads, c.headdim))  # (b, h, p)
+        self.B = B.unflatten(-1, (c.ngroups, 1, c.d_state))  # (b, g, 1, n)
+        self.C = C.unflatten(-1, (c.ngroups, c.d_state, 1))  # (b, g, n, 1)
+
+        self.A_log, self.dt_bias, self.D = mixer.A_log, mixer.dt_bias, mixer.D[:, None]
+        self.A = new(c.nheads)
+        self.zero = new(()).zero_()
+        self.dt, self.decay = new(b, c.nheads), new(b, c.nheads)
+        self.dt_of_channels, self.decay_of_states = self.dt[:, :, None], self.decay[:, :, None, None]
+        self.dt_x = new(b, c.nheads, c.headdim)
+        self.dt_x_column = self.dt_x.view(b, c.ngroups, -1, 1)  # (b, g, r p, 1)
+        self.state = ssm_state
+        self.state_rows = ssm_state.view(b, c.ngroups, -1, c.d_state)  # (b, g, r p, n)
+
+        self.gated_norm = _GatedRMSNormStep(mixer.norm, b)
+        self.out_proj = _product(mixer.out_proj)
+        self.shape = (b, c.nheads, c.headdim)
+
+    def __call__(self, x: Tensor) -> None:
+        self.in_proj(self.norm(x.to(self.dtype)), self.projected)
+        # The convolution: a window of K tokens, K products, their sum.
+        torch.cat(self.window_parts, 1, out=self.window)
+        self.conv_state.copy_(self.window_end)
+        torch.sum(self.window.mul_(self.taps.copy_(self.weight)), 1, out=self.xBC)
+        F.silu(self.xBC if self.bias is None else self.xBC.add_(self.bias), inplace=True)
+        if self.wide_xBC is not self.xBC:
+            self.wide_xBC.copy_(self.xBC)
+        # dt = softplus(dt + dt_bias); logaddexp with 0 is the softplus that can write where it is told to.
+        torch.add(self.dt_in.to(self.dt.dtype), self.dt_bias, out=self.dt)
+        torch.logaddexp(self.dt, self.zero, out=self.dt)
+        # H = exp(dt A) H + dt x B^T;  y = H C + D x
+        torch.exp(self.A.copy_(self.A_log), out=self.A)
+        torch.mul(self.dt, self.A, out=self.decay).neg_().exp_()
+        torch.mul(self.x, self.dt_of_channels, out=self.dt_x)
+        self.state.mul_(self.decay_of_states)
+        self.state_rows.addcmul_(self.dt_x_column, self.B)
+        y = (self.state_rows @ self.C).view(self.shape).addcmul_(self.D, self.x)
+        x.add_(self.out_proj(self.gated_norm(y.flatten(1).to(self.dtype), self.z)))
+
+
+class _RMSNormStep:
+    """x / rms(x) * weight, the rms as |(x, sqrt(d eps))| / sqrt(d): a length is one operator, a mean square three."""
+
+    def __init__(self, weight: Tensor, eps: float, batch: int, groups: int = 1):
+        d = len(weight) // groups
+        self.weight = weight.view(groups, d) if groups > 1 else weight
+        self.shape = (batch, *self.weight.shape)
+        self.least, self.sqrt_d = weight.new_full((), math.sqrt(d * eps)), weight.new_full((), math.sqrt(d))
+        self.rms = weight.new_empty(*self.shape[:-1], 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(b, d) -> a new (b, d)"""
+        parts = x.view(self.shape)
+        torch.linalg.vector_norm(parts, dim=-1, keepdim=True, out=self.rms)
+        torch.hypot(self.rms, self.least, out=self.rms).div_(self.sqrt_d)
+        return (parts / self.rms).mul_(self.weight).view(x.shape)
+
+
+class _GatedRMSNormStep:
+    """RMSNorm(y * silu(z)), or RMSNorm(y) * silu(z) with norm_before_gate; changes y."""
+
+    def __init__(self, norm: nn.Module, batch: int):
+        self.norm = _RMSNormStep(norm.weight, norm.eps, batch, norm.groups)
+        self.norm_before_gate = norm.norm_before_gate
+
+    def __call__(self, y: Tensor, z: Tensor) -> Tensor:
+        gate = F.silu(z)
+        return self.norm(y).mul_(gate) if self.norm_before_gate else self.norm(y.mul_(gate))
+
+
+def _product(module: nn.Module) -> Callable[..., Tensor]:
+    """`module` as a function (x, out=None). Only a plain nn.Linear is gone around: what wraps one, or hooks into it,
+    is called as always."""
+    plain = type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    if not plain:
+        return lambda x, out=None: module(x) if out is None else out.copy_(module(x))
+    weight, bias, transposed = module.weight, module.bias, module.weight.t()
+
+    def product(x: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return F.linear(x, weight, bias)
+        return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
+
+    return product
+
+
+def _laid_out(state: Tensor) -> Tensor:
+    """The same numbers row by row: a prompt may leave a view, whose parts share memory or lie in another order."""
+    return state if state.is_contiguous() else state.contiguous()
