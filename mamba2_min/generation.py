@@ -31,6 +31,7 @@ from torch import Tensor
 from mamba2_min import checkpoint
 from mamba2_min.errors import UserError
 from mamba2_min.model import Mamba2LM, State
+from mamba2_min.quantize import load_quantized
 from mamba2_min.sampling import Sampler
 from mamba2_min.tokenizer import StreamDecoder, WordTokenizer
 
@@ -80,10 +81,20 @@ class Completer:
         self._stream: Generator[str, None, None] | None = None
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Completer:
-        """The completer of a run's folder. Raises UserError for whatever is missing, broken or of another run."""
-        model = Mamba2LM.from_pretrained(folder)
-        return cls(model.to(device), WordTokenizer.load(Path(folder) / checkpoint.TOKENIZER))
+    def load(
+        cls, folder: str | Path, device: str | torch.device = "cpu", weights: str | None = None
+    ) -> Completer:
+        """The completer of a run's folder. Raises UserError for whatever is missing, broken or of another run.
+
+        weights: "int8" or "bf16" for narrower ones (quantize.py), on a CPU.
+        """
+        if weights is None:
+            model = Mamba2LM.from_pretrained(folder).to(device)
+        elif (kind := torch.device(device).type) != "cpu":
+            raise UserError(f"{weights} weights are for a CPU, not for {kind}; take the device cpu")
+        else:
+            model = load_quantized(folder, weights)
+        return cls(model, WordTokenizer.load(Path(folder) / checkpoint.TOKENIZER))
 
     def complete(self, prompt: str, max_tokens: int, sampler: Sampler, stop: Sequence[str] = ()) -> Iterator[str]:
         """Reads the prompt at once, then yields the text that follows it, piece by piece, as it is written.

@@ -105,7 +105,7 @@ class LanguageModel(nn.Module, ABC):
 
     @torch.no_grad()
     def _generate(self, history: list[int], max_new_tokens: int, sampler: Sampler, stop_ids: frozenset[int]):
-        device = self.lm_head.weight.device
+        device = next(self.parameters()).device
         logits, state = self.prefill(torch.tensor([history], device=device))
         for k in range(max_new_tokens):
             token = sampler.pick(logits[0], history)

@@ -186,7 +186,7 @@ class Mamba2LM(LanguageModel):
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before any token: zeros, as if nothing had ever been read."""
-        c, p = self.config, self.lm_head.weight
+        c, p = self.config, self.backbone.norm_f.weight
         wide = torch.promote_types(p.dtype, torch.float32)
         return State(
             [p.new_zeros(batch, c.d_conv - 1, c.conv_dim) for _ in range(c.n_layer)],
