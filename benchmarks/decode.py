@@ -34,8 +34,8 @@ SETTINGS = {
     "cpu": {
         "small-b1-after10": Setting(peers.SMALL, 1, 10, 64),
         "small-b1-after10000": Setting(peers.SMALL, 1, 10_000, 64),
-        "base-b1-after10": Setting(peers.BASE, 1, 10, 16),
-        "base-b1-after10000": Setting(peers.BASE, 1, 10_000, 16),
+        "base-b1-after10": Setting(peers.BASE, 1, 10, 8),
+        "base-b1-after10000": Setting(peers.BASE, 1, 10_000, 8),
     },
     "cuda": {
         "base-b1-after10": Setting(peers.BASE, 1, 10, 128),
@@ -95,7 +95,7 @@ def prepare(name: str, setting: Setting, options: Options) -> tuple[Callable[[],
 
 
 def main() -> None:
-    args = harness.parser("decode", __doc__, peers.DEFAULT).parse_args()
+    args = harness.parser("decode", __doc__, (*peers.DEFAULT, "mamba2_min+int8")).parse_args()
     options = harness.options(args)
     options.prepare()
     for name, setting in harness.choose(QUICK if args.quick else SETTINGS[args.device], args).items():

@@ -7,7 +7,8 @@
     transformers-mamba2    Mamba2ForCausalLM of the `transformers` package
     mamba_ssm              MambaLMHeadModel of the `mamba_ssm` package, where it can be imported
 
-A name may end in "+compile" (every block by torch.compile; this package's models only).
+A name may end in "+compile" (every block by torch.compile; this package's models only), and mamba2_min in "+int8" or
+"+bf16" (narrow matrices, mamba2_min/quantize.py; for decoding on a CPU).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.harness import Unavailable
 from mamba2_min.baseline_transformer import KVCache, TransformerConfig, TransformerLM
 from mamba2_min.config import Mamba2Config
 from mamba2_min.model import Mamba2LM
+from mamba2_min.quantize import KINDS, quantize
 
 SMALL = Mamba2Config(vocab_size=13_148, d_model=256, n_layer=4, d_state=64)  # 5 million parameters
 BASE = Mamba2Config(vocab_size=50_288, d_model=768, n_layer=24, d_state=128)  # 130 million
@@ -160,10 +162,14 @@ Peer = Own | TransformersMamba2 | MambaSsm
 def build(name: str, config: Mamba2Config, device: str, dtype: torch.dtype = torch.float32) -> Peer:
     """The peer of that name and of that Mamba-2's size. Raises Unavailable, or ValueError for an unknown name."""
     base, _, suffix = name.partition("+")
-    if suffix not in ("", "compile"):
-        raise ValueError(f"unknown suffix +{suffix}; there is +compile")
+    if suffix not in ("", "compile", *KINDS):
+        raise ValueError(f"unknown suffix +{suffix}; there are +compile, +{', +'.join(KINDS)}")
+    if suffix in KINDS and base != "mamba2_min":
+        raise ValueError(f"{base} has no +{suffix}")
+    if suffix in KINDS and device != "cpu":
+        raise Unavailable("runs on a CPU only")
     if base == "mamba2_min":
-        peer = Own(Mamba2LM(config, seed=0), bool(suffix))
+        peer = Own(Mamba2LM(config, seed=0), suffix == "compile")
     elif base == "transformer":
         peer = Own(TransformerLM(TransformerConfig.matching(config), seed=0), bool(suffix))
     elif base == "transformer-deep":
@@ -179,10 +185,15 @@ def build(name: str, config: Mamba2Config, device: str, dtype: torch.dtype = tor
     else:
         raise ValueError(f"unknown peer {name}; the names are in benchmarks/peers.py")
     peer.model.to(device=device, dtype=dtype)
+    if suffix in KINDS:
+        quantize(peer.model, suffix)
     return peer
 
 
 def parameters(model: nn.Module) -> int:
+    """Numbers that were or could be trained, however wide each is kept."""
+    if isinstance(model, Mamba2LM):
+        return model.config.num_parameters()
     return sum(p.numel() for p in model.parameters())
 
 

@@ -33,12 +33,13 @@ LABELS = {
     "plain-autograd": "plain autograd",
     FLOOR: "matrix products alone",
 }
+_SUFFIXES = {"compile": "compiled"}
 
 
 def label(peer: str) -> str:
     """A peer's name for readers."""
     base, _, suffix = peer.partition("+")
-    return LABELS.get(base, base) + (", compiled" if suffix else "")
+    return LABELS.get(base, base) + (f", {_SUFFIXES.get(suffix, suffix)}" if suffix else "")
 
 
 def describe(result: Measurement) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, memory, peers, scan, seed_table, train_step
+from benchmarks import decode, harness, memory, peers, scan, seed_table, train_step
 from benchmarks.harness import FLOOR, OURS, Options, Unavailable
 from mamba2_min.loss import linear_cross_entropy
 from mamba2_min.ssd import ssd_chunked
@@ -280,7 +280,30 @@ def test_peers_compute_the_loss_of_their_logits():
     torch.testing.assert_close(peer.loss(ids, ids), linear_cross_entropy(hidden, peer.model.lm_head.weight, ids))
 
 
-@pytest.mark.parametrize("name", ["nobody", "mamba2_min+fast", "mamba_ssm+compile"])
+@pytest.mark.parametrize("kind", ["int8", "bf16"])
+def test_narrow_weights_are_a_peer_of_the_same_size(kind):
+    peer, usual = build(f"mamba2_min+{kind}"), build("mamba2_min")
+    assert peers.parameters(peer.model) == peers.parameters(usual.model) == peers.TINY.num_parameters()
+    ids = torch.randint(499, (2, 12))
+    wanted, _ = usual.prefill(ids)
+    _, state = peer.prefill(ids[:, :-1])
+    got, _ = peer.step(ids[:, -1], state)
+    assert 1e-5 < (got - wanted).norm() / wanted.norm() < 3e-2
+    assert seed_table.label(f"mamba2_min+{kind}") == f"**mamba2_min**, {kind}"
+    with pytest.raises(Unavailable, match="on a CPU only"):
+        peers.build(f"mamba2_min+{kind}", peers.TINY, "cuda")
+
+
+def test_a_narrow_peer_decodes(capsys, monkeypatch):
+    names = ["mamba2_min", "mamba2_min+int8"]
+    monkeypatch.setattr(Options, "prepare", lambda options: None)  # which is for the whole process
+    monkeypatch.setattr(sys, "argv", ["decode", "--quick", "--no-memory", "--peers", *names])
+    decode.main()
+    shown = capsys.readouterr().out
+    assert shown.count("mamba2_min+int8") == 2 and "nan" not in shown
+
+
+@pytest.mark.parametrize("name", ["nobody", "mamba2_min+fast", "mamba_ssm+compile", "transformer+int8"])
 def test_unknown_peers_are_refused(name):
     with pytest.raises(ValueError, match=r"unknown|has no"):
         peers.build(name, peers.TINY, "cpu")
