@@ -15,6 +15,8 @@ import torch
 from benchmarks import harness, peers
 from benchmarks.harness import MemoryMeter, Options
 from mamba2_min.config import Mamba2Config
+from mamba2_min.decoding import lay_out_columns
+from mamba2_min.model import Mamba2LM
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ def writer_of(peer: peers.Peer, setting: Setting, options: Options) -> tuple[Cal
 
 def build(name: str, setting: Setting, options: Options) -> peers.Peer:
     """Weights are of the dtype asked for, as those who decode keep them; autocast would convert them every token."""
-    return peers.build(name, setting.config, options.device, options.weight_dtype)
+    peer = peers.build(name, setting.config, options.device, options.weight_dtype)
+    if isinstance(peer.model, Mamba2LM):
+        lay_out_columns(peer.model)  # as run.py has it
+    return peer
 
 
 def peak_memory(name: str, setting: Setting, options: Options) -> int:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mamba2_min import checkpoint
+from mamba2_min.decoding import lay_out_columns
 from mamba2_min.errors import UserError
 from mamba2_min.model import Mamba2LM, State
 from mamba2_min.quantize import load_quantized
@@ -89,7 +90,7 @@ class Completer:
         weights: "int8" or "bf16" for narrower ones (quantize.py), on a CPU.
         """
         if weights is None:
-            model = Mamba2LM.from_pretrained(folder).to(device)
+            model = lay_out_columns(Mamba2LM.from_pretrained(folder).to(device))
         elif (kind := torch.device(device).type) != "cpu":
             raise UserError(f"{weights} weights are for a CPU, not for {kind}; take the device cpu")
         else:

@@ -9,6 +9,7 @@ from instruments import Allocated, relative_error
 from torch import nn
 
 from mamba2_min.config import Mamba2Config
+from mamba2_min.decoding import lay_out_columns
 from mamba2_min.model import Mamba2LM, State
 
 V = 37
@@ -145,6 +146,22 @@ def test_a_state_whose_tensors_lie_otherwise_is_laid_out_once():
     kept = [t.data_ptr() for t in (*two.conv, *two.ssm)]
     steps(model, two, IDS[:, :1])
     assert kept == [t.data_ptr() for t in (*two.conv, *two.ssm)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "proj_bias": True}], ids=["tied", "untied"])
+def test_matrices_stored_by_columns_are_the_same_matrices(changes, tmp_path):
+    model, other = build(**changes), lay_out_columns(build(**changes))
+    weights, same = model.state_dict(), other.state_dict()
+    assert list(same) == list(weights) and all(torch.equal(same[name], weights[name]) for name in weights)
+    assert other.lm_head.weight.t().is_contiguous() and (other.lm_head.weight is other.backbone.embedding.weight) == (
+        not changes
+    )
+    assert relative_error(steps(other, other.initial_state(2), IDS), model(IDS)[0]) < 1e-10
+    for m in (model, other):
+        trained(m)
+    assert relative_error(other(IDS)[0], model(IDS)[0]) < 1e-10
+    other.save_pretrained(tmp_path)
+    assert relative_error(Mamba2LM.from_pretrained(tmp_path)(IDS)[0], other(IDS)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [1, 3])
