@@ -1,7 +1,8 @@
-"""Two decorators that the hand-written derivatives here need."""
+"""What the hand-written derivatives here need."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,30 +11,47 @@ import torch
 from torch import Tensor
 
 
+def autocast_off(t: Tensor) -> contextlib.AbstractContextManager:
+    """A context without autocast on t's device: a state, a sum or a decay in bf16 would lose what it is there to keep.
+    """
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def without_autocast(function: Callable) -> Callable:
-    """Runs `function` without autocast: a state, a sum or a decay in bf16 would lose what it is there to keep."""
+    """Runs `function` without autocast on the device of the first tensor that it is given."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device.type
-        if not torch.is_autocast_enabled(device):
-            return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        with autocast_off(tensors[0]):
             return function(*args, **kwargs)
 
     return run
 
 
-def first_order(backward: Callable) -> Callable:
-    """A `backward` that says so where its own derivative is asked for (create_graph=True), instead of giving it wrong.
-
-    PyTorch's `once_differentiable` says it only to `backward()`; `torch.autograd.grad` goes around it.
+def uncompiled(function: Callable) -> Callable:
+    """Keeps `torch.compile` out of `function`: what is laid out by hand for a CPU's caches, and writes where it is told
+    to, gains nothing from it (and the compiler of PyTorch 2.11 loses gradients of results that are changed in place).
     """
 
-    @functools.wraps(backward)
+    @functools.wraps(function)
     def run(*args: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("mamba2_min's hand-written derivatives have no derivative of their own (create_graph)")
-        return backward(*args)
+        return (_disabled(function) if torch.compiler.is_compiling() else function)(*args)
 
     return run
+
+
+@functools.cache
+def _disabled(function: Callable) -> Callable:
+    return torch.compiler.disable(function)  # imports the compiler, which takes seconds: not before it is asked for
+
+
+def refuse_second_derivative() -> None:
+    """Says so where the derivative of a `backward` is asked for (create_graph=True), instead of giving it wrong.
+
+    The first line of each `backward` here. PyTorch's `once_differentiable` says it only to `backward()`, while
+    `torch.autograd.grad` goes around it.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("mamba2_min's hand-written derivatives have no derivative of their own (create_graph)")

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mamba2_min.autograd import first_order, without_autocast
+from mamba2_min.autograd import autocast_off, refuse_second_derivative, uncompiled
+from mamba2_min.bf16_scan import BF16Scan
 
 # exp(-88) is about the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps
 # the cumulative sums small enough to subtract exactly.
@@ -50,6 +51,13 @@ def chunked_scan(
     Chunks of half the length are tried before decays are masked. On a GPU, where the question would have to wait for
     the answer, they always are.
     """
+    if x.is_cuda and x.dtype == torch.bfloat16 and dt.dtype == torch.float32:
+        return BF16Scan.apply(x, dt, A, B, C, D, initial_state, segment, q)
+    return _by_decays(x, dt, A, B, C, D, initial_state, segment, q)
+
+
+@uncompiled
+def _by_decays(x, dt, A, B, C, D, initial_state, segment, q):
     if not dt.is_cuda:
         for shorter in (q, q // 2):
             if shorter and q % shorter == 0 and _is_separable(dt, A, shorter):
@@ -99,9 +107,13 @@ class SeparableScan(torch.autograd.Function):
         return y.view(b, l, h, p), _to_outer(states[:, -1])
 
     @staticmethod
-    @first_order
-    @without_autocast
     def backward(ctx, dy, dfinal):
+        refuse_second_derivative()
+        with autocast_off(dy):
+            return SeparableScan._backward(ctx, dy, dfinal)
+
+    @staticmethod
+    def _backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape
         g, n = B.shape[2:]
@@ -298,9 +310,13 @@ class MaskedScan(torch.autograd.Function):
         return y.view(b, l, h, p), _to_outer(final)
 
     @staticmethod
-    @first_order
-    @without_autocast
     def backward(ctx, dy, dfinal):
+        refuse_second_derivative()
+        with autocast_off(dy):
+            return MaskedScan._backward(ctx, dy, dfinal)
+
+    @staticmethod
+    def _backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape
         g, n = B.shape[2:]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import first_order, without_autocast
+from mamba2_min.autograd import refuse_second_derivative, uncompiled, without_autocast
 from mamba2_min.ssd import document_numbers
 
 _BLOCK_ELEMENTS = 1 << 17  # of a product that stays in a core's second-level cache until it is summed
@@ -31,7 +31,7 @@ def causal_conv_silu(
     weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
     if seq_idx is None:
         # On a GPU a compiler makes one kernel of a few shifted products; a CPU is faster with its library's.
-        convolve = _ConvSiLU.apply if u.device.type == "cpu" else _taps
+        convolve = _on_cpu if u.device.type == "cpu" else _taps
         return convolve(padded, weight, bias), new_state
     document = document_numbers(seq_idx, *u.shape[:2], u.device)
     documents = F.pad(document, (K - 1, 0))
@@ -59,6 +59,11 @@ def _taps(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor
     return F.silu(y)
 
 
+@uncompiled
+def _on_cpu(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _ConvSiLU.apply(padded, weight, bias)
+
+
 class _ConvSiLU(torch.autograd.Function):
     """`_taps` by the convolution of PyTorch's CPU library; the backward keeps the input alone."""
 
@@ -68,8 +73,8 @@ class _ConvSiLU(torch.autograd.Function):
         return F.silu(_convolved(padded, weight, bias), inplace=True)
 
     @staticmethod
-    @first_order
     def backward(ctx, dy):
+        refuse_second_derivative()
         padded, weight, bias = ctx.saved_tensors
         K, l = weight.shape[1], dy.shape[1]
         # With K - 1 zeros on either side, each input reaches the K outputs after it through the same convolution, its

@@ -6,11 +6,15 @@ and, in the same breath, into its share of the gradients, and are gone before th
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import first_order
+from mamba2_min.autograd import refuse_second_derivative
 
 IGNORE = -100  # a target that does not count
 
@@ -23,14 +27,20 @@ _NEARLY_LOST = -60.0
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None = None, reduction: str = "mean"
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    compiled: bool = False,
 ) -> Tensor:
     """The cross-entropy of softmax(hidden weight^T) in nats: a float32 scalar.
 
     hidden (..., d), weight (v, d), targets (...) int64 with IGNORE (-100) where a position does not count; rows of
     `weight` from vocab_size on are padding and get no probability. reduction "mean" is over the targets that count
     (0 where none does), "sum" their sum. ValueError for other targets (on a GPU, where a look would wait for the
-    device, its own assertion). Under autocast the products run in its dtype, the softmax in float32.
+    device, its own assertion). Under autocast the products run in its dtype, the softmax in float32; `compiled` has
+    the softmax of a GPU compiled.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
@@ -46,14 +56,14 @@ def linear_cross_entropy(
     if reduction == "mean":
         weights /= weights.sum().clamp_min(1)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return _LinearCrossEntropy.apply(flat, weight, targets, weights, size, dtype)
+    return _LinearCrossEntropy.apply(flat, weight, targets, weights, size, dtype, compiled)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The weighted sum of losses; the gradients are made in the forward pass, while the softmax is at hand."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, vocab_size, dtype):
+    def forward(ctx, hidden, weight, targets, weights, vocab_size, dtype, compiled):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         w = weight.to(dtype)
         dhidden = torch.empty_like(hidden) if need_hidden else None
@@ -68,23 +78,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             h, weigh = hidden[part].to(dtype), weights[part, None]
             index = targets[part, None].clamp_min(0)
-            logits = torch.mm(h, w.t(), out=buffer[: len(h)]).to(total.dtype)
-            # Padding takes part in the products, whose sizes it makes round, and in nothing else.
-            logits[:, vocab_size:] = -torch.inf
-            if logits.device.type == "cpu":  # half of the time of log_softmax and exp
-                p = torch.softmax(logits, dim=-1, out=logits)
-                logp = p.gather(1, index).log()
-                lost = logp[:, 0] < _NEARLY_LOST
-                if lost.any():
-                    again = (h[lost] @ w[:vocab_size].t()).to(total.dtype)
-                    logp[lost] = F.log_softmax(again, dim=-1).gather(1, index[lost])
+            logits = torch.mm(h, w.t(), out=buffer[: len(h)])
+            if logits.device.type == "cpu":
+                loss, dlogits = _on_cpu(logits.to(total.dtype), h, w, index, weigh, vocab_size)
             else:
-                logp = F.log_softmax(logits, dim=-1)
-                p, logp = logp.exp(), logp.gather(1, index)
-            total -= (logp * weigh).sum()
+                loss, dlogits = (_compiled_on_gpu if compiled else _on_gpu)(logits, index, weigh, vocab_size)
+            total -= loss
             if not (need_hidden or need_weight):
                 continue
-            dlogits = p.scatter_add_(1, index, torch.full_like(weigh, -1)).to(dtype)
+            dlogits = dlogits.to(dtype)
             if need_hidden:
                 dhidden[part] = (dlogits @ w) * weigh
             if need_weight:
@@ -97,11 +99,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @first_order
     def backward(ctx, dtotal):
+        refuse_second_derivative()
         if ctx.gradients is None:
             raise RuntimeError("this loss has been through backward() already, and its gradients are gone")
         gradients, ctx.gradients = ctx.gradients, None  # handed on without a copy: nobody else holds them
         if not (dtotal.device.type == "cpu" and dtotal == 1):  # as it is where the loss is what backward() is called on
             gradients = [None if t is None else t * dtotal.to(t.dtype) for t in gradients]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
+
+
+def _on_cpu(
+    logits: Tensor, h: Tensor, w: Tensor, index: Tensor, weigh: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the log-probabilities at `index` (rows, 1), and softmax less one there, in logits' place."""
+    logits[:, vocab_size:] = -torch.inf  # padding takes part in the products, whose sizes it makes round, and no more
+    p = torch.softmax(logits, dim=-1, out=logits)  # half of the time of log_softmax and exp
+    logp = p.gather(1, index).log()
+    lost = logp[:, 0] < _NEARLY_LOST
+    if lost.any():
+        again = (h[lost] @ w[:vocab_size].t()).to(logp.dtype)
+        logp[lost] = F.log_softmax(again, dim=-1).gather(1, index[lost])
+    return (logp * weigh).sum(), p.scatter_add_(1, index, torch.full_like(weigh, -1))
+
+
+def _on_gpu(logits: Tensor, index: Tensor, weigh: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The same for a compiler, which makes two passes over the logits of it; the softmax in float32, given as it came.
+    """
+    token = torch.arange(logits.shape[1], device=logits.device)
+    wide = logits.to(weigh.dtype).masked_fill(token >= vocab_size, -torch.inf)
+    total = wide.logsumexp(dim=-1, keepdim=True)
+    p = (wide - total).exp()
+    return ((wide.gather(1, index) - total) * weigh).sum(), (p - (token == index).to(p.dtype)).to(logits.dtype)
+
+
+def _compiled_on_gpu(*args: Any) -> tuple[Tensor, Tensor]:
+    return _compiled()(*args)
+
+
+@functools.cache
+def _compiled() -> Callable:
+    return torch.compile(_on_gpu, dynamic=False)

@@ -124,7 +124,7 @@ def run(form, case, wanted=INPUTS, seed=1, through=(1, 1)):
     r = torch.Generator().manual_seed(seed)
     total = 0
     for weight, output in zip(through, (y, state), strict=True):
-        total = total + weight * (output * torch.randn(output.shape, generator=r).to(output.dtype)).sum()
+        total = total + weight * (output * torch.randn(output.shape, generator=r).to(output)).sum()
     gradients = torch.autograd.grad(total, [case[name] for name in leaves])
     return {"y": y.detach(), "state": state.detach()} | {
         "d" + name: gradient for name, gradient in zip(leaves, gradients, strict=True)

@@ -1,0 +1,185 @@
+"""The chunked scan of bf16 activations on a GPU: as `MaskedScan`, but made for matrix units and a compiler.
+
+What is multiplied is bf16; decays, states, sums and what is added up are float32. Nothing is changed in place, so that
+`torch.compile` can join whatever lies between two matrix products into one kernel. Without it this works as well, at
+about half the speed.
+
+Symbols as in ssd.py; m counts the chunks of all sequences, and a head is (g, r), the r-th of group g.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mamba2_min.autograd import autocast_off, refuse_second_derivative
+
+_FORGOTTEN = -88.0  # exp of it is about the smallest normal float32
+
+
+class BF16Scan(torch.autograd.Function):
+    """Arguments and results as for `chunked_scan`. It keeps the inputs and, in bf16, the chunks' states."""
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, initial_state, segment, q):
+        b, l, h, p = x.shape
+        g, n = B.shape[2:]
+        m, r = b * l // q, h // g
+        s, enter, leave, across = _decays(dt, A, segment, b, q)  # (m, h, q) each, and (b, l / q, h)
+        Bm, Cm = (t.view(m, q, g, n).transpose(1, 2).reshape(m * g, q, n) for t in (B, C))
+        xdt = x.view(m, q, h, p) * dt.view(m, q, h, 1)
+
+        # Step 1: what each chunk adds to the state that leaves it; step 2: the recurrence from chunk to chunk.
+        written = _by_group(xdt * leave.transpose(1, 2)[..., None], g)
+        added = _wide_product(Bm.transpose(1, 2), written).view(b, -1, g, n, r, p)
+        state, states = _to_inner(initial_state, g), []
+        for k in range(l // q):
+            states.append(state.bfloat16())
+            state = across[:, k].view(b, g, 1, r, 1) * state + added[:, k]
+        states = torch.stack(states, 1).view(m * g, n, r * p)
+
+        # Step 3: what each token reads from the state that enters; step 4: attention without softmax in the chunk.
+        entered = _product(Cm, states).view(m, g, q, r, p).permute(0, 1, 3, 2, 4).reshape(m, h, q, p)
+        M, _ = _decay_matrix(s, _visible(segment, b, q, s.device), _product(Cm, Bm.transpose(1, 2)), g)
+        inside = _product(M.bfloat16().view(m * h, q, q), _by_head(xdt)).view(m, h, q, p)
+        y = (inside + entered * enter[..., None]).transpose(1, 2).reshape(b, l, h, p)
+        if D is not None:
+            y = y + D[:, None] * x
+        ctx.save_for_backward(x, dt, A, B, C, D, states, segment)
+        ctx.q = q
+        return y.to(x.dtype), _to_outer(state)
+
+    @staticmethod
+    def backward(ctx, dy, dfinal):
+        refuse_second_derivative()
+        with autocast_off(dy):
+            return BF16Scan._backward(ctx, dy, dfinal)
+
+    @staticmethod
+    def _backward(ctx, dy, dfinal):
+        x, dt, A, B, C, D, states, segment = ctx.saved_tensors
+        b, l, h, p = x.shape
+        g, n = B.shape[2:]
+        q = ctx.q
+        m, r = b * l // q, h // g
+        s, enter, leave, across = _decays(dt, A, segment, b, q)
+        Bm, Cm = (t.view(m, q, g, n).transpose(1, 2).reshape(m * g, q, n) for t in (B, C))
+        xm, dtm, dym = x.view(m, q, h, p), dt.view(m, q, h, 1), dy.reshape(m, q, h, p)
+        xdt = xm * dtm
+        enter_q, leave_q = enter.transpose(1, 2)[..., None], leave.transpose(1, 2)[..., None]  # (m, q, h, 1)
+
+        # Step 3 reversed, then step 2: the gradient of the state that leaves each chunk, from the last to the first.
+        dread = _by_group(dym * enter_q, g)
+        read = _wide_product(Cm.transpose(1, 2), dread).view(b, -1, g, n, r, p)
+        dstate, dleft = _to_inner(dfinal, g), []
+        for k in reversed(range(l // q)):
+            dleft.append(dstate.bfloat16())
+            dstate = across[:, k].view(b, g, 1, r, 1) * dstate + read[:, k]
+        dleft = torch.stack(dleft[::-1], 1).view(m * g, n, r * p)
+
+        # Step 4, y = (L G) (dt x): E is the derivative by each exponent a_{j+1} + ... + a_i.
+        G = _product(Cm, Bm.transpose(1, 2))
+        M, L = _decay_matrix(s, _visible(segment, b, q, s.device), G, g)
+        dy_heads = _by_head(dym)
+        dM = _product(dy_heads, _by_head(xdt).transpose(1, 2)).view(m, h, q, q) * L
+        dG = dM.view(m, g, r, q, q).sum(2).bfloat16().view(m * g, q, q)
+        E = (dM * G.view(m, g, 1, q, q).expand(-1, -1, r, -1, -1).reshape(m, h, q, q)).tril(-1)
+        rows, columns = E.sum(-1), E.sum(-2)  # (m, h, q)
+        inside = _product(M.bfloat16().view(m * h, q, q).transpose(1, 2), dy_heads).view(m, h, q, p).transpose(1, 2)
+
+        # Steps 1 and 3 again, for what a token writes to the state that leaves and reads from the one that enters.
+        through = _ungroup(_product(Bm, dleft), m, g, r) * leave_q
+        start = (dym * enter_q * _ungroup(_product(Cm, states), m, g, r)).sum(-1)  # (m, q, h)
+        dxdt = inside + through
+        dx = dxdt * dtm
+        if D is not None:
+            dx = dx + D[:, None] * dym
+        direct = (dxdt * xm).sum(-1)
+        dB = _product(_by_group(xdt * leave_q, g), dleft.transpose(1, 2)) + _product(dG.transpose(1, 2), Cm)
+        dC = _product(dread, states.transpose(1, 2)) + _product(dG, Bm)
+
+        # Every a up to i decays what i reads of the entering state, every a after j what j leaves behind, all of them
+        # what is carried across, and those in between what i reads of j.
+        written = (through * xdt).sum(-1)
+        carried = across.view(m, 1, h) * (states.float() * dleft.float()).view(m, g, n, r, p).sum((2, 4)).view(m, 1, h)
+        net = (rows - columns).transpose(1, 2) + start
+        da = net.flip(1).cumsum(1).flip(1) + carried + written.cumsum(1) - written
+        ddt = direct + da * A
+        dA = (da * dtm[..., 0]).sum((0, 1))
+        dD = None if D is None else (dym * xm.float()).sum((0, 1, 3))
+        return (
+            dx.to(x.dtype).reshape(b, l, h, p), ddt.reshape(b, l, h), dA,
+            *(t.view(m, g, q, n).transpose(1, 2).reshape(b, l, g, n).to(B.dtype) for t in (dB, dC)),
+            dD, _to_outer(dstate), None, None,
+        )  # fmt: skip
+
+
+def _decays(dt: Tensor, A: Tensor, segment: Tensor | None, b: int, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s (m, h, q), the sums of a = dt A from each chunk's start; exp(s_i), from there to token i; exp(s_q - s_j), from
+    token j to the chunk's end; and from end to end (b, c, h). A decay is zero where a document ends on the way."""
+    h = A.shape[0]
+    s = (dt * A).clamp_min(_FORGOTTEN).view(-1, q, h).transpose(1, 2).cumsum(-1)
+    enter, leave = s.exp(), (s[..., -1:] - s).clamp_max(0).exp()
+    if segment is not None:
+        chunks = segment.view(b, -1, q)
+        before = torch.cat([chunks.new_zeros(b, 1), chunks[:, :-1, -1]], dim=1).view(-1, 1)  # the document so far
+        seg = segment.view(-1, q)
+        enter = enter * (seg == before)[:, None]
+        leave = leave * (seg == seg[:, -1:])[:, None]
+    return s, enter, leave, enter[..., -1].view(b, -1, h)
+
+
+def _decay_matrix(s: Tensor, visible: Tensor, G: Tensor, g: int) -> tuple[Tensor, Tensor]:
+    """L G and L, (m, h, q, q): L is exp(s_i - s_j) where token i sees token j and 0 elsewhere."""
+    m, h, q = s.shape
+    L = (s[..., :, None] - s[..., None, :]).clamp_max(0).masked_fill(~visible, -torch.inf).exp()
+    return (L.view(m, g, -1, q, q) * G.view(m, g, 1, q, q)).view(m, h, q, q), L
+
+
+def _visible(segment: Tensor | None, b: int, q: int, device: torch.device) -> Tensor:
+    """Where token i of a chunk sees token j: j <= i, in the same document. (m or 1, 1, q, q)"""
+    position = torch.arange(q, device=device)
+    causal = (position[:, None] >= position)[None, None]
+    if segment is None:
+        return causal
+    seg = segment.view(-1, 1, q)
+    return causal & (seg[..., :, None] == seg[..., None, :])
+
+
+def _by_group(t: Tensor, g: int) -> Tensor:
+    """(m, q, h, p) -> (m g, q, r p), in bf16."""
+    m, q = t.shape[:2]
+    return t.bfloat16().view(m, q, g, -1).transpose(1, 2).reshape(m * g, q, -1)
+
+
+def _ungroup(t: Tensor, m: int, g: int, r: int) -> Tensor:
+    """(m g, q, r p) -> (m, q, h, p)"""
+    q = t.shape[1]
+    return t.view(m, g, q, r, -1).transpose(1, 2).reshape(m, q, g * r, -1)
+
+
+def _by_head(t: Tensor) -> Tensor:
+    """(m, q, h, p) -> (m h, q, p), in bf16."""
+    return t.bfloat16().transpose(1, 2).flatten(0, 1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for each of a batch, summed in float32 and rounded to bf16; given as float32, for a compiler to widen."""
+    return (torch.bmm(a, b) if a.is_cuda else torch.bmm(a.float(), b.float()).bfloat16()).float()
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for each of a batch, summed in float32 and not rounded: what is added to a state."""
+    if not a.is_cuda:
+        return torch.bmm(a.float(), b.float())
+    return torch.bmm(a, b, out_dtype=torch.float32) if torch.__version__ >= (2, 8) else torch.bmm(a, b).float()
+
+
+def _to_inner(state: Tensor, g: int) -> Tensor:
+    """(b, h, p, n) -> (b, g, n, r, p)"""
+    return state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3)
+
+
+def _to_outer(state: Tensor) -> Tensor:
+    """(b, g, n, r, p) -> (b, h, p, n), contiguous."""
+    return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
