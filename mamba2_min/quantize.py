@@ -100,7 +100,9 @@ class NarrowLinear(nn.Module):
         return self.matrix.widened()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.matrix.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        if x.dim() != 2:
+            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        out = self.matrix.product(x)
         return out if self.bias is None else out.add_(self.bias)
 
     def _save_to_state_dict(self, *args: Any) -> None:

@@ -127,6 +127,13 @@ def test_a_state_is_stepped_wherever_it_was_made(made, stepped):
         assert relative_error(steps(model, state, IDS[:, 7:]), expected[:, 7:]) < 1e-10
 
 
+def test_autocast_changes_nothing():
+    model = build(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = steps(model, model.initial_state(2), IDS)
+    assert torch.equal(got, steps(model, model.initial_state(2), IDS))
+
+
 def test_a_state_that_was_stepped_can_be_trained_from():
     model = build()
     state = model.initial_state(2)
