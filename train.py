@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--accept", default="", metavar="NAMES", help="with --resume: what may differ: max-steps, ...")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
     group.add_argument("--precision", choices=PRECISIONS, help="of matrix products (auto: the faster)")
+    group.add_argument("--compile", action="store_true", default=None, help="with torch.compile: much faster on a GPU")
+    group.add_argument("--recompute", action="store_true", default=None, help="keep less memory, compute more")
     group.add_argument("--deterministic", action="store_true", default=None, help="the same bits on CUDA too; slower")
     group.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (every core)")
     group.add_argument("--ignore-memory", action="store_true", help="start even where memory looks too small")
@@ -139,7 +141,7 @@ def train(args: argparse.Namespace) -> int:
 def wishes(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked for by name: data, model and training settings, without what was left to its default."""
     names = (*DATA_FLAGS, *MODEL_FLAGS, *TRAINING_FLAGS, "data", "val_data", "pattern", "a_init", "precision",
-             "deterministic")  # fmt: skip
+             "compile", "recompute", "deterministic")  # fmt: skip
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in ("batch_size", "micro_batch"):
         if asked.get(name) == "auto":
@@ -176,6 +178,9 @@ class Screen:
                 f"loss {values['loss']:.4g}, gradient norm {values['norm']:.4g}"
             )  # fmt: skip
             self.write(f"step {values['step']:>6,}  skipped: {why}")
+        elif event == "compiled":
+            why = values["why_not"]
+            self.write(f"step {values['step']:>6,}  " + (f"not compiled: {printable(why)}" if why else "compiled"))
         elif event == "memory":
             micro = values["micro_batch"]
             self.write(f"step {values['step']:>6,}  out of memory: now {micro} windows at a time, the same batch")

@@ -37,14 +37,9 @@ def uncompiled(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        return (_disabled(function) if torch.compiler.is_compiling() else function)(*args)
+        return (torch.compiler.disable(function) if torch.compiler.is_compiling() else function)(*args)
 
     return run
-
-
-@functools.cache
-def _disabled(function: Callable) -> Callable:
-    return torch.compiler.disable(function)  # imports the compiler, which takes seconds: not before it is asked for
 
 
 def refuse_second_derivative() -> None:

@@ -269,7 +269,7 @@ class TransformerLM(LanguageModel):
         new = KVCache([], [], past + l, begin)
         for i, layer in enumerate(self.backbone.layers):
             before = (state.keys[i][:, :, :past], state.values[i][:, :, :past]) if past else None
-            x, keys, values = layer(x, before, rotation, mask)
+            x, keys, values = self._run_block(layer, x, before, rotation, mask)
             new.keys.append(keys)
             new.values.append(values)
         return self.backbone.norm_f(x), new

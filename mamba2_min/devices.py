@@ -103,12 +103,14 @@ _CGROUPS = (
 )
 
 
-def training_memory(config: Mamba2Config, batch_size: int, context: int, device: torch.device | str = "cpu") -> int:
+def training_memory(
+    config: Mamba2Config, batch_size: int, context: int, device: torch.device | str = "cpu", recompute: bool = False
+) -> int:
     """An estimate of the bytes that a training adds to the process: a bit more than it takes, within a half.
 
     Weights, gradients and AdamW's two moments are four float32 copies of the parameters, and while the head's gradient
     is made there is one more of the embedding. A token keeps, for each layer, the residual stream and the outputs and
-    inputs of its projections, convolution, scan and norms until the backward pass.
+    inputs of its projections, convolution, scan and norms until the backward pass; with `recompute`, of one layer only.
     """
     tokens = batch_size * context
     head = config.padded_vocab_size * config.d_model
@@ -119,7 +121,8 @@ def training_memory(config: Mamba2Config, batch_size: int, context: int, device:
         + 4 * config.d_inner
         + 2 * config.d_inner * config.d_state // config.chunk_size  # a state and its gradient a chunk
     )
-    kept = 4 * config.num_parameters() + head + tokens * (config.n_layer * a_layer + 4 * config.d_model)
+    layers = a_layer + config.n_layer * config.d_model if recompute else config.n_layer * a_layer
+    kept = 4 * config.num_parameters() + head + tokens * (layers + 4 * config.d_model)
     on_cpu = torch.device(device).type == "cpu"
     slices = 3 * min(1 << 22 if on_cpu else 1 << 28, tokens * config.vocab_size)  # of logits: see loss.py
     libraries = 180 << 20 if on_cpu else 0  # what the optimiser and the picture import
@@ -131,8 +134,9 @@ def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device
     until it does. Once chosen it is kept, or a run that goes on would add its gradients up in another order."""
     if not settings.adapt_micro_batch or settings.micro_batch:
         return settings
+    context, recompute = settings.context, settings.recompute
     micro, free = settings.batch_size, free_memory(device)
-    while micro > 1 and free is not None and training_memory(config, micro, settings.context, device) > free:
+    while micro > 1 and free is not None and training_memory(config, micro, context, device, recompute) > free:
         micro = -(-micro // 2)
     return dataclasses.replace(settings, micro_batch=micro)
 
@@ -145,13 +149,13 @@ def check_memory(
     Raises UserError that says what to lower, and to what, where it is too much, unless that is to be ignored.
     """
     micro, context = settings.micro_batch or settings.batch_size, settings.context
-    needed, free = training_memory(config, micro, context, device), free_memory(device)
+    needed, free = training_memory(config, micro, context, device, settings.recompute), free_memory(device)
     if free is None or needed <= free or ignore:
         return size(needed), "" if free is None else size(free)
     says = f"training needs about {size(needed)}, and {size(free)} is free"
 
     def fits(batch: int, length: int) -> bool:
-        return training_memory(config, batch, length, device) <= free
+        return training_memory(config, batch, length, device, settings.recompute) <= free
 
     if not fits(1, 1):
         raise UserError(f"{says}: the model alone is too large; lower --d-model, --n-layer or --vocab-size")

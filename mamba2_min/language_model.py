@@ -6,12 +6,14 @@ nothing else, so that an architecture is compared with another by exchanging the
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mamba2_min.loss import linear_cross_entropy
 from mamba2_min.sampling import Sampler
@@ -24,6 +26,19 @@ class LanguageModel(nn.Module, ABC):
 
     config: Any
     lm_head: nn.Linear
+    recompute = False  # whether training computes each block again in the backward pass, instead of keeping it
+    _compiled: Callable | None = None  # a block's forward
+
+    def compile_blocks(self, on: bool = True) -> None:
+        """Has one block compiled, for all layers to use while training, and the loss on a GPU. At the first batch, that
+        is: an error of the compiler comes then. What is not training, with its changing lengths, is not compiled."""
+        self._compiled = torch.compile(type(self.backbone.layers[0]).forward, dynamic=False) if on else None
+
+    def _run_block(self, block: nn.Module, *args: Any) -> Any:
+        if not self.training or (self._compiled is None and not self.recompute):
+            return block(*args)
+        run = block if self._compiled is None else functools.partial(self._compiled, block)
+        return checkpoint(run, *args, use_reentrant=False) if self.recompute else run(*args)
 
     def _build(
         self, config: Any, backbone: type[nn.Module], init: Callable[[Any, torch.Generator], None], seed: int | None
@@ -65,7 +80,10 @@ class LanguageModel(nn.Module, ABC):
     def loss(self, input_ids: Tensor, targets: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats over the targets (b, l) that are not -100. The logits are never held."""
         hidden, _ = self.hidden(input_ids, state, seq_idx)
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size)
+        compiled = self._compiled is not None
+        return linear_cross_entropy(
+            hidden, self.lm_head.weight, targets, self.config.vocab_size, compiled=compiled
+        )
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:

@@ -174,7 +174,7 @@ class Mamba2LM(LanguageModel):
         new = State([], [])
         for i, layer in enumerate(self.backbone.layers):
             conv, ssm = (None, None) if state is None else (state.conv[i], state.ssm[i])
-            x, conv, ssm = layer(x, conv, ssm, seq_idx)
+            x, conv, ssm = self._run_block(layer, x, conv, ssm, seq_idx)
             new.conv.append(conv)
             new.ssm.append(ssm)
         return self.backbone.norm_f(x), new

@@ -41,6 +41,8 @@ class Settings:
     clip: float = 1.0  # largest norm of the gradient; 0: none
     seed: int = 0
     precision: str = "auto"
+    compile: bool = False  # the blocks by torch.compile; where that fails the run goes on without it, and says so
+    recompute: bool = False  # each block again in the backward pass: less memory, a third more work
     deterministic: bool = False  # on CUDA only: the same bits every time, at some cost; a CPU gives them anyway
     log_every: int = 10  # steps a training line of metrics.jsonl is the mean of
     spike: float = 10.0  # usual deviations above the recent losses from which a step is skipped (guards.py); 0: never
@@ -55,7 +57,7 @@ class Settings:
             self._check_whole(name, least, 2**63 - 1 if name == "seed" else _LARGEST)
         for name in ("max_minutes", "min_delta", "lr", "min_lr", "weight_decay", "beta1", "beta2", "clip", "spike"):
             self._check_number(name)
-        for name in ("adapt_micro_batch", "deterministic"):
+        for name in ("adapt_micro_batch", "compile", "recompute", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("beta1", "beta2"):
@@ -85,7 +87,7 @@ PRECISIONS = ("auto", "float32", "bf16")
 # of a step is divided. None of them changes what a step is meant to compute.
 ACCEPTABLE = (
     "max_steps", "max_minutes", "eval_every", "save_every", "patience", "min_delta", "log_every", "spike",
-    "max_bad_steps", "micro_batch", "adapt_micro_batch",
+    "max_bad_steps", "micro_batch", "adapt_micro_batch", "compile", "recompute",
 )  # fmt: skip
 
 # Shapes to start from: about 1, 4 and 135 million parameters with a vocabulary of 8,192.

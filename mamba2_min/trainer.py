@@ -73,8 +73,9 @@ class Trainer:
     Nothing is written before `train()`. With `accept_documents` a run goes on with other documents than those it was
     begun with: from the start of the new ones, and with a new best. Of the settings only ACCEPTABLE may differ.
 
-    `report(event, values)` is called after every step ("step"), evaluation ("evaluation"), skipped step ("skipped") and
-    halved micro-batch ("memory"): what a screen shows. `notes` holds lines that a user should read before the start.
+    `report(event, values)` is called after every step ("step"), evaluation ("evaluation"), skipped step ("skipped"),
+    halved micro-batch ("memory") and attempt to compile ("compiled"): what a screen shows. `notes` holds lines that a
+    user should read before the start.
     Raises UserError where the run cannot begin or go on.
     """
 
@@ -96,6 +97,8 @@ class Trainer:
         if settings.deterministic and self.device.type == "cuda":
             devices.make_deterministic()
         self.model = model.to(self.device)
+        self.model.recompute = settings.recompute
+        self._to_compile = settings.compile
         self.corpus, self.report = corpus, report
         self.windows = Windows(corpus.train, settings.context, settings.batch_size, settings.seed)
         self.asked = settings
@@ -191,8 +194,11 @@ class Trainer:
             group["lr"] = lr
         began = time.perf_counter()
         input_ids, targets = next(self.windows)
+        if self._to_compile:
+            self._compile(input_ids, targets)
         loss = self._gradients(input_ids, targets)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf)
+        loss, norm = torch.stack([loss, norm.double()]).tolist()  # the one moment of a step that waits for a GPU
         self.step += 1
         why = self.guard.judge(loss, norm, share=float((targets != IGNORE).float().mean()))
         if why:
@@ -217,7 +223,38 @@ class Trainer:
         )  # fmt: skip
         self.pending = []
 
-    def _gradients(self, input_ids: Tensor, targets: Tensor) -> float:
+    def _compile(self, input_ids: Tensor, targets: Tensor) -> None:
+        """Compiles the blocks, unless that fails or gives another loss or gradient than without: compilers have their
+        faults, and one that goes unnoticed costs a run."""
+        self._to_compile = False
+        micro = self.micro_batch
+        found, why = [], ""
+        for compiled in (False, True):
+            self.model.compile_blocks(compiled)
+            try:
+                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                    loss = self._backward(input_ids[:micro], targets[:micro])
+                norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+                found.append((float(loss), float(norm)))
+            except Exception as error:
+                if not devices.is_out_of_memory(error):
+                    why = f"the compiler failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+                    if not compiled:
+                        raise
+            self.optimizer.zero_grad(set_to_none=True)
+            devices.release_memory(self.device)
+        if len(found) == 2:
+            (loss, norm), (again, norm_again) = found  # dropout draws other numbers when compiled
+            if not (abs(again - loss) <= 0.02 * abs(loss) and abs(norm_again - norm) <= 0.1 * norm):
+                why = (
+                    f"compiled, the loss is {again:.4g} and the gradient's norm {norm_again:.4g}, and they should be "
+                    f"{loss:.4g} and {norm:.4g}"
+                )
+        if why:
+            self.model.compile_blocks(False)
+        self.report("compiled", {"step": self.step + 1, "why_not": why})
+
+    def _gradients(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """The gradients and the mean loss of a batch; where memory runs out, again with half the micro-batch."""
         while True:
             try:
@@ -231,17 +268,17 @@ class Trainer:
             self.micro_batch = -(-self.micro_batch // 2)
             self.report("memory", {"step": self.step + 1, "micro_batch": self.micro_batch})
 
-    def _backward(self, input_ids: Tensor, targets: Tensor) -> float:
+    def _backward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Adds the gradients of a batch's mean loss, micro-batch by micro-batch, and returns that loss."""
         counts = [int((part != IGNORE).sum()) for part in targets.split(self.micro_batch)]
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         parts = zip(input_ids.split(self.micro_batch), targets.split(self.micro_batch), counts, strict=True)
         for ids, wanted, count in parts:
             with self.autocast:
                 loss = self.model.loss(ids.to(self.device), wanted.to(self.device))
             loss = loss * (count / sum(counts))
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
         return total
 
     def _evaluate(self) -> bool:

@@ -50,6 +50,7 @@ def weights_of(folder):
     {"max_steps": 10**12}, {"max_minutes": -1.0}, {"max_minutes": math.inf}, {"max_minutes": 10**400},
     {"lr": 0.0}, {"lr": math.nan}, {"lr": "fast"}, {"lr": 1e-6, "min_lr": 1e-3}, {"beta1": 1.0}, {"beta2": "x"},
     {"clip": -1.0}, {"patience": None}, {"precision": "int4"}, {"deterministic": 1}, {"max_bad_steps": 0},
+    {"compile": "yes"}, {"recompute": 1},
 ])  # fmt: skip
 def test_impossible_settings_are_value_errors(values):
     with pytest.raises(ValueError, match=next(iter(values))):
@@ -461,6 +462,65 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(tmp_path, data, micro
     with pytest.raises(UserError, match=f"out of memory in step 1, .*{advice}") as error:
         trainer.train()
     assert "\n" not in str(error.value)
+
+
+def test_blocks_that_are_recomputed_train_to_the_same_weights(tmp_path, data):
+    for name, recompute in (("kept", False), ("again", True)):
+        make_trainer(tmp_path / name, data, recompute=recompute, dropout=0.1, max_steps=6).train()
+    assert same(weights_of(tmp_path / "kept"), weights_of(tmp_path / "again"))
+
+
+class Compiler:
+    """In the place of torch.compile: what a block computes, or what a faulty compiler makes of it."""
+
+    def __init__(self, fault=None):
+        self.fault, self.calls = fault, 0
+
+    def __call__(self, forward, dynamic):
+        def run(block, *args):
+            self.calls += 1
+            if self.fault == "fails":
+                raise RuntimeError("InductorError: no C++ compiler\nand much more")
+            x, *states = forward(block, *args)
+            if self.fault == "loses gradients":
+                x = args[0] + (x - args[0]).detach()
+            return torch.full_like(x, math.nan) if self.fault == "NaN" else x, *states
+
+        return run
+
+
+@pytest.mark.parametrize("fault", [None, "fails", "loses gradients", "NaN"])
+def test_a_run_is_compiled_or_goes_on_without_and_says_so(tmp_path, data, monkeypatch, fault):
+    monkeypatch.setattr(torch, "compile", compiler := Compiler(fault))
+    said = []
+    trainer = make_trainer(
+        tmp_path / "run", data, compile=True, max_steps=4, dropout=0.1,
+        report=lambda event, values: said.append(values) if event == "compiled" else None,
+    )  # fmt: skip
+    trainer.train()
+    make_trainer(tmp_path / "plain", data, max_steps=4, dropout=0.1).train()
+    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "plain"))
+    (answer,) = said
+    assert answer["step"] == 1
+    if fault is None:
+        assert answer["why_not"] == "" and compiler.calls == 5 * SHAPE["n_layer"]  # the trial and four steps
+    else:
+        assert {"fails": "no C++ compiler", "NaN": "nan", "loses gradients": "norm"}[fault] in answer["why_not"]
+        assert "\n" not in answer["why_not"]
+
+
+@pytest.mark.slow
+def test_compiled_with_the_real_compiler(tmp_path, data):
+    said = []
+    trainer = make_trainer(
+        tmp_path / "run", data, compile=True, max_steps=12, dropout=0.0,
+        report=lambda event, values: said.append(values) if event == "compiled" else None,
+    )  # fmt: skip
+    trainer.train()
+    assert [values["why_not"] for values in said] == [""]
+    make_trainer(tmp_path / "plain", data, max_steps=12, dropout=0.0).train()
+    losses = [read_metrics(tmp_path / name / "metrics.jsonl")[-1]["loss"] for name in ("run", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # metrics.jsonl
