@@ -124,7 +124,8 @@ def training_memory(
     layers = a_layer + config.n_layer * config.d_model if recompute else config.n_layer * a_layer
     kept = 4 * config.num_parameters() + head + tokens * (layers + 4 * config.d_model)
     on_cpu = torch.device(device).type == "cpu"
-    slices = 3 * min(1 << 22 if on_cpu else 1 << 28, tokens * config.vocab_size)  # of logits: see loss.py
+    logits = tokens * config.vocab_size
+    slices = min(1 << 22, logits) if on_cpu else 3 * min(1 << 28, logits)  # see loss.py
     libraries = 180 << 20 if on_cpu else 0  # what the optimiser and the picture import
     return 4 * (kept + slices) + libraries
 
