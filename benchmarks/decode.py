@@ -75,7 +75,7 @@ def writer_of(peer: peers.Peer, setting: Setting, options: Options) -> tuple[Cal
 def build(name: str, setting: Setting, options: Options) -> peers.Peer:
     """Weights are of the dtype asked for, as those who decode keep them; autocast would convert them every token."""
     peer = peers.build(name, setting.config, options.device, options.weight_dtype)
-    if isinstance(peer.model, Mamba2LM):
+    if isinstance(peer.model, Mamba2LM) and options.device == "cpu":
         lay_out_columns(peer.model)  # as run.py has it
     return peer
 

@@ -40,8 +40,9 @@ class Own:
     def __init__(self, model: Mamba2LM | TransformerLM, compiled: bool):
         self.model = model
         if compiled:
-            for layer in model.backbone.layers:
-                layer.compile()
+            model.compile_blocks()
+            if isinstance(model, Mamba2LM):
+                model.compile_steps()
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of ids and targets (b, l)."""

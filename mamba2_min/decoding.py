@@ -25,23 +25,17 @@ if TYPE_CHECKING:
     from mamba2_min.model import Block, Mamba2LM, State
 
 
-class Decoder:
-    """Reads one token a row and gives the next logits; changes in place the state that it was made for."""
+class Prepared:
+    """What belongs to one model and one state, and must be made anew where either is not what it was."""
+
+    turns = 1  # steps after which the same memory is read and written again
 
     def __init__(self, model: Mamba2LM, state: State):
-        self._model, self._batch = model, len(state.ssm[0])
+        self.model, self.batch = model, len(state.ssm[0])
         with torch.inference_mode(False), torch.no_grad():  # so that the state may still be trained from
             state.conv[:] = map(_laid_out, state.conv)
             state.ssm[:] = map(_laid_out, state.ssm)
-        self._conv, self._ssm = list(state.conv), list(state.ssm)
-        self._layers = [
-            _BlockStep(block, conv, ssm)
-            for block, conv, ssm in zip(model.backbone.layers, state.conv, state.ssm, strict=True)
-        ]
-        weight = model.backbone.norm_f.weight
-        self._norm_f = _RMSNormStep(weight, model.backbone.norm_f.eps, self._batch)
-        self._head = _product(model.lm_head)
-        self._weight_dtype = weight.dtype
+        self.conv, self.ssm = list(state.conv), list(state.ssm)
         self._watched = [
             (holder, name, thing)
             for module in model.modules()
@@ -54,18 +48,41 @@ class Decoder:
     def fits(self, model: Mamba2LM, state: State) -> bool:
         """Whether these are still the model and the state of which it was made, all their tensors where they were."""
         return (
-            model is self._model
-            and all(a is b for a, b in zip(state.conv, self._conv, strict=True))
-            and all(a is b for a, b in zip(state.ssm, self._ssm, strict=True))
+            model is self.model
+            and all(a is b for a, b in zip(state.conv, self.conv, strict=True))
+            and all(a is b for a, b in zip(state.ssm, self.ssm, strict=True))
             and all(holder.get(name) is thing for holder, name, thing in self._watched)
             and [parameter.data_ptr() for parameter in self._parameters] == self._places
         )
 
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Reads one token a row, ids (b,), and gives the next logits (b, padded_vocab_size). The state afterwards is in
+        `conv` and `ssm`."""
+        if len(ids) != self.batch:
+            raise ValueError(f"the state is of {self.batch} rows, and ids of {len(ids)}")
+        return self._logits(self.model._embed(ids))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The residual stream's start, x (b, d_model), which it may change -> the logits."""
+        raise NotImplementedError
+
+
+class Decoder(Prepared):
+    """Token after token by single operators, the state changed where it lies."""
+
+    def __init__(self, model: Mamba2LM, state: State):
+        super().__init__(model, state)
+        self._layers = [
+            _BlockStep(block, conv, ssm)
+            for block, conv, ssm in zip(model.backbone.layers, state.conv, state.ssm, strict=True)
+        ]
+        weight = model.backbone.norm_f.weight
+        self._norm_f = _RMSNormStep(weight, model.backbone.norm_f.eps, self.batch)
+        self._head = _product(model.lm_head)
+        self._weight_dtype = weight.dtype
+
     @without_autocast
-    def __call__(self, x: Tensor) -> Tensor:
-        """The residual stream's start, x (b, d_model), which it changes -> logits (b, padded_vocab_size)."""
-        if len(x) != self._batch:
-            raise ValueError(f"the state is of {self._batch} rows, and ids of {len(x)}")
+    def _logits(self, x: Tensor) -> Tensor:
         for layer in self._layers:
             layer(x)
         return self._head(self._norm_f(x.to(self._weight_dtype)))
@@ -183,8 +200,7 @@ def lay_out_columns(model: Mamba2LM) -> Mamba2LM:
 def _product(module: nn.Module) -> Callable[..., Tensor]:
     """`module` as a function (x, out=None). Only a plain nn.Linear is gone around: what wraps one, or hooks into it,
     is called as always."""
-    plain = type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
-    if not plain:
+    if not is_plain(module):
         return lambda x, out=None: module(x) if out is None else out.copy_(module(x))
     weight, bias, transposed = module.weight, module.bias, module.weight.t()
 
@@ -194,6 +210,11 @@ def _product(module: nn.Module) -> Callable[..., Tensor]:
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
     return product
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a projection is nothing but its weight and bias."""
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _laid_out(state: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from mamba2_min import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.conv import causal_conv_silu
 from mamba2_min.decoding import Decoder
+from mamba2_min.graph_decoding import GraphDecoder
 from mamba2_min.hippo import a_log_init, dt_bias_init
 from mamba2_min.language_model import LanguageModel
 from mamba2_min.norm import gated_rms_norm, rms_norm
@@ -45,7 +46,7 @@ class State:
 
     conv: list[Tensor]
     ssm: list[Tensor]
-    _decoder: Decoder | None = field(default=None, init=False, repr=False, compare=False)
+    _decoder: Decoder | GraphDecoder | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:  # what a copy or a file gets: the decoder would bring the model with it
         return {**self.__dict__, "_decoder": None}
@@ -197,9 +198,18 @@ class Mamba2LM(LanguageModel):
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
         if state._decoder is None or not state._decoder.fits(self, state):
-            state._decoder = Decoder(self, state)
-        logits = state._decoder(self._embed(ids))
+            on_gpu = ids.is_cuda
+            state._decoder = GraphDecoder(self, state, self._compile_steps) if on_gpu else Decoder(self, state)
+        logits = state._decoder(ids)
+        state.conv[:] = state._decoder.conv
         return logits[:, : self.config.vocab_size], state
+
+    _compile_steps = False
+
+    def compile_steps(self, on: bool = True) -> None:
+        """Has `step` compiled on a GPU, for every text that is begun from now on: half a minute once, then more than
+        twice the speed."""
+        self._compile_steps = on
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Mamba2LM:

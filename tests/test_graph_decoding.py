@@ -1,0 +1,83 @@
+"""Steps that a compiler and a CUDA graph take: the same numbers as the others."""
+
+import dataclasses
+
+import pytest
+import torch
+from instruments import relative_error
+from torch import nn
+
+from mamba2_min.config import Mamba2Config
+from mamba2_min.graph_decoding import CompiledDecoder, is_compilable
+from mamba2_min.model import Mamba2LM
+
+PLAIN = Mamba2Config(vocab_size=61, d_model=32, n_layer=2, d_state=16, headdim=8, pad_vocab_size_multiple=8)
+CONFIGS = {
+    "plain": PLAIN,
+    "two groups": dataclasses.replace(PLAIN, ngroups=2),
+    "groups that share a norm": dataclasses.replace(PLAIN, ngroups=2, norm_per_group=False),
+    "gate after the norm": dataclasses.replace(PLAIN, norm_before_gate=True),
+    "biases": dataclasses.replace(PLAIN, proj_bias=True, conv_bias=False),
+    "one tap": dataclasses.replace(PLAIN, d_conv=1),
+    "untied": dataclasses.replace(PLAIN, tie_embeddings=False),
+}
+
+
+def stirred(config, seed=0):
+    """A model of which no parameter is at a value that would hide it."""
+    model = Mamba2LM(config, seed=seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * noise * parameter.std(correction=0).add(0.1))
+    return model
+
+
+@torch.no_grad()
+def read(model, decoder_of, batch, tokens=7):
+    """Logits of some tokens after a prompt, and the state then."""
+    ids = torch.randint(61, (batch, 5 + tokens), generator=torch.Generator().manual_seed(batch))
+    ids = ids.to(model.lm_head.weight.device)
+    _, state = model.prefill(ids[:, :5])
+    state = state.clone()
+    decoder = decoder_of(model, state)
+    logits = [decoder(ids[:, 5 + k])[:, :61].clone() for k in range(tokens)]
+    return torch.stack(logits, 1), decoder.conv, state.ssm, model(ids)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_compiled_computes_what_the_model_does(config, batch):
+    model = stirred(config)
+    logits, conv, ssm, (expected, state) = read(model, lambda *args: CompiledDecoder(*args, compiled=False), batch)
+    assert relative_error(logits, expected[:, 5:]) < 2e-5
+    for got, wanted in zip((*conv, *ssm), (*state.conv, *state.ssm), strict=True):
+        assert got.numel() == 0 or relative_error(got, wanted) < 2e-5
+
+
+def test_a_projection_that_is_wrapped_is_not_gone_around():
+    model = stirred(PLAIN)
+    assert is_compilable(model)
+    model.backbone.layers[1].mixer.in_proj = nn.Sequential(model.backbone.layers[1].mixer.in_proj)
+    assert not is_compilable(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["recorded", "compiled and recorded"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_on_a_gpu(compiled, batch):
+    model = stirred(PLAIN).cuda()
+    ids = torch.randint(61, (batch, 12), generator=torch.Generator().manual_seed(0)).cuda()
+    expected, whole = model(ids)
+    model.compile_steps(compiled)
+    _, state = model.prefill(ids[:, :5])
+    for k in range(5, 12):
+        logits, state = model.step(ids[:, k], state)
+        assert relative_error(logits, expected[:, k]) < 1e-4
+        if k == 8:
+            state = state.clone()  # and a decoder anew
+    for got, wanted in zip((*state.conv, *state.ssm), (*whole.conv, *whole.ssm), strict=True):
+        assert relative_error(got, wanted) < 1e-4
+    more, _ = model(ids[:, :4], state)  # the state goes on elsewhere
+    assert relative_error(more, model(ids[:, :4], whole)[0]) < 1e-4
