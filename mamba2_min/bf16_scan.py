@@ -47,7 +47,8 @@ class BF16Scan(torch.autograd.Function):
             y = y + D[:, None] * x
         ctx.save_for_backward(x, dt, A, B, C, D, states, segment)
         ctx.q = q
-        return y.to(x.dtype), _to_outer(state)
+        # The clone is for the compiler of PyTorch 2.11, which loses the gradient of a result that is a view.
+        return y.to(x.dtype), _to_outer(state).clone()
 
     @staticmethod
     def backward(ctx, dy, dfinal):
@@ -181,5 +182,5 @@ def _to_inner(state: Tensor, g: int) -> Tensor:
 
 
 def _to_outer(state: Tensor) -> Tensor:
-    """(b, g, n, r, p) -> (b, h, p, n), contiguous."""
-    return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+    """(b, g, n, r, p) -> (b, h, p, n)"""
+    return state.permute(0, 1, 3, 4, 2).flatten(1, 2)

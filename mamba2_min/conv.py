@@ -23,16 +23,17 @@ def causal_conv_silu(
     belongs to the first document.
     Returns (b, l, c) in u's dtype, and the state after the last token. (Mamba-2 paper, arXiv:2405.21060, section 7.1.)
     """
-    K = weight.shape[1]
+    K, l = weight.shape[1], u.shape[1]
+    weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
+    if state is None and seq_idx is None and not _is_cpu(u):
+        last = u[:, max(0, l - (K - 1)) :]
+        return _ShiftedConvSiLU.apply(u, weight, bias), F.pad(last, (0, 0, K - 1 - last.shape[1], 0))
     if state is None:
         state = u.new_zeros(u.shape[0], K - 1, u.shape[2])
     padded = torch.cat([state.to(u.dtype), u], dim=1)  # (b, K - 1 + l, c)
     new_state = padded[:, padded.shape[1] - (K - 1) :].clone()  # a view would keep all of `padded` alive
-    weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
     if seq_idx is None:
-        # On a GPU a compiler makes one kernel of a few shifted products; a CPU is faster with its library's.
-        convolve = _on_cpu if u.device.type == "cpu" else _taps
-        return convolve(padded, weight, bias), new_state
+        return (_on_cpu if _is_cpu(u) else _taps)(padded, weight, bias), new_state
     document = document_numbers(seq_idx, *u.shape[:2], u.device)
     documents = F.pad(document, (K - 1, 0))
     same = (documents[:, documents.shape[1] - (K - 1) :] == document[:, -1:])[..., None]
@@ -46,6 +47,10 @@ def causal_conv_silu_step(u: Tensor, weight: Tensor, bias: Tensor | None, state:
     return F.silu(y if bias is None else y + bias), window[:, 1:]
 
 
+def _is_cpu(t: Tensor) -> bool:
+    return t.device.type == "cpu"
+
+
 def _taps(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None = None) -> Tensor:
     """The definition, a shifted product a tap. padded (b, K - 1 + l, c), documents (b, K - 1 + l) -> (b, l, c)."""
     K = weight.shape[1]
@@ -57,6 +62,39 @@ def _taps(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor
             tap = torch.where((documents[:, k : k + l] == documents[:, K - 1 :])[..., None], tap, 0)
         y = y + tap * weight[:, k]
     return F.silu(y)
+
+
+class _ShiftedConvSiLU(torch.autograd.Function):
+    """`_taps` without a state, for a compiler: shifts that are never written out, and a backward that keeps u alone."""
+
+    @staticmethod
+    def forward(ctx, u, weight, bias):
+        ctx.save_for_backward(u, weight, bias)
+        return F.silu(_shifted(u, weight, bias))
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_second_derivative()
+        u, weight, bias = ctx.saved_tensors
+        K, l = weight.shape[1], u.shape[1]
+        dv = torch.ops.aten.silu_backward(dy, _shifted(u, weight, bias))
+        du = dv * weight[:, -1]
+        for s in range(1, K):
+            du = du + F.pad(dv, (0, 0, 0, s))[:, s:] * weight[:, K - 1 - s]
+        wide = torch.promote_types(u.dtype, torch.float32)
+        shifts = [F.pad(u, (0, 0, s, 0))[:, :l] for s in range(K - 1, -1, -1)]
+        dweight = torch.stack([(dv * shift).sum((0, 1), dtype=wide) for shift in shifts], dim=1)
+        dbias = None if bias is None else dv.sum((0, 1), dtype=wide).to(bias.dtype)
+        return du, dweight.to(weight.dtype), dbias
+
+
+def _shifted(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Before SiLU: (b, l, c) -> (b, l, c)."""
+    K, l = weight.shape[1], u.shape[1]
+    y = u * weight[:, -1] if bias is None else u * weight[:, -1] + bias
+    for s in range(1, K):
+        y = y + F.pad(u, (0, 0, s, 0))[:, :l] * weight[:, K - 1 - s]
+    return y
 
 
 @uncompiled

@@ -125,7 +125,7 @@ def training_memory(
     kept = 4 * config.num_parameters() + head + tokens * (layers + 4 * config.d_model)
     on_cpu = torch.device(device).type == "cpu"
     logits = tokens * config.vocab_size
-    slices = min(1 << 22, logits) if on_cpu else 3 * min(1 << 28, logits)  # see loss.py
+    slices = min(1 << 22, logits) if on_cpu else 3 * min(1 << 27, logits)  # see loss.py
     libraries = 180 << 20 if on_cpu else 0  # what the optimiser and the picture import
     return 4 * (kept + slices) + libraries
 

@@ -26,7 +26,7 @@ class GraphDecoder:
     """As a `Decoder`, for a model on a CUDA device."""
 
     def __init__(self, model: Mamba2LM, state: State, compiled: bool):
-        with torch.inference_mode(False), torch.no_grad():  # a recording is made and replayed in different modes
+        with torch.inference_mode():
             self._steps = CompiledDecoder(model, state) if compiled and is_compilable(model) else Decoder(model, state)
             self._ids = torch.zeros(self._steps.batch, dtype=torch.long, device=state.ssm[0].device)
             before = [t.clone() for t in (*self._steps.conv, *self._steps.ssm)]

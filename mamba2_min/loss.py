@@ -20,7 +20,7 @@ IGNORE = -100  # a target that does not count
 
 # Elements of one slice's logits: enough for the matrix products to be efficient, little enough to stay in cache.
 _SLICE_ELEMENTS = {"cpu": 1 << 22}
-_SLICE_ELEMENTS_GPU = 1 << 28
+_SLICE_ELEMENTS_GPU = 1 << 27
 
 # The logarithm of a probability that float32 still holds with all its digits; below, it is worked out on its own.
 _NEARLY_LOST = -60.0

@@ -150,7 +150,8 @@ def ssd_chunked(
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     state = _check(x, dt, A, B, C, D, initial_state, seq_idx)
     b, l = x.shape[:2]
-    wide, q = state.dtype, min(chunk_size, l)
+    # Of a sequence shorter than a chunk a GPU gets a power of two: matrix units and compilers like no others.
+    wide, q = state.dtype, min(chunk_size, 1 << (l - 1).bit_length() if x.is_cuda else l)
     segment = None if seq_idx is None else document_numbers(seq_idx, b, l, x.device)
     if l % q:  # a token of dt = 0 neither decays the state nor adds to it, so padding changes nothing
         pad = -l % q

@@ -1,5 +1,7 @@
 """The short convolution, against its definition written tap by tap."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from instruments import relative_error
 from torch.nn import functional as F
 
+from mamba2_min import conv
 from mamba2_min.conv import causal_conv_silu, causal_conv_silu_step
 
 
@@ -73,6 +76,25 @@ def assert_close(got, expected, tolerance=1e-12):
 def test_it_is_the_definition_in_values_and_gradients(b, l, c, K, bias, start, documents, seed):
     case = make(b, l, c, K, bias, start, documents, seed)
     assert_close(run(causal_conv_silu, case), run(by_definition, case))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    b=st.integers(1, 2), l=st.integers(1, 12), c=st.integers(1, 4), K=st.integers(1, 5), bias=st.booleans(),
+    seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_the_form_for_gpus_is_the_definition_too(b, l, c, K, bias, seed):
+    case = make(b, l, c, K, bias, False, False, seed)
+    with mock.patch.object(conv, "_is_cpu", return_value=False):
+        assert_close(run(causal_conv_silu, case), run(by_definition, case))
+
+
+def test_a_compiler_finds_the_same_gradients_of_the_form_for_gpus():
+    """Without its code generator: what it reads out of the hand-written derivative."""
+    case = make(2, 9, 3, 4, start=False, documents=False)
+    with mock.patch.object(conv, "_is_cpu", return_value=False):
+        compiled = torch.compile(causal_conv_silu, backend="aot_eager", dynamic=False)
+        assert_close(run(compiled, case), run(causal_conv_silu, case))
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
