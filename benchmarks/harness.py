@@ -247,8 +247,13 @@ def compare(
 
 def _prepared(peak: Callable[[str, Any, Options], int], name: str, setting: Any, options: Options) -> int:
     options.prepare()
-    with options.products():
-        return peak(name, setting, options)
+    try:
+        with options.products():
+            return peak(name, setting, options)
+    except (Unavailable, MemoryError):
+        raise
+    except Exception as error:  # as text: a compiler's errors cannot be sent to another process
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 @contextmanager
