@@ -54,8 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--accept", default="", metavar="NAMES", help="with --resume: what may differ: max-steps, ...")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
     group.add_argument("--precision", choices=PRECISIONS, help="of matrix products (auto: the faster)")
-    group.add_argument("--compile", action="store_true", default=None, help="with torch.compile: much faster on a GPU")
-    group.add_argument("--recompute", action="store_true", default=None, help="keep less memory, compute more")
+    on_or_off = {"action": argparse.BooleanOptionalAction, "default": None}
+    group.add_argument("--compile", **on_or_off, help="with torch.compile: much faster on a GPU (off)")
+    group.add_argument("--recompute", **on_or_off, help="blocks again in the backward pass: less memory (off)")
     group.add_argument("--deterministic", action="store_true", default=None, help="the same bits on CUDA too; slower")
     group.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (every core)")
     group.add_argument("--ignore-memory", action="store_true", help="start even where memory looks too small")

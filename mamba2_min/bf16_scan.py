@@ -26,8 +26,8 @@ class BF16Scan(torch.autograd.Function):
         g, n = B.shape[2:]
         m, r = b * l // q, h // g
         s, enter, leave, across = _decays(dt, A, segment, b, q)  # (m, h, q) each, and (b, l / q, h)
-        Bm, Cm = (t.view(m, q, g, n).transpose(1, 2).reshape(m * g, q, n) for t in (B, C))
-        xdt = x.view(m, q, h, p) * dt.view(m, q, h, 1)
+        Bm, Cm = (t.reshape(m, q, g, n).transpose(1, 2).reshape(m * g, q, n) for t in (B, C))
+        xdt = x.reshape(m, q, h, p) * dt.reshape(m, q, h, 1)
 
         # Step 1: what each chunk adds to the state that leaves it; step 2: the recurrence from chunk to chunk.
         written = _by_group(xdt * leave.transpose(1, 2)[..., None], g)
@@ -64,8 +64,8 @@ class BF16Scan(torch.autograd.Function):
         q = ctx.q
         m, r = b * l // q, h // g
         s, enter, leave, across = _decays(dt, A, segment, b, q)
-        Bm, Cm = (t.view(m, q, g, n).transpose(1, 2).reshape(m * g, q, n) for t in (B, C))
-        xm, dtm, dym = x.view(m, q, h, p), dt.view(m, q, h, 1), dy.reshape(m, q, h, p)
+        Bm, Cm = (t.reshape(m, q, g, n).transpose(1, 2).reshape(m * g, q, n) for t in (B, C))
+        xm, dtm, dym = x.reshape(m, q, h, p), dt.reshape(m, q, h, 1), dy.reshape(m, q, h, p)
         xdt = xm * dtm
         enter_q, leave_q = enter.transpose(1, 2)[..., None], leave.transpose(1, 2)[..., None]  # (m, q, h, 1)
 
@@ -119,7 +119,7 @@ def _decays(dt: Tensor, A: Tensor, segment: Tensor | None, b: int, q: int) -> tu
     """s (m, h, q), the sums of a = dt A from each chunk's start; exp(s_i), from there to token i; exp(s_q - s_j), from
     token j to the chunk's end; and from end to end (b, c, h). A decay is zero where a document ends on the way."""
     h = A.shape[0]
-    s = (dt * A).clamp_min(_FORGOTTEN).view(-1, q, h).transpose(1, 2).cumsum(-1)
+    s = (dt * A).clamp_min(_FORGOTTEN).reshape(-1, q, h).transpose(1, 2).cumsum(-1)
     enter, leave = s.exp(), (s[..., -1:] - s).clamp_max(0).exp()
     if segment is not None:
         chunks = segment.view(b, -1, q)

@@ -49,16 +49,16 @@ def chunked_scan(
     x (b, l, h, p), B and C (b, l, g, n) of any type; dt (b, l, h), A, D (h,) or None, initial_state (b, h, p, n), of
     one type, float32 or wider, in which everything is summed; segment (b, l) or None, as `document_numbers` gives it.
     Chunks of half the length are tried before decays are masked. On a GPU, where the question would have to wait for
-    the answer, they always are.
+    the answer, they always are; one that is given bf16 multiplies it as such.
     """
-    if x.is_cuda and x.dtype == torch.bfloat16 and dt.dtype == torch.float32:
+    if x.is_cuda and x.dtype == B.dtype == C.dtype == torch.bfloat16 and dt.dtype == torch.float32:
         return BF16Scan.apply(x, dt, A, B, C, D, initial_state, segment, q)
     return _by_decays(x, dt, A, B, C, D, initial_state, segment, q)
 
 
 @uncompiled
 def _by_decays(x, dt, A, B, C, D, initial_state, segment, q):
-    if not dt.is_cuda:
+    if dt.device.type == "cpu":
         for shorter in (q, q // 2):
             if shorter and q % shorter == 0 and _is_separable(dt, A, shorter):
                 return SeparableScan.apply(x, dt, A, B, C, D, initial_state, segment, shorter)
@@ -182,7 +182,6 @@ class _Factors:
         self.fall_dt = (self.fall * self.dt)[..., None]
         self.rise = s.exp().to(wide)[..., None]  # (b, c, g, q, r, 1)
         self.across = self.rise[:, :, :, -1:]  # (b, c, g, 1, r, 1), as a state is (b, c, g, n, r, p)
-        self.narrow = torch.bfloat16 if _multiplies_bf16(x) else None
         self.segment = None if segment is None else segment.view(len(x), -1, q)
         self.keep = None
         if segment is not None:
@@ -244,20 +243,18 @@ class _Factors:
         """a @ b for each (b, c, g), summed in float32 or wider."""
         shape = a.shape[:3]
         a, b = (self.operand(t).flatten(0, 2) for t in (a, b))
-        return (torch.bmm(a, b, out_dtype=self.dt.dtype) if self.narrow else torch.bmm(a, b)).unflatten(0, shape)
+        return torch.bmm(a, b).unflatten(0, shape)
 
     def two_products(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         """a1 @ b1 + a2 @ b2, of which all but a2 are operands."""
-        if self.narrow:  # as one product, whose sum is not rounded on the way
-            return self.product(torch.cat([a1, self.operand(a2)], -1), torch.cat([b1, b2], -2))
         out = self.product(a2, b2)
         flat = out.flatten(0, 2)
         torch.baddbmm(flat, a1.flatten(0, 2), b1.flatten(0, 2), out=flat)
         return out
 
     def operand(self, t: Tensor) -> Tensor:
-        """As what a matrix product takes it: in bf16 on a GPU where x is, else as wide as the sums."""
-        return t.to(self.narrow or self.dt.dtype)
+        """As what a matrix product takes it: as wide as the sums."""
+        return t.to(self.dt.dtype)
 
 
 def _by_group(t: Tensor, q: int, g: int) -> Tensor:
@@ -472,11 +469,6 @@ def _to_inner(state: Tensor, g: int) -> Tensor:
 def _to_outer(state: Tensor) -> Tensor:
     """(b, g, n, r, p) -> (b, h, p, n), contiguous."""
     return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
-
-
-def _multiplies_bf16(x: Tensor) -> bool:
-    """Whether products of bf16 are taken as such: on a GPU, by a PyTorch that sums them in float32 and leaves it so."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.__version__ >= (2, 8)
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -40,13 +40,6 @@ def causal_conv_silu(
     return _taps(padded, weight, bias, documents), torch.where(same, new_state, 0)
 
 
-def causal_conv_silu_step(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of `causal_conv_silu`: u (b, c), state (b, K - 1, c) -> y (b, c), the next state."""
-    window = torch.cat([state, u[:, None]], dim=1)  # (b, K, c)
-    y = (window * weight.t()).sum(1)
-    return F.silu(y if bias is None else y + bias), window[:, 1:]
-
-
 def _is_cpu(t: Tensor) -> bool:
     return t.device.type == "cpu"
 
@@ -121,14 +114,15 @@ class _ConvSiLU(torch.autograd.Function):
         du = zeros[:, K - 1 : K - 1 + l]
         torch.ops.aten.silu_backward.grad_input(dy, _convolved(padded, weight, bias), grad_input=du)
         dpadded = _convolved(zeros, weight.flip(1), None)
-        dweight, dbias = torch.zeros_like(weight), dy.new_zeros(dy.shape[2])
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        dweight, dbias = torch.zeros_like(weight, dtype=wide), dy.new_zeros(dy.shape[2], dtype=wide)
         rows = max(1, _BLOCK_ELEMENTS // (du.shape[0] * du.shape[2]))
         for start in range(0, l, rows):
             part = du[:, start : start + rows]
-            dbias += part.sum((0, 1))
+            dbias += part.sum((0, 1), dtype=wide)
             for k in range(K):
-                dweight[:, k] += (part * padded[:, start + k : start + k + part.shape[1]]).sum((0, 1))
-        return dpadded, dweight, None if bias is None else dbias
+                dweight[:, k] += (part * padded[:, start + k : start + k + part.shape[1]]).sum((0, 1), dtype=wide)
+        return dpadded, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
 
 
 def _convolved(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

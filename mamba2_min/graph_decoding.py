@@ -26,9 +26,10 @@ class GraphDecoder:
     """As a `Decoder`, for a model on a CUDA device."""
 
     def __init__(self, model: Mamba2LM, state: State, compiled: bool):
-        with torch.inference_mode():
-            self._steps = CompiledDecoder(model, state) if compiled and is_compilable(model) else Decoder(model, state)
-            self._ids = torch.zeros(self._steps.batch, dtype=torch.long, device=state.ssm[0].device)
+        self._device = state.ssm[0].device
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            self._steps = (CompiledDecoder if compiled else Decoder)(model, state)
+            self._ids = torch.zeros(self._steps.batch, dtype=torch.long, device=self._device)
             before = [t.clone() for t in (*self._steps.conv, *self._steps.ssm)]
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -39,7 +40,7 @@ class GraphDecoder:
             self._recorded = []
             for _ in range(self._steps.turns):
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=aside):
                     logits = self._steps(self._ids)
                 self._recorded.append((graph, logits, self._steps.conv))
             for t, old in zip((*self._steps.conv, *self._steps.ssm), before, strict=True):
@@ -59,13 +60,14 @@ class GraphDecoder:
             raise ValueError(f"the state is of {len(self._ids)} rows, and ids of {len(ids)}")
         self._ids.copy_(ids)
         graph, logits, self._steps.conv = self._recorded[self._turn]
-        graph.replay()
+        with torch.cuda.device(self._device):
+            graph.replay()
         self._turn = (self._turn + 1) % len(self._recorded)
         return logits.clone()
 
 
-def is_compilable(model: Mamba2LM) -> bool:
-    """Whether all projections are plain: what wraps one would be gone around."""
+def is_recordable(model: Mamba2LM) -> bool:
+    """Whether all projections are plain: the Python of what wraps one or hooks into it is not in a recording."""
     mixers = [block.mixer for block in model.backbone.layers]
     return all(map(is_plain, [model.lm_head, *(p for mixer in mixers for p in (mixer.in_proj, mixer.out_proj))]))
 

@@ -80,10 +80,8 @@ class LanguageModel(nn.Module, ABC):
     def loss(self, input_ids: Tensor, targets: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats over the targets (b, l) that are not -100. The logits are never held."""
         hidden, _ = self.hidden(input_ids, state, seq_idx)
-        compiled = self._compiled is not None
-        return linear_cross_entropy(
-            hidden, self.lm_head.weight, targets, self.config.vocab_size, compiled=compiled
-        )
+        compiled = self.training and self._compiled is not None
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size, compiled=compiled)
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:

@@ -39,8 +39,8 @@ def linear_cross_entropy(
     hidden (..., d), weight (v, d), targets (...) int64 with IGNORE (-100) where a position does not count; rows of
     `weight` from vocab_size on are padding and get no probability. reduction "mean" is over the targets that count
     (0 where none does), "sum" their sum. ValueError for other targets (on a GPU, where a look would wait for the
-    device, its own assertion). Under autocast the products run in its dtype, the softmax in float32; `compiled` has
-    the softmax of a GPU compiled.
+    device: its own assertion, or an infinite loss). Under autocast the products run in its dtype, the softmax in
+    float32; `compiled` has the softmax of a GPU compiled.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
@@ -79,7 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h, weigh = hidden[part].to(dtype), weights[part, None]
-            index = targets[part, None].clamp_min(0)
+            index = targets[part, None]
+            index = index.masked_fill(index == IGNORE, 0)
             logits = torch.mm(h, w.t(), out=buffer[: len(h)])
             if logits.device.type == "cpu":
                 loss, dlogits = _on_cpu(logits.to(total.dtype), h, w, index, weigh, vocab_size)

@@ -30,7 +30,7 @@ from mamba2_min import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.conv import causal_conv_silu
 from mamba2_min.decoding import Decoder
-from mamba2_min.graph_decoding import GraphDecoder
+from mamba2_min.graph_decoding import GraphDecoder, is_recordable
 from mamba2_min.hippo import a_log_init, dt_bias_init
 from mamba2_min.language_model import LanguageModel
 from mamba2_min.norm import gated_rms_norm, rms_norm
@@ -198,8 +198,8 @@ class Mamba2LM(LanguageModel):
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
         if state._decoder is None or not state._decoder.fits(self, state):
-            on_gpu = ids.is_cuda
-            state._decoder = GraphDecoder(self, state, self._compile_steps) if on_gpu else Decoder(self, state)
+            recorded = ids.is_cuda and is_recordable(self)
+            state._decoder = GraphDecoder(self, state, self._compile_steps) if recorded else Decoder(self, state)
         logits = state._decoder(ids)
         state.conv[:] = state._decoder.conv
         return logits[:, : self.config.vocab_size], state

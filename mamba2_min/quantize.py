@@ -159,7 +159,7 @@ def load_quantized(folder: str | Path, kind: str) -> Mamba2LM:
 
 
 def _check_product(kind: str) -> None:
-    """Asks for the smallest product, so that what is missing is said in one line and before a model is read."""
+    """Asks for the smallest product, so that what is missing is said in one line and before a matrix is narrowed."""
     try:
         matrix: Any = (Int8Matrix if kind == "int8" else Bf16Matrix)(torch.ones(_MULTIPLE, _MULTIPLE))
         matrix.product(torch.ones(1, _MULTIPLE))

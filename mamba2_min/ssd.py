@@ -25,9 +25,7 @@ attention, blocks below it, which have rank n, through the state. All four agree
     G       (.., q, q)      C_i . B_j, once a group
     seq_idx (b, l)          which document a token belongs to: the state restarts where it changes
 
-In einsum strings: m counts chunks of all sequences, i and j (or q) are positions in a chunk, and a head is
-(g, r), the r-th of group g. Inside this file the state is (n, p), so that heads that share B and C stand side by side
-in one large matrix product; callers see (p, n).
+In einsum strings i and j are positions, and a head is (g, r), the r-th of group g.
 """
 
 from __future__ import annotations
@@ -144,7 +142,7 @@ def ssd_chunked(
 
     Arguments, results and errors as for `ssd_recurrent`; the result does not depend on `chunk_size` (rounding apart).
     The work is done in chunked_scan.py, with a backward written by hand: between forward and backward it keeps the
-    inputs, y and the state at each chunk's start, O(l p + l n p / q) a head, and no (q, q) matrix.
+    inputs and the state at each chunk's start, O(l p + l n p / q) a head, and no (q, q) matrix.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")

@@ -198,7 +198,7 @@ class Trainer:
             self._compile(input_ids, targets)
         loss = self._gradients(input_ids, targets)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf)
-        loss, norm = torch.stack([loss, norm.double()]).tolist()  # the one moment of a step that waits for a GPU
+        loss, norm = torch.stack([loss, norm.to(loss.dtype)]).tolist()  # the one moment of a step that waits for a GPU
         self.step += 1
         why = self.guard.judge(loss, norm, share=float((targets != IGNORE).float().mean()))
         if why:
@@ -227,20 +227,22 @@ class Trainer:
         """Compiles the blocks, unless that fails or gives another loss or gradient than without: compilers have their
         faults, and one that goes unnoticed costs a run."""
         self._to_compile = False
-        micro = self.micro_batch
+        rows = self.micro_batch + len(input_ids) % self.micro_batch  # a part of each size that a step has
         found, why = [], ""
         for compiled in (False, True):
             self.model.compile_blocks(compiled)
             try:
                 with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                    loss = self._backward(input_ids[:micro], targets[:micro])
+                    loss = self._backward(input_ids[:rows], targets[:rows])
                 norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
                 found.append((float(loss), float(norm)))
             except Exception as error:
-                if not devices.is_out_of_memory(error):
+                if devices.is_out_of_memory(error):
+                    why = "memory ran out before it could be compared"
+                elif compiled:
                     why = f"the compiler failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
-                    if not compiled:
-                        raise
+                else:
+                    raise
             self.optimizer.zero_grad(set_to_none=True)
             devices.release_memory(self.device)
         if len(found) == 2:
@@ -266,12 +268,13 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             devices.release_memory(self.device)
             self.micro_batch = -(-self.micro_batch // 2)
+            self._to_compile = self.settings.compile  # other sizes, to be proved anew at the next step
             self.report("memory", {"step": self.step + 1, "micro_batch": self.micro_batch})
 
     def _backward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Adds the gradients of a batch's mean loss, micro-batch by micro-batch, and returns that loss."""
         counts = [int((part != IGNORE).sum()) for part in targets.split(self.micro_batch)]
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=devices.widest(self.device), device=self.device)
         parts = zip(input_ids.split(self.micro_batch), targets.split(self.micro_batch), counts, strict=True)
         for ids, wanted, count in parts:
             with self.autocast:

@@ -10,7 +10,7 @@ from instruments import relative_error
 from torch.nn import functional as F
 
 from mamba2_min import conv
-from mamba2_min.conv import causal_conv_silu, causal_conv_silu_step
+from mamba2_min.conv import causal_conv_silu
 
 
 def by_definition(u, weight, bias=None, state=None, seq_idx=None):
@@ -113,18 +113,14 @@ def test_a_third_document_named_as_the_first_does_not_see_it(names):
 
 @pytest.mark.parametrize("K", [1, 2, 4])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_pieces_and_steps_equal_the_whole(K, bias):
+def test_pieces_equal_the_whole(K, bias):
     case = make(2, 11, 3, K, bias, documents=False)
     u, weight, bias = case["u"], case["weight"], case["bias"]
     whole, final = causal_conv_silu(u, weight, bias, case["state"])
-    for form in ("pieces", "steps"):
+    for pieces in ((1, 2, 5, 3), 1):
         state, ys = case["state"], []
-        for piece in u.split((1, 2, 5, 3) if form == "pieces" else 1, dim=1):
-            if form == "pieces":
-                y, state = causal_conv_silu(piece, weight, bias, state)
-            else:
-                y, state = causal_conv_silu_step(piece[:, 0], weight, bias, state)
-                y = y[:, None]
+        for piece in u.split(pieces, dim=1):
+            y, state = causal_conv_silu(piece, weight, bias, state)
             ys.append(y)
         assert relative_error(torch.cat(ys, 1), whole) < 1e-12
         assert torch.equal(state, final)

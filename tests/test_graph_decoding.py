@@ -8,7 +8,7 @@ from instruments import relative_error
 from torch import nn
 
 from mamba2_min.config import Mamba2Config
-from mamba2_min.graph_decoding import CompiledDecoder, is_compilable
+from mamba2_min.graph_decoding import CompiledDecoder, is_recordable
 from mamba2_min.model import Mamba2LM
 
 PLAIN = Mamba2Config(vocab_size=61, d_model=32, n_layer=2, d_state=16, headdim=8, pad_vocab_size_multiple=8)
@@ -58,9 +58,9 @@ def test_what_is_compiled_computes_what_the_model_does(config, batch):
 
 def test_a_projection_that_is_wrapped_is_not_gone_around():
     model = stirred(PLAIN)
-    assert is_compilable(model)
+    assert is_recordable(model)
     model.backbone.layers[1].mixer.in_proj = nn.Sequential(model.backbone.layers[1].mixer.in_proj)
-    assert not is_compilable(model)
+    assert not is_recordable(model)
 
 
 @pytest.mark.gpu

@@ -474,11 +474,14 @@ class Compiler:
     """In the place of torch.compile: what a block computes, or what a faulty compiler makes of it."""
 
     def __init__(self, fault=None):
-        self.fault, self.calls = fault, 0
+        self.fault, self.calls, self.sizes = fault, 0, []
 
     def __call__(self, forward, dynamic):
         def run(block, *args):
             self.calls += 1
+            self.sizes.append(len(args[0]))
+            if self.fault == "no memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
             if self.fault == "fails":
                 raise RuntimeError("InductorError: no C++ compiler\nand much more")
             x, *states = forward(block, *args)
@@ -489,7 +492,7 @@ class Compiler:
         return run
 
 
-@pytest.mark.parametrize("fault", [None, "fails", "loses gradients", "NaN"])
+@pytest.mark.parametrize("fault", [None, "fails", "loses gradients", "NaN", "no memory"])
 def test_a_run_is_compiled_or_goes_on_without_and_says_so(tmp_path, data, monkeypatch, fault):
     monkeypatch.setattr(torch, "compile", compiler := Compiler(fault))
     said = []
@@ -505,8 +508,17 @@ def test_a_run_is_compiled_or_goes_on_without_and_says_so(tmp_path, data, monkey
     if fault is None:
         assert answer["why_not"] == "" and compiler.calls == 5 * SHAPE["n_layer"]  # the trial and four steps
     else:
-        assert {"fails": "no C++ compiler", "NaN": "nan", "loses gradients": "norm"}[fault] in answer["why_not"]
+        said = {"fails": "no C++ compiler", "NaN": "nan", "loses gradients": "norm", "no memory": "memory"}[fault]
+        assert said in answer["why_not"]
         assert "\n" not in answer["why_not"]
+
+
+def test_parts_of_each_size_are_proved(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(torch, "compile", compiler := Compiler())
+    make_trainer(tmp_path / "run", data, compile=True, batch_size=8, micro_batch=3, max_steps=1).train()
+    layers = SHAPE["n_layer"]
+    assert compiler.sizes[: 2 * layers] == [3] * layers + [2] * layers  # the trial
+    assert compiler.sizes[2 * layers :] == [3] * layers * 2 + [2] * layers
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mamba2_min.corpus import validation_windows
+from mamba2_min.devices import widest
 from mamba2_min.loss import linear_cross_entropy
 
 WINDOW = 2048  # tokens a forward pass; the state is carried across, so the figure does not depend on it
@@ -47,7 +48,7 @@ def evaluate(model, tokens: Tensor, n_bytes: int, start_id: int, window: int = W
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    state, nats, count = None, torch.zeros((), dtype=torch.float64, device=device), 0
+    state, nats, count = None, torch.zeros((), dtype=widest(device), device=device), 0
     try:
         for input_ids, targets in validation_windows(tokens, window, start_id):
             input_ids, targets = input_ids.to(device), targets.to(device)
