@@ -201,6 +201,15 @@ def test_a_closed_text_goes_on_where_it_was_left(completer, name):
     assert text.startswith(whole)
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+    """Also where these tests were started in the background, and so are to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_in_the_middle_of_a_step_loses_no_token_and_doubles_none(completer, model, monkeypatch):
     whole = "".join(completer.complete("The owl", 30, Sampler(seed=1)))
     calls, step = [], decoding._BlockStep.__call__
@@ -227,6 +236,7 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_no_token_and_doubles_none(complete
     assert text == whole
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 @pytest.mark.skipif(os.name != "posix", reason="a process cannot send itself Ctrl-C here")
 def test_ctrl_c_at_any_moment_loses_no_token_and_doubles_none(completer, tokenizer):
     ids = torch.randint(1, len(tokenizer), (1500,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -340,6 +341,10 @@ class Process:
         import pty
         import termios
 
+        def at_the_terminal():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # and is heard, also in a background job
+
         self.screen, terminal = pty.openpty()
         self.child = subprocess.Popen(
             [sys.executable, str(SCRIPT), *arguments],
@@ -347,7 +352,7 @@ class Process:
             stdout=terminal,
             stderr=terminal,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
+            preexec_fn=at_the_terminal,
             env={**ENVIRONMENT, **environment},
         )
         os.close(terminal)
