@@ -1,4 +1,4 @@
-"""What the hand-written derivatives here need."""
+"""What the hand-written derivatives here need, and the dtype that long sums take."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def uncompiled(function: Callable) -> Callable:
         return (torch.compiler.disable(function) if torch.compiler.is_compiling() else function)(*args)
 
     return run
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """What long sums and their differences are had in: float64, and on Apple's GPUs, which have none, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def refuse_second_derivative() -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamba2_min import checkpoint
+from mamba2_min.autograd import widest
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 from mamba2_min.language_model import LanguageModel
@@ -315,8 +316,7 @@ class TransformerLM(LanguageModel):
     def _rotation(self, start: int, l: int) -> tuple[Tensor, Tensor]:
         """Angles of the places start to start + l, in digits that late ones need, then in those of the activations."""
         weight = self.lm_head.weight
-        wide = torch.float32 if weight.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        positions = torch.arange(start, start + l, device=weight.device, dtype=wide)
+        positions = torch.arange(start, start + l, device=weight.device, dtype=widest(weight.device))
         cos, sin = rotary_angles(positions, self.config.headdim, self.config.rope_base)
         kept = torch.promote_types(weight.dtype, torch.float32)
         return cos.to(kept), sin.to(kept)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from mamba2_min.autograd import autocast_off, refuse_second_derivative
 
-_FORGOTTEN = -88.0  # exp of it is about the smallest normal float32
+# exp(-88) is about the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps
+# the cumulative sums small enough to subtract exactly.
+FORGOTTEN = -88.0
 
 
 class BF16Scan(torch.autograd.Function):
@@ -40,7 +42,7 @@ class BF16Scan(torch.autograd.Function):
 
         # Step 3: what each token reads from the state that enters; step 4: attention without softmax in the chunk.
         entered = _product(Cm, states).view(m, g, q, r, p).permute(0, 1, 3, 2, 4).reshape(m, h, q, p)
-        M, _ = _decay_matrix(s, _visible(segment, b, q, s.device), _product(Cm, Bm.transpose(1, 2)), g)
+        M, _ = _decay_matrix(s, _visible(segment, q, s.device), _product(Cm, Bm.transpose(1, 2)), g)
         inside = _product(M.bfloat16().view(m * h, q, q), _by_head(xdt)).view(m, h, q, p)
         y = (inside + entered * enter[..., None]).transpose(1, 2).reshape(b, l, h, p)
         if D is not None:
@@ -80,7 +82,7 @@ class BF16Scan(torch.autograd.Function):
 
         # Step 4, y = (L G) (dt x): E is the derivative by each exponent a_{j+1} + ... + a_i.
         G = _product(Cm, Bm.transpose(1, 2))
-        M, L = _decay_matrix(s, _visible(segment, b, q, s.device), G, g)
+        M, L = _decay_matrix(s, _visible(segment, q, s.device), G, g)
         dy_heads = _by_head(dym)
         dM = _product(dy_heads, _by_head(xdt).transpose(1, 2)).view(m, h, q, q) * L
         dG = dM.view(m, g, r, q, q).sum(2).bfloat16().view(m * g, q, q)
@@ -119,7 +121,7 @@ def _decays(dt: Tensor, A: Tensor, segment: Tensor | None, b: int, q: int) -> tu
     """s (m, h, q), the sums of a = dt A from each chunk's start; exp(s_i), from there to token i; exp(s_q - s_j), from
     token j to the chunk's end; and from end to end (b, c, h). A decay is zero where a document ends on the way."""
     h = A.shape[0]
-    s = (dt * A).clamp_min(_FORGOTTEN).reshape(-1, q, h).transpose(1, 2).cumsum(-1)
+    s = (dt * A).clamp_min(FORGOTTEN).reshape(-1, q, h).transpose(1, 2).cumsum(-1)
     enter, leave = s.exp(), (s[..., -1:] - s).clamp_max(0).exp()
     if segment is not None:
         chunks = segment.view(b, -1, q)
@@ -137,7 +139,7 @@ def _decay_matrix(s: Tensor, visible: Tensor, G: Tensor, g: int) -> tuple[Tensor
     return (L.view(m, g, -1, q, q) * G.view(m, g, 1, q, q)).view(m, h, q, q), L
 
 
-def _visible(segment: Tensor | None, b: int, q: int, device: torch.device) -> Tensor:
+def _visible(segment: Tensor | None, q: int, device: torch.device) -> Tensor:
     """Where token i of a chunk sees token j: j <= i, in the same document. (m or 1, 1, q, q)"""
     position = torch.arange(q, device=device)
     causal = (position[:, None] >= position)[None, None]

@@ -21,12 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mamba2_min.autograd import autocast_off, refuse_second_derivative, uncompiled
-from mamba2_min.bf16_scan import BF16Scan
-
-# exp(-88) is about the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps
-# the cumulative sums small enough to subtract exactly.
-_FORGOTTEN = -88.0
+from mamba2_min.autograd import autocast_off, refuse_second_derivative, uncompiled, widest
+from mamba2_min.bf16_scan import FORGOTTEN, BF16Scan
 
 # The most that a chunk, and one token, may decay by, as exponents, for decays to be separated: exp(60) is 1e26, which
 # leaves float32 and bf16 room for values up to 1e12; and the decays' gradient is then a difference of sums, which would
@@ -36,8 +32,8 @@ _CHUNK_SEPARABLE, _TOKEN_SEPARABLE = -60.0, -8.0
 # Elements of one intermediate that exist at a time: what fits in a core's second-level cache on a CPU, and on a GPU
 # enough to fill it.
 _MASKED_ELEMENTS = {"cpu": 1 << 19}
-_SEPARABLE_ELEMENTS = {"cpu": 1 << 18}
-_ELEMENTS_GPU = 1 << 26
+_MASKED_ELEMENTS_GPU = 1 << 26
+_SEPARABLE_ELEMENTS = 1 << 18
 
 
 def chunked_scan(
@@ -91,14 +87,14 @@ class SeparableScan(torch.autograd.Function):
         states = x.new_empty(b, c + 1, g, n, h // g, p, dtype=dt.dtype)  # before each chunk, and after the last
         states[:, 0] = _to_inner(initial_state, g)
         y = x.new_empty(b, c, q, g, h // g, p)
-        for rows, run in _runs(b, c, q * h * p, x.device):
+        for rows, run in _runs(b, c, q * h * p):
             part = rows, run
             X = f.written(part)
             added = f.product(f.B_leaving(part).mT, X).unflatten(-1, (-1, p))
             for k in range(run.start, run.stop):
                 state = states[rows, k] if f.keep is None else states[rows, k] * f.keep[rows, k]
                 torch.mul(added[:, k - run.start].add_(state), f.across[rows, k], out=states[rows, k + 1])
-            ys = f.read(part, X, states)
+            ys = f.read(part, f.seen(part), X, states[part])
             if D is not None:
                 ys.addcmul_(f.x(part), f.D)
             y[part] = ys.transpose(2, 3)  # in x's dtype
@@ -125,11 +121,11 @@ class SeparableScan(torch.autograd.Function):
         dx, dB, dC = x.new_empty(b, c, q, g, h // g, p), B.new_empty(b, c, q, g, n), C.new_empty(b, c, q, g, n)
         direct, net, skipped = (torch.empty_like(f.dt) for _ in range(3))  # (b, c, g, q, r)
         leaving = dt.new_empty(b, c, g, h // g)
-        for rows, run in reversed(list(_runs(b, c, q * h * p, x.device))):
+        for rows, run in reversed(list(_runs(b, c, q * h * p))):
             part = rows, run
-            xs, X, S = f.x(part), f.written(part), f.operand(states[part].flatten(-2))
+            xs, X, S, G = f.x(part), f.written(part), states[part], f.seen(part)
             dY = dys[part].to(dt.dtype)
-            dread = f.operand((dY * f.rise[part]).flatten(-2))
+            dread = (dY * f.rise[part]).flatten(-2)
 
             # The states' gradients: `dleft` of what leaves a chunk, and what enters it is what leaves the one before.
             dentered = f.product(f.C_entered(part).mT, dread).unflatten(-1, (-1, p))
@@ -139,18 +135,18 @@ class SeparableScan(torch.autograd.Function):
                 across = f.across[rows, k] if f.keep is None else f.across[rows, k] * f.keep[rows, k]
                 torch.addcmul(dentered[:, k - run.start], dstate[rows], across, out=dstate[rows])
             leaving[part] = (dleft * states[rows, run.start + 1 : run.stop + 1]).sum((-3, -1))
-            dadded = f.operand(dleft.mul_(f.across[part]).flatten(-2))
+            dadded = dleft.mul_(f.across[part]).flatten(-2)
 
-            G, dG = f.seen(part), f.operand(f.visible(part, f.product(dread, X.mT)))
+            dG = f.visible(part, f.product(dread, X.mT))
             Bp, Cp = f.B[part], f.C[part]
-            dCp = f.entered(part, f.product(dread, S.mT)) + f.product(dG, Bp)
+            dCp = f.entered(part, f.product(dread, S.flatten(-2).mT)) + f.product(dG, Bp)
             dBp = f.leaving(part, f.product(X, dadded.mT)) + f.product(dG.mT, Cp)
             dC[part], dB[part] = dCp.transpose(2, 3), dBp.transpose(2, 3)
             dX = f.two_products(G.mT, dread, f.B_leaving(part), dadded).unflatten(-1, (-1, p))
 
             # By the exponents: s_i gets dy_i . (y_i - D x_i) of what i reads, and -dX_i . X_i of what it writes.
             direct[part] = (dX * xs).sum(-1).mul_(f.fall[part])
-            net[part] = f.read(part, X, states).mul_(dY).sum(-1)
+            net[part] = f.read(part, G, X, S).mul_(dY).sum(-1)
             skipped[part] = (dY * xs).sum(-1)
             dX.mul_(f.fall_dt[part])
             if D is not None:
@@ -177,7 +173,7 @@ class _Factors:
         self.dt, self.xs = _by_group(dt, q, g), _by_group(x, q, g)  # (b, c, g, q, r) and (b, c, g, q, r, p)
         self.B, self.C = (t.unflatten(1, (-1, q)).transpose(2, 3) for t in (B, C))  # (b, c, g, q, n)
         self.D = None if D is None else D.view(g, 1, -1, 1)
-        s = (self.dt * A.view(g, 1, -1)).clamp_min_(_FORGOTTEN).cumsum(3, dtype=_sum_dtype(dt.device))
+        s = (self.dt * A.view(g, 1, -1)).clamp_min_(FORGOTTEN).cumsum(3, dtype=widest(dt.device))
         self.fall = (-s).exp().to(wide)
         self.fall_dt = (self.fall * self.dt)[..., None]
         self.rise = s.exp().to(wide)[..., None]  # (b, c, g, q, r, 1)
@@ -196,18 +192,17 @@ class _Factors:
         return self.xs[part].to(self.dt.dtype)
 
     def written(self, part) -> Tensor:
-        """X_j = exp(-s_j) dt_j x_j, as an operand: (b, c, g, q, r p)."""
-        return self.operand((self.x(part) * self.fall_dt[part]).flatten(-2))
+        """X_j = exp(-s_j) dt_j x_j: (b, c, g, q, r p)."""
+        return (self.x(part) * self.fall_dt[part]).flatten(-2)
 
-    def read(self, part, X: Tensor, states: Tensor) -> Tensor:
-        """exp(s) (G X + C S): (b, c, g, q, r, p)."""
-        S = self.operand(states[part].flatten(-2))
-        y = self.two_products(self.seen(part), X, self.C_entered(part), S)
-        return y.unflatten(-1, states.shape[-2:]).mul_(self.rise[part])
+    def read(self, part, G: Tensor, X: Tensor, S: Tensor) -> Tensor:
+        """exp(s) (G X + C S), S being the states that enter, (b, c, g, n, r, p): (b, c, g, q, r, p)."""
+        y = self.two_products(G, X, self.C_entered(part), S.flatten(-2))
+        return y.unflatten(-1, S.shape[-2:]).mul_(self.rise[part])
 
     def seen(self, part) -> Tensor:
-        """G, C_i . B_j where i sees j, else 0, as an operand: (b, c, g, q, q)."""
-        return self.operand(self.visible(part, self.product(self.C[part], self.B[part].mT)))
+        """G, C_i . B_j where i sees j, else 0: (b, c, g, q, q)."""
+        return self.visible(part, self.product(self.C[part], self.B[part].mT))
 
     def visible(self, part, G: Tensor) -> Tensor:
         return (G if self.segment is None else G * self._same[part]).tril_()
@@ -229,7 +224,7 @@ class _Factors:
     def from_here(self, net: Tensor, leaving: Tensor) -> Tensor:
         """The sum of net (b, c, g, q, r) from a token to the end of its document or chunk; in a chunk's last document,
         with `leaving` (b, c, g, r) as well. Wider than they are, for terms that cancel."""
-        sums = net.flip(3).cumsum(3, dtype=_sum_dtype(net.device)).flip(3)
+        sums = net.flip(3).cumsum(3, dtype=widest(net.device)).flip(3)
         if self.segment is None:
             return sums + leaving[:, :, :, None]
         # Where a document ends in the chunk, what follows it is taken off again: exactly, being the same sum.
@@ -240,21 +235,17 @@ class _Factors:
         return torch.where(index == q, sums + leaving[:, :, :, None], sums - after)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b for each (b, c, g), summed in float32 or wider."""
+        """a @ b for each (b, c, g), as wide as the sums, of whatever type they come in."""
         shape = a.shape[:3]
-        a, b = (self.operand(t).flatten(0, 2) for t in (a, b))
+        a, b = (t.to(self.dt.dtype).flatten(0, 2) for t in (a, b))
         return torch.bmm(a, b).unflatten(0, shape)
 
     def two_products(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
-        """a1 @ b1 + a2 @ b2, of which all but a2 are operands."""
+        """a1 @ b1 + a2 @ b2, of which the first two are wide already."""
         out = self.product(a2, b2)
         flat = out.flatten(0, 2)
         torch.baddbmm(flat, a1.flatten(0, 2), b1.flatten(0, 2), out=flat)
         return out
-
-    def operand(self, t: Tensor) -> Tensor:
-        """As what a matrix product takes it: as wide as the sums."""
-        return t.to(self.dt.dtype)
 
 
 def _by_group(t: Tensor, q: int, g: int) -> Tensor:
@@ -262,10 +253,10 @@ def _by_group(t: Tensor, q: int, g: int) -> Tensor:
     return t.unflatten(1, (-1, q)).unflatten(3, (g, -1)).transpose(2, 3)
 
 
-def _runs(b: int, c: int, elements: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+def _runs(b: int, c: int, elements: int) -> Iterator[tuple[slice, slice]]:
     """(rows, chunks) in parts of which an intermediate, `elements` a chunk, stays within its bound: several whole
     rows, or one after the other the runs of chunks of a row."""
-    size = max(1, _SEPARABLE_ELEMENTS.get(device.type, _ELEMENTS_GPU) // elements)
+    size = max(1, _SEPARABLE_ELEMENTS // elements)
     for i in range(0, b, max(1, size // c)):
         rows = slice(i, min(b, i + max(1, size // c)))
         for k in range(0, c, size):
@@ -397,8 +388,8 @@ def _decays(
     exp(s_i), from the chunk's start to token i; `leave` exp(s_q - s_j), from token j to the chunk's end; `across`
     (m, g, r) exp(s_q), from end to end. Each decay is zero where a document ends on the way.
     """
-    a = (dtm * A.view(dtm.shape[2:])).clamp_min_(_FORGOTTEN)
-    s = a.to(_sum_dtype(a.device)).cumsum(1)
+    a = (dtm * A.view(dtm.shape[2:])).clamp_min_(FORGOTTEN)
+    s = a.to(widest(a.device)).cumsum(1)
     high = s.to(a.dtype)
     low = (s - high).to(a.dtype)
     enter, leave = high.exp(), (s[:, -1:] - s).to(a.dtype).clamp_max(0).exp()
@@ -437,7 +428,7 @@ def _decay_matrix(s: tuple[Tensor, Tensor], part: slice) -> Tensor:
     high, low = (t[part].movedim(1, -1) for t in s)
     exponent = high[..., :, None] - high[..., None, :]
     exponent.add_(low[..., :, None]).sub_(low[..., None, :])
-    return exponent.clamp_(_FORGOTTEN, 0).exp_()
+    return exponent.clamp_(FORGOTTEN, 0).exp_()
 
 
 def _products(Bm: Tensor, Cm: Tensor, visible: Tensor, part: slice) -> Tensor:
@@ -457,7 +448,7 @@ def _visible(segment: Tensor | None, q: int, dtm: Tensor) -> Tensor:
 
 def _parts(chunks: int, elements: int, device: torch.device) -> list[slice]:
     """Slices of the chunks such that one (q, q)-sized intermediate of a slice stays within its bound."""
-    size = max(1, _MASKED_ELEMENTS.get(device.type, _ELEMENTS_GPU) // elements)
+    size = max(1, _MASKED_ELEMENTS.get(device.type, _MASKED_ELEMENTS_GPU) // elements)
     return [slice(k, k + size) for k in range(0, chunks, size)]
 
 
@@ -469,8 +460,3 @@ def _to_inner(state: Tensor, g: int) -> Tensor:
 def _to_outer(state: Tensor) -> Tensor:
     """(b, g, n, r, p) -> (b, h, p, n), contiguous."""
     return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    """Differences of long cumulative sums need more digits than float32 has; Apple's GPUs have no more to give."""
-    return torch.float32 if device.type == "mps" else torch.float64

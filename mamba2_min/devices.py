@@ -82,11 +82,6 @@ def matmul_precision(device: torch.device, precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """The float with most digits: Apple's GPUs have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on the device, or None where the system does not tell."""
     if device.type == "cuda":

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_min import checkpoint, devices
+from mamba2_min.autograd import widest
 from mamba2_min.corpus import IGNORE, Corpus, Windows
 from mamba2_min.errors import UserError, printable
 from mamba2_min.evaluation.perplexity import Score, evaluate
@@ -274,7 +275,7 @@ class Trainer:
     def _backward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Adds the gradients of a batch's mean loss, micro-batch by micro-batch, and returns that loss."""
         counts = [int((part != IGNORE).sum()) for part in targets.split(self.micro_batch)]
-        total = torch.zeros((), dtype=devices.widest(self.device), device=self.device)
+        total = torch.zeros((), dtype=widest(self.device), device=self.device)
         parts = zip(input_ids.split(self.micro_batch), targets.split(self.micro_batch), counts, strict=True)
         for ids, wanted, count in parts:
             with self.autocast:
