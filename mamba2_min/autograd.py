@@ -42,6 +42,29 @@ def uncompiled(function: Callable) -> Callable:
     return run
 
 
+def as_bits(t: Tensor) -> Tensor:
+    """t (..., a, b) as integers (..., b, a), for `ctx.save_for_backward`: a view, which `of_bits` turns back.
+
+    A compiler sees forward and backward at once, takes what both compute from t for one thing, and keeps that for the
+    backward (t widened, t shifted) where t alone would do. It does not look through the integers, turned as they are.
+    """
+    return t.view(_INTEGERS[t.element_size()]).mT
+
+
+def of_bits(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `as_bits` was given."""
+    return t.view(dtype).mT
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def written_out(t: Tensor) -> Tensor:
+    """t, contiguous. A compiler writes it to memory here, instead of working it out anew wherever it is used."""
+    t = t.contiguous()
+    return t.as_strided(t.shape, t.stride())
+
+
 def widest(device: torch.device) -> torch.dtype:
     """What long sums and their differences are had in: float64, and on Apple's GPUs, which have none, float32."""
     return torch.float32 if device.type == "mps" else torch.float64

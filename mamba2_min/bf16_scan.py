@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamba2_min.autograd import autocast_off, refuse_second_derivative
+from mamba2_min.autograd import autocast_off, refuse_second_derivative, written_out
 
 # exp(-88) is about the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps
 # the cumulative sums small enough to subtract exactly.
@@ -85,7 +85,7 @@ class BF16Scan(torch.autograd.Function):
         M, L = _decay_matrix(s, _visible(segment, q, s.device), G, g)
         dy_heads = _by_head(dym)
         dM = _product(dy_heads, _by_head(xdt).transpose(1, 2)).view(m, h, q, q) * L
-        dG = dM.view(m, g, r, q, q).sum(2).bfloat16().view(m * g, q, q)
+        dG = _sum_heads(dM.view(m, g, r, q, q)).bfloat16().view(m * g, q, q)
         E = (dM * G.view(m, g, 1, q, q).expand(-1, -1, r, -1, -1).reshape(m, h, q, q)).tril(-1)
         rows, columns = E.sum(-1), E.sum(-2)  # (m, h, q)
         inside = _product(M.bfloat16().view(m * h, q, q).transpose(1, 2), dy_heads).view(m, h, q, p).transpose(1, 2)
@@ -111,8 +111,11 @@ class BF16Scan(torch.autograd.Function):
         dA = (da * dtm[..., 0]).sum((0, 1))
         dD = None if D is None else (dym * xm.float()).sum((0, 1, 3))
         return (
-            dx.to(x.dtype).reshape(b, l, h, p), ddt.reshape(b, l, h), dA,
-            *(t.view(m, g, q, n).transpose(1, 2).reshape(b, l, g, n).to(B.dtype) for t in (dB, dC)),
+            written_out(dx.to(x.dtype)).view(b, l, h, p), ddt.reshape(b, l, h), dA,
+            *(
+                written_out(t.to(B.dtype).view(m, g, q, n).transpose(1, 2)).view(b, l, g, n)
+                for t in (dB, dC)
+            ),
             dD, _to_outer(dstate), None, None,
         )  # fmt: skip
 
@@ -147,6 +150,15 @@ def _visible(segment: Tensor | None, q: int, device: torch.device) -> Tensor:
         return causal
     seg = segment.view(-1, 1, q)
     return causal & (seg[..., :, None] == seg[..., None, :])
+
+
+def _sum_heads(t: Tensor) -> Tensor:
+    """(m, g, r, q, q) -> (m, g, q, q). By a few heads at a time, each of which a compiler reads along its rows; of many
+    at once it would read them element by element."""
+    while (r := t.shape[2]) > 1:
+        few = [f for f in (7, 6, 5, 4, 3, 2, r) if r % f == 0][0]
+        t = t.unflatten(2, (r // few, few)).sum(3)
+    return t.squeeze(2)
 
 
 def _by_group(t: Tensor, g: int) -> Tensor:

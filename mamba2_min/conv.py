@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import refuse_second_derivative, uncompiled, without_autocast
+from mamba2_min.autograd import (
+    as_bits, of_bits, refuse_second_derivative, uncompiled, without_autocast, written_out,
+)  # fmt: skip
 from mamba2_min.ssd import document_numbers
 
 _BLOCK_ELEMENTS = 1 << 17  # of a product that stays in a core's second-level cache until it is summed
@@ -62,18 +64,20 @@ class _ShiftedConvSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, weight, bias):
-        ctx.save_for_backward(u, weight, bias)
-        return F.silu(_shifted(u, weight, bias))
+        ctx.save_for_backward(as_bits(u), weight, bias)
+        ctx.dtype = u.dtype
+        return F.silu(_shifted(u, written_out(weight.t()), bias))
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative()
-        u, weight, bias = ctx.saved_tensors
+        bits, weight, bias = ctx.saved_tensors
+        u, taps = of_bits(bits, ctx.dtype), written_out(weight.t())
         K, l = weight.shape[1], u.shape[1]
-        dv = torch.ops.aten.silu_backward(dy, _shifted(u, weight, bias))
-        du = dv * weight[:, -1]
+        dv = written_out(torch.ops.aten.silu_backward(dy, _shifted(u, taps, bias)))
+        du = dv * taps[-1]
         for s in range(1, K):
-            du = du + F.pad(dv, (0, 0, 0, s))[:, s:] * weight[:, K - 1 - s]
+            du = du + F.pad(dv, (0, 0, 0, s))[:, s:] * taps[K - 1 - s]
         wide = torch.promote_types(u.dtype, torch.float32)
         shifts = [F.pad(u, (0, 0, s, 0))[:, :l] for s in range(K - 1, -1, -1)]
         dweight = torch.stack([(dv * shift).sum((0, 1), dtype=wide) for shift in shifts], dim=1)
@@ -81,12 +85,12 @@ class _ShiftedConvSiLU(torch.autograd.Function):
         return du, dweight.to(weight.dtype), dbias
 
 
-def _shifted(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Before SiLU: (b, l, c) -> (b, l, c)."""
-    K, l = weight.shape[1], u.shape[1]
-    y = u * weight[:, -1] if bias is None else u * weight[:, -1] + bias
+def _shifted(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """Before SiLU: u (b, l, c), taps (K, c), a row for each shift, so that neighbours read neighbours -> (b, l, c)."""
+    K, l = len(taps), u.shape[1]
+    y = u * taps[-1] if bias is None else u * taps[-1] + bias
     for s in range(1, K):
-        y = y + F.pad(u, (0, 0, s, 0))[:, :l] * weight[:, K - 1 - s]
+        y = y + F.pad(u, (0, 0, s, 0))[:, :l] * taps[K - 1 - s]
     return y
 
 

@@ -73,10 +73,11 @@ def is_recordable(model: Mamba2LM) -> bool:
 
 
 class CompiledDecoder(Prepared):
-    """Token after token by one compiled function a block and one for the head.
+    """Token after token by five compiled functions, four of them a block's.
 
-    The convolution's inputs move from one buffer to another and back, by turns: moved in place, a compiler would copy
-    them first.
+    They end where something should be in memory: a compiler would work the convolution out anew for every number of the
+    state that it changes. The convolution's inputs move from one buffer to another and back, by turns: moved in place,
+    a compiler would copy them first.
     """
 
     turns = 2
@@ -89,74 +90,78 @@ class CompiledDecoder(Prepared):
         def made(function):
             return torch.compile(function, dynamic=False, options=options) if compiled else function
 
-        self._block, self._head = made(_block), made(_head)
+        self._project, self._convolve, self._update = made(_project), made(_convolve), made(_update)
+        self._out, self._head = made(_out), made(_project)
 
     def _logits(self, x: Tensor) -> Tensor:
         model, after = self.model, self._buffers[1 if self.conv is self._buffers[0] else 0]
         with autocast_off(x):
             for block, conv, new, ssm in zip(model.backbone.layers, self.conv, after, self.ssm, strict=True):
-                x = self._block(x, conv, new, ssm, _weights(block), _shape(block))
+                m, c, norm = block.mixer, block.mixer.config, block.mixer.norm
+                projected = self._project(x, block.norm.weight, block.norm.eps, m.in_proj.weight, m.in_proj.bias)
+                z, xBC, dt = projected.split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
+                xBC = self._convolve(xBC, conv, new, m.conv1d.weight[:, 0], m.conv1d.bias)
+                y = self._update(xBC, dt, ssm, m.dt_bias, m.A_log, m.D, c.ngroups)
+                how = (norm.eps, norm.groups, norm.norm_before_gate)
+                x = self._out(x, y, z, norm.weight, m.out_proj.weight, m.out_proj.bias, how)
             self.conv = after
-            return self._head(x, model.backbone.norm_f.weight, model.backbone.norm_f.eps, model.lm_head.weight)
+            last = model.backbone.norm_f
+            return self._head(x, last.weight, last.eps, model.lm_head.weight, None)
 
 
-def _weights(block) -> tuple[Tensor | None, ...]:
-    m = block.mixer
-    return (
-        block.norm.weight, m.in_proj.weight, m.in_proj.bias, m.conv1d.weight[:, 0], m.conv1d.bias, m.dt_bias, m.A_log,
-        m.D, m.norm.weight, m.out_proj.weight, m.out_proj.bias,
-    )  # fmt: skip
+# One token a row. Letters as in ssd.py.
 
 
-def _shape(block) -> tuple:
-    """The plain numbers of a block."""
-    c, norm = block.mixer.config, block.mixer.norm
-    return block.norm.eps, c.nheads, c.ngroups, c.d_state, norm.eps, norm.groups, norm.norm_before_gate
+def _project(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """weight norm(x) + bias: (b, d) -> (b, outputs)"""
+    return _normed_linear(_widen(x), norm, eps, 1, weight, bias)
 
 
-def _block(x, conv, new_conv, ssm, weights, shape):
-    """x + mixer(norm(x)) for one token, x (b, d_model); writes new_conv and ssm. Letters as in ssd.py."""
-    norm, w_in, b_in, taps, taps_bias, dt_bias, A_log, D, gated_norm, w_out, b_out = weights
-    eps, h, g, n, gated_eps, norm_groups, norm_before_gate = shape
-    b, d_inner = len(x), gated_norm.shape[0]
-    wide = ssm.dtype
-    projected = _linear(_rms_norm(x.to(wide), norm, eps).to(w_in.dtype), w_in, b_in)
-    z, xBC, dt = projected.split([d_inner, d_inner + 2 * g * n, h], dim=-1)
-
-    window = torch.cat([conv, xBC[:, None]], dim=1)  # (b, K, c)
+def _convolve(xBC: Tensor, conv: Tensor, new_conv: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """(b, c) -> (b, c); writes new_conv (b, K - 1, c)."""
+    window = torch.cat([conv, xBC[:, None]], dim=1)
     new_conv.copy_(window[:, 1:])
-    xBC = (window.to(wide) * taps.t()).sum(1)
-    xBC = F.silu(xBC if taps_bias is None else xBC + taps_bias).to(w_in.dtype).to(wide)
-    xs, B, C = xBC.split([d_inner, g * n, g * n], dim=-1)
-    xs, B, C = xs.view(b, g, h // g, -1), B.view(b, g, 1, 1, n), C.view(b, g, 1, 1, n)
+    y = (_widen(window) * taps.t()).sum(1)
+    return F.silu(y if bias is None else y + bias).to(xBC.dtype)
 
-    dt = F.softplus(dt.to(wide) + dt_bias).view(b, g, -1, 1)
-    decay = (dt * -A_log.to(wide).exp().view(g, -1, 1)).exp()
-    state = ssm.view(b, g, h // g, -1, n) * decay[..., None] + (dt * xs)[..., None] * B
-    y = (state * C).sum(-1) + D.view(g, -1, 1) * xs
+
+def _update(xBC: Tensor, dt: Tensor, ssm: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, g: int) -> Tensor:
+    """H = exp(dt A) H + dt x B^T;  y = H C + D x: (b, c) -> (b, d_inner); writes ssm (b, h, p, n)."""
+    b, h, p, n = ssm.shape
+    x, B, C = _widen(xBC).split([h * p, g * n, g * n], dim=-1)
+    x, B, C = x.view(b, g, h // g, p), B.view(b, g, 1, 1, n), C.view(b, g, 1, 1, n)
+    dt = F.softplus(_widen(dt) + dt_bias).view(b, g, -1, 1)
+    decay = (dt * -_widen(A_log).exp().view(g, -1, 1)).exp()
+    state = ssm.view(b, g, -1, p, n) * decay[..., None] + (dt * x)[..., None] * B
+    y = (state * C).sum(-1) + D.view(g, -1, 1) * x
     ssm.copy_(state.view(ssm.shape))
-
-    y, gate = y.reshape(b, d_inner), F.silu(z.to(wide))
-    if norm_before_gate:
-        y = _rms_norm(y, gated_norm, gated_eps, norm_groups) * gate
-    else:
-        y = _rms_norm(y * gate, gated_norm, gated_eps, norm_groups)
-    return x + _linear(y.to(w_out.dtype), w_out, b_out)
+    return y.view(b, -1)
 
 
-def _head(x, norm, eps, weight):
-    wide = torch.promote_types(norm.dtype, torch.float32)
-    return _linear(_rms_norm(x.to(wide), norm, eps).to(weight.dtype), weight, None)
+def _out(x: Tensor, y: Tensor, z: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, how: tuple) -> Tensor:
+    """x + weight RMSNorm(y * silu(z)) + bias, x (b, d_model), y and z (b, d_inner)."""
+    eps, groups, norm_before_gate = how
+    gate = F.silu(_widen(z))
+    u, scale = (y, norm * gate) if norm_before_gate else (y * gate, norm)
+    return x + _normed_linear(u, scale, eps, groups, weight, bias)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
-    parts = x.unflatten(-1, (groups, -1))
-    return (parts * (parts.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * weight
+def _normed_linear(u: Tensor, scale: Tensor, eps: float, g: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """weight (u / rms(u) * scale) + bias, an rms for each of g parts of u: (b, d) -> (b, outputs), in weight's dtype.
+
+    For few rows the norm is divided by after the product, as each output can sum u's squares beside its own products:
+    one kernel, where the norm before the product would be another.
+    """
+    if len(u) > _FEW_ROWS:
+        parts = u.unflatten(-1, (g, -1))
+        normed = (parts * (parts.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * scale
+        return F.linear(normed.to(weight.dtype), weight, bias)
+    products = (u * scale)[:, None, :] * weight
+    squares = u.square()[:, None, :].expand_as(products)
+    sums, means = products.unflatten(-1, (g, -1)).sum(-1), squares.unflatten(-1, (g, -1)).mean(-1)
+    y = (sums * (means + eps).rsqrt()).sum(-1)
+    return (y if bias is None else y + bias).to(weight.dtype)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if len(x) > _FEW_ROWS:
-        return F.linear(x, weight, bias)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    y = (x.to(wide)[:, None, :] * weight).sum(-1)
-    return (y if bias is None else y + bias).to(x.dtype)
+def _widen(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))

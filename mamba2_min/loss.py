@@ -96,6 +96,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 h = (h * weigh).to(dtype)
                 if dtype == dweight.dtype:
                     dweight.addmm_(dlogits.t(), h)
+                elif hidden.is_cuda and torch.__version__ >= (2, 8):
+                    torch.addmm(dweight, dlogits.t(), h, out_dtype=dweight.dtype, out=dweight)
                 else:
                     dweight += dlogits.t() @ h
         ctx.gradients = dhidden, None if dweight is None else dweight[: len(weight)].to(weight.dtype)

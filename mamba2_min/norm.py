@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import refuse_second_derivative
+from mamba2_min.autograd import as_bits, of_bits, refuse_second_derivative, written_out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -53,20 +53,22 @@ class _RMSNorm(torch.autograd.Function):
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, z, weight, eps, groups):
+        y = written_out(y)
         u = F.silu(z.to(weight.dtype)).mul_(y)
         scale = _inverse_rms(u, eps, groups)
-        ctx.save_for_backward(y, z, weight, scale)
+        ctx.save_for_backward(y, as_bits(z), weight, scale)
+        ctx.dtype = z.dtype
         return _scaled(u, scale) * weight
 
     @staticmethod
     def backward(ctx, dout):
         refuse_second_derivative()
-        y, z, weight, scale = ctx.saved_tensors
-        wide_z = z.to(weight.dtype)
+        y, bits, weight, scale = ctx.saved_tensors
+        wide_z = of_bits(bits, ctx.dtype).to(weight.dtype)
         gate = F.silu(wide_z)
         du, dweight = _normed_backward(gate * y, weight, scale, dout)
         dz = torch.ops.aten.silu_backward(du * y, wide_z)
-        return du.mul_(gate).to(y.dtype), dz.to(z.dtype), dweight, None, None
+        return written_out(du.mul_(gate).to(y.dtype)), written_out(dz.to(ctx.dtype)), dweight, None, None
 
 
 def _inverse_rms(u: Tensor, eps: float, groups: int) -> Tensor:
