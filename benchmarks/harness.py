@@ -105,7 +105,9 @@ def parser(name: str, description: str, peers: Sequence[str]) -> argparse.Argume
 
 
 def options(args: argparse.Namespace) -> Options:
-    """The options that a parser of `parser` read."""
+    """The options that a parser of `parser` read. Exits with one line where the results could not be written later."""
+    if args.out.exists() and not args.out.is_dir():
+        sys.exit(f"error: --out {args.out} is a file; it must be a folder")
     return Options(
         device=args.device,
         threads=args.threads,

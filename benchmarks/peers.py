@@ -7,8 +7,9 @@
     transformers-mamba2    Mamba2ForCausalLM of the `transformers` package
     mamba_ssm              MambaLMHeadModel of the `mamba_ssm` package, where it can be imported
 
-A name may end in "+compile" (every block by torch.compile; this package's models only), and mamba2_min in "+int8" or
-"+bf16" (narrow matrices, mamba2_min/quantize.py; for decoding on a CPU).
+A name may end in "+compile" (every block by torch.compile) and "+recompute" (blocks computed again in the backward pass
+instead of kept), both for this package's models only, and mamba2_min in "+int8" or "+bf16" (narrow matrices,
+mamba2_min/quantize.py; for decoding on a CPU).
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ TINY = Mamba2Config(vocab_size=499, d_model=64, n_layer=2, d_state=16, headdim=1
 
 MODELS = {"small": SMALL, "base": BASE, "tiny": TINY}
 
+_OWN = ("mamba2_min", "transformer", "transformer-deep")
 DEFAULT = ("mamba2_min", "transformer", "transformers-mamba2", "mamba_ssm")
 
 
 class Own:
     """A model of this package."""
 
-    def __init__(self, model: Mamba2LM | TransformerLM, compiled: bool):
+    def __init__(self, model: Mamba2LM | TransformerLM, how: set[str]):
         self.model = model
-        if compiled:
+        model.recompute = "recompute" in how
+        if "compile" in how:
             model.compile_blocks()
             if isinstance(model, Mamba2LM):
                 model.compile_steps()
@@ -162,21 +165,21 @@ Peer = Own | TransformersMamba2 | MambaSsm
 
 def build(name: str, config: Mamba2Config, device: str, dtype: torch.dtype = torch.float32) -> Peer:
     """The peer of that name and of that Mamba-2's size. Raises Unavailable, or ValueError for an unknown name."""
-    base, _, suffix = name.partition("+")
-    if suffix not in ("", "compile", *KINDS):
-        raise ValueError(f"unknown suffix +{suffix}; there are +compile, +{', +'.join(KINDS)}")
-    if suffix in KINDS and base != "mamba2_min":
-        raise ValueError(f"{base} has no +{suffix}")
-    if suffix in KINDS and device != "cpu":
+    base, *suffixes = name.split("+")
+    how, kind = {"compile", "recompute"}.intersection(suffixes), [s for s in suffixes if s in KINDS]
+    if unknown := set(suffixes) - how - set(kind):
+        choice = ", +".join(["compile", "recompute", *KINDS])
+        raise ValueError(f"unknown suffix +{', +'.join(sorted(unknown))}; there are +{choice}")
+    if (kind and base != "mamba2_min") or (how and base not in _OWN):
+        raise ValueError(f"{base} has no +{suffixes[0]}")
+    if kind and device != "cpu":
         raise Unavailable("runs on a CPU only")
     if base == "mamba2_min":
-        peer = Own(Mamba2LM(config, seed=0), suffix == "compile")
+        peer = Own(Mamba2LM(config, seed=0), how)
     elif base == "transformer":
-        peer = Own(TransformerLM(TransformerConfig.matching(config), seed=0), bool(suffix))
+        peer = Own(TransformerLM(TransformerConfig.matching(config), seed=0), how)
     elif base == "transformer-deep":
-        peer = Own(TransformerLM(TransformerConfig.matching(config, config.n_layer), seed=0), bool(suffix))
-    elif suffix:
-        raise ValueError(f"{base} has no +{suffix}")
+        peer = Own(TransformerLM(TransformerConfig.matching(config, config.n_layer), seed=0), how)
     elif base == "transformers-mamba2":
         peer = TransformersMamba2(config)
     elif base == "mamba_ssm":
@@ -186,8 +189,8 @@ def build(name: str, config: Mamba2Config, device: str, dtype: torch.dtype = tor
     else:
         raise ValueError(f"unknown peer {name}; the names are in benchmarks/peers.py")
     peer.model.to(device=device, dtype=dtype)
-    if suffix in KINDS:
-        quantize(peer.model, suffix)
+    if kind:
+        quantize(peer.model, kind[0])
     return peer
 
 

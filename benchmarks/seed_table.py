@@ -33,13 +33,13 @@ LABELS = {
     "plain-autograd": "plain autograd",
     FLOOR: "matrix products alone",
 }
-_SUFFIXES = {"compile": "compiled"}
+_SUFFIXES = {"compile": "compiled", "recompute": "recomputed"}
 
 
 def label(peer: str) -> str:
     """A peer's name for readers."""
-    base, _, suffix = peer.partition("+")
-    return LABELS.get(base, base) + (f", {_SUFFIXES.get(suffix, suffix)}" if suffix else "")
+    base, *suffixes = peer.split("+")
+    return ", ".join([LABELS.get(base, base), *(_SUFFIXES.get(suffix, suffix) for suffix in suffixes)])
 
 
 def describe(result: Measurement) -> str:
@@ -136,7 +136,7 @@ def caption(results: list[Measurement]) -> str:
     lines = {}
     for result in results:
         machine, about = result["machine"], result["about"]
-        rounds = len(result["peers"].get(OURS, {}).get("seconds", ()))
+        rounds = max(len(peer.get("seconds", ())) for peer in result["peers"].values())
         what = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
         lines[
             f"*{what}; torch {result['versions']['torch']}, {about['precision']}; median of {rounds} rounds; "

@@ -95,7 +95,8 @@ def batch_of(setting: Setting, device: str) -> tuple[Tensor, Tensor]:
 def peak_memory(name: str, setting: Setting, options: Options) -> int:
     """Bytes that a peer's model, gradients, optimiser state and activations take at their highest, in a third step."""
     rehearsal = QUICK["tiny-b2-l48"]  # loads libraries and starts threads, which are not the model's
-    step_of(peers.build(name, rehearsal.config, options.device), *batch_of(rehearsal, options.device), options)()
+    plain = peers.build(name.partition("+")[0], rehearsal.config, options.device)
+    step_of(plain, *batch_of(rehearsal, options.device), options)()
     meter = MemoryMeter(options.device)
     peer = peers.build(name, setting.config, options.device)
     step = step_of(peer, *batch_of(setting, options.device), options)

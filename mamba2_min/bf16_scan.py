@@ -156,7 +156,7 @@ def _sum_heads(t: Tensor) -> Tensor:
     """(m, g, r, q, q) -> (m, g, q, q). By a few heads at a time, each of which a compiler reads along its rows; of many
     at once it would read them element by element."""
     while (r := t.shape[2]) > 1:
-        few = [f for f in (7, 6, 5, 4, 3, 2, r) if r % f == 0][0]
+        few = max([f for f in range(2, 8) if r % f == 0] or [r])
         t = t.unflatten(2, (r // few, few)).sum(3)
     return t.squeeze(2)
 

@@ -7,8 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba2_min.autograd import (
-    as_bits, of_bits, refuse_second_derivative, uncompiled, without_autocast, written_out,
-)  # fmt: skip
+    as_bits,
+    of_bits,
+    refuse_second_derivative,
+    uncompiled,
+    without_autocast,
+    written_out,
+)
 from mamba2_min.ssd import document_numbers
 
 _BLOCK_ELEMENTS = 1 << 17  # of a product that stays in a core's second-level cache until it is summed
