@@ -3,7 +3,8 @@
 Time:   all peers live in one process and take turns, round by round, each round beginning with another peer, so that a
         machine that slows down slows all of them. Warm-up rounds are not counted. A speed is the median of the rounds,
         its spread the quartiles, and a ratio the median of each round's own ratio.
-Memory: each peer alone in a fresh process, above what that process held before the model was built.
+Memory: each peer alone, above what its process held before the model was built. On a CPU that is a fresh process. On a
+        GPU, whose allocator counts to the byte, it is this one: compilers take half a minute anew in each process.
 """
 
 from __future__ import annotations
@@ -224,17 +225,19 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """An entry for each name: memory, time and what else is known of it; or "skipped", with the reason.
 
-    peak(name, setting, options): bytes, measured in a fresh process. prepare(name, setting, options): the work of one
-    round, which is `things` things (steps, tokens a row) of `tokens` tokens each, and facts for the entry. Both may
-    raise Unavailable. The floor's memory is not asked for.
+    peak(name, setting, options): bytes, measured alone. prepare(name, setting, options): the work of one round, which
+    is `things` things (steps, tokens a row) of `tokens` tokens each, and facts for the entry. Both may raise
+    Unavailable. The floor's memory is not asked for.
     """
     entries: dict[str, dict[str, Any]] = {name: {} for name in names}
     works = {}
     if options.memory:
+        alone = in_this_process if options.device == "cuda" else in_fresh_process
         for name in names:
             if name != FLOOR:
                 with _noting(entries[name]):
-                    entries[name]["peak_bytes"] = in_fresh_process(_prepared, peak, name, setting, options)
+                    entries[name]["peak_bytes"] = alone(_prepared, peak, name, setting, options)
+                _forget(options)
     for name in names:
         if "skipped" not in entries[name]:
             with _noting(entries[name]):
@@ -243,8 +246,15 @@ def compare(
     for name, seconds in take_turns(works, options).items():
         entries[name] |= timed(seconds, things, tokens)
     works.clear()
-    devices.release_memory(torch.device(options.device))  # the next setting's processes may need it
+    _forget(options)
     return entries
+
+
+def _forget(options: Options) -> None:
+    """Frees what is not used any more, and compiled code too: of too many shapes a compiler would not compile the next.
+    """
+    torch.compiler.reset()
+    devices.release_memory(torch.device(options.device))
 
 
 def _prepared(peak: Callable[[str, Any, Options], int], name: str, setting: Any, options: Options) -> int:
@@ -270,13 +280,19 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) in a process of its own. Raises Unavailable where that runs out of memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(function, *args).result()
+            return in_this_process(pool.submit(function, *args).result)
         except BrokenProcessPool:  # the system stopped it
             raise Unavailable("out of memory") from None
-        except (MemoryError, RuntimeError) as error:
-            if devices.is_out_of_memory(error):
-                raise Unavailable("out of memory") from None
-            raise
+
+
+def in_this_process(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args). Raises Unavailable where that runs out of memory."""
+    try:
+        return function(*args)
+    except (MemoryError, RuntimeError) as error:
+        if devices.is_out_of_memory(error):
+            raise Unavailable("out of memory") from None
+        raise
 
 
 def measurement(benchmark: str, setting: str, about: dict[str, Any], options: Options, peers: dict) -> Measurement:

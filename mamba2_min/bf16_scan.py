@@ -164,7 +164,7 @@ def _sum_heads(t: Tensor) -> Tensor:
 def _by_group(t: Tensor, g: int) -> Tensor:
     """(m, q, h, p) -> (m g, q, r p), in bf16."""
     m, q = t.shape[:2]
-    return t.bfloat16().view(m, q, g, -1).transpose(1, 2).reshape(m * g, q, -1)
+    return t.bfloat16().reshape(m, q, g, -1).transpose(1, 2).reshape(m * g, q, -1)
 
 
 def _ungroup(t: Tensor, m: int, g: int, r: int) -> Tensor:

@@ -104,30 +104,41 @@ _CGROUPS = (
 
 
 def training_memory(
-    config: Mamba2Config, batch_size: int, context: int, device: torch.device | str = "cpu", recompute: bool = False
+    config: Mamba2Config,
+    batch_size: int,
+    context: int,
+    device: torch.device | str = "cpu",
+    recompute: bool = False,
+    precision: str = "float32",
 ) -> int:
     """An estimate of the bytes that a training adds to the process: a bit more than it takes, within a half.
 
     Weights, gradients and AdamW's two moments are four float32 copies of the parameters, and while the head's gradient
     is made there is one more of the embedding. A token keeps, for each layer, the residual stream and the outputs and
     inputs of its projections, convolution, scan and norms until the backward pass; with `recompute`, of one layer only.
+    With `precision` "bf16" a GPU keeps all but the stream in half of the bytes.
     """
     tokens = batch_size * context
+    on_cpu = torch.device(device).type == "cpu"
     head = config.padded_vocab_size * config.d_model
     a_layer = (
-        4 * config.d_model
+        3 * config.d_model
         + 2 * config.d_in_proj
         + 2 * config.conv_dim
         + 4 * config.d_inner
         + 2 * config.d_inner * config.d_state // config.chunk_size  # a state and its gradient a chunk
     )
-    layers = a_layer + config.n_layer * config.d_model if recompute else config.n_layer * a_layer
-    kept = 4 * config.num_parameters() + head + tokens * (layers + 4 * config.d_model)
-    on_cpu = torch.device(device).type == "cpu"
+    width = 2 if precision == "bf16" and not on_cpu else 4
+    layers = width * a_layer * (1 if recompute else config.n_layer) + 4 * config.d_model * (config.n_layer + 4)
     logits = tokens * config.vocab_size
     slices = min(1 << 22, logits) if on_cpu else 3 * min(1 << 27, logits)  # see loss.py
     libraries = 180 << 20 if on_cpu else 0  # what the optimiser and the picture import
-    return 4 * (kept + slices) + libraries
+    return 4 * (4 * config.num_parameters() + head + slices) + tokens * layers + libraries
+
+
+def _needed(config: Mamba2Config, settings: Settings, device: torch.device, batch: int, context: int) -> int:
+    precision = pick_precision(settings.precision, device)
+    return training_memory(config, batch, context, device, settings.recompute, precision)
 
 
 def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device) -> Settings:
@@ -135,9 +146,8 @@ def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device
     until it does. Once chosen it is kept, or a run that goes on would add its gradients up in another order."""
     if not settings.adapt_micro_batch or settings.micro_batch:
         return settings
-    context, recompute = settings.context, settings.recompute
     micro, free = settings.batch_size, free_memory(device)
-    while micro > 1 and free is not None and training_memory(config, micro, context, device, recompute) > free:
+    while micro > 1 and free is not None and _needed(config, settings, device, micro, settings.context) > free:
         micro = -(-micro // 2)
     return dataclasses.replace(settings, micro_batch=micro)
 
@@ -150,13 +160,13 @@ def check_memory(
     Raises UserError that says what to lower, and to what, where it is too much, unless that is to be ignored.
     """
     micro, context = settings.micro_batch or settings.batch_size, settings.context
-    needed, free = training_memory(config, micro, context, device, settings.recompute), free_memory(device)
+    needed, free = _needed(config, settings, device, micro, context), free_memory(device)
     if free is None or needed <= free or ignore:
         return size(needed), "" if free is None else size(free)
     says = f"training needs about {size(needed)}, and {size(free)} is free"
 
     def fits(batch: int, length: int) -> bool:
-        return training_memory(config, batch, length, device, settings.recompute) <= free
+        return _needed(config, settings, device, batch, length) <= free
 
     if not fits(1, 1):
         raise UserError(f"{says}: the model alone is too large; lower --d-model, --n-layer or --vocab-size")

@@ -58,9 +58,10 @@ def test_extremes_are_finite(decay):
     assert all(t.isfinite().all() for t in run(bf16_scan, low).values())
 
 
-def test_a_compiler_finds_the_same_gradients():
+@pytest.mark.parametrize(("b", "l"), [(1, 16), (3, 8), (2, 24)])
+def test_a_compiler_finds_the_same_gradients(b, l):
     """Without its code generator: what it reads out of the hand-written derivatives, of each result."""
-    low, _ = rounded(make(l=16, b=1, documents=False))
+    low, _ = rounded(make(l=l, b=b, documents=False))
     compiled = torch.compile(bf16_scan, backend="aot_eager", dynamic=False)
     for through in ((0, 1), (1, 0), (1, 1)):
         got, expected = run(compiled, low, through=through), run(bf16_scan, low, through=through)
