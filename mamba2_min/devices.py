@@ -132,7 +132,7 @@ def training_memory(
     layers = width * a_layer * (1 if recompute else config.n_layer) + 4 * config.d_model * (config.n_layer + 4)
     logits = tokens * config.vocab_size
     slices = min(1 << 22, logits) if on_cpu else 3 * min(1 << 27, logits)  # see loss.py
-    libraries = 180 << 20 if on_cpu else 0  # what the optimiser and the picture import
+    libraries = 192 << 20 if on_cpu else 0  # what the optimiser and the picture import
     return 4 * (4 * config.num_parameters() + head + slices) + tokens * layers + libraries
 
 
