@@ -1,9 +1,10 @@
-"""What the hand-written derivatives here need, and the dtype that long sums take."""
+"""What the hand-written derivatives need, of autograd and of compilers, and how wide sums are."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,22 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
+def derivative(backward: Callable) -> Callable:
+    """What each hand-written `backward` here is: without autocast, which would round its products and convolutions, and
+    without a derivative of its own. Where that is asked for (create_graph=True) it says so instead of giving it wrong:
+    PyTorch's `once_differentiable` says it to `backward()` only, and `torch.autograd.grad` goes around it.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("mamba2_min's hand-written derivatives have no derivative of their own (create_graph)")
+        with autocast_off(gradients[0]):
+            return backward(ctx, *gradients)
+
+    return run
+
+
 def uncompiled(function: Callable) -> Callable:
     """Keeps `torch.compile` out of `function`: what is laid out by hand for a CPU's caches, and writes where it is told
     to, gains nothing from it (and the compiler of PyTorch 2.11 loses gradients of results that are changed in place).
@@ -43,17 +60,17 @@ def uncompiled(function: Callable) -> Callable:
 
 
 def as_bits(t: Tensor) -> Tensor:
-    """t (..., a, b) as integers (..., b, a), for `ctx.save_for_backward`: a view, which `of_bits` turns back.
+    """t as integers, first and last dimension exchanged, for `ctx.save_for_backward`: a view that `of_bits` turns back.
 
     A compiler sees forward and backward at once, takes what both compute from t for one thing, and keeps that for the
     backward (t widened, t shifted) where t alone would do. It does not look through the integers, turned as they are.
     """
-    return t.view(_INTEGERS[t.element_size()]).mT
+    return t.view(_INTEGERS[t.element_size()]).transpose(0, -1)
 
 
 def of_bits(t: Tensor, dtype: torch.dtype) -> Tensor:
     """What `as_bits` was given."""
-    return t.view(dtype).mT
+    return t.view(dtype).transpose(0, -1)
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,20 +78,14 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def written_out(t: Tensor) -> Tensor:
     """t, contiguous. A compiler writes it to memory here, instead of working it out anew wherever it is used."""
-    t = t.contiguous()
-    return t.as_strided(t.shape, t.stride())
+    return t.contiguous().as_strided(t.shape, [math.prod(t.shape[i + 1 :]) for i in range(t.dim())])
+
+
+def widen(t: Tensor) -> Tensor:
+    """t in float32, or in its own type where that is wider."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def widest(device: torch.device) -> torch.dtype:
     """What long sums and their differences are had in: float64, and on Apple's GPUs, which have none, float32."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def refuse_second_derivative() -> None:
-    """Says so where the derivative of a `backward` is asked for (create_graph=True), instead of giving it wrong.
-
-    The first line of each `backward` here. PyTorch's `once_differentiable` says it only to `backward()`, while
-    `torch.autograd.grad` goes around it.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("mamba2_min's hand-written derivatives have no derivative of their own (create_graph)")

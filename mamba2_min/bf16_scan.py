@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamba2_min.autograd import autocast_off, refuse_second_derivative, written_out
+from mamba2_min.autograd import derivative, written_out
 
 # exp(-88) is about the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps
 # the cumulative sums small enough to subtract exactly.
@@ -53,13 +53,8 @@ class BF16Scan(torch.autograd.Function):
         return y.to(x.dtype), _to_outer(state).clone()
 
     @staticmethod
+    @derivative
     def backward(ctx, dy, dfinal):
-        refuse_second_derivative()
-        with autocast_off(dy):
-            return BF16Scan._backward(ctx, dy, dfinal)
-
-    @staticmethod
-    def _backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape
         g, n = B.shape[2:]
@@ -112,10 +107,7 @@ class BF16Scan(torch.autograd.Function):
         dD = None if D is None else (dym * xm.float()).sum((0, 1, 3))
         return (
             written_out(dx.to(x.dtype)).view(b, l, h, p), ddt.reshape(b, l, h), dA,
-            *(
-                written_out(t.to(B.dtype).view(m, g, q, n).transpose(1, 2)).view(b, l, g, n)
-                for t in (dB, dC)
-            ),
+            *(written_out(t.to(B.dtype).view(m, g, q, n).transpose(1, 2)).view(b, l, g, n) for t in (dB, dC)),
             dD, _to_outer(dstate), None, None,
         )  # fmt: skip
 
@@ -180,14 +172,18 @@ def _by_head(t: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for each of a batch, summed in float32 and rounded to bf16; given as float32, for a compiler to widen."""
-    return (torch.bmm(a, b) if a.is_cuda else torch.bmm(a.float(), b.float()).bfloat16()).float()
+    return (torch.bmm(a.float(), b.float()).bfloat16() if _is_cpu(a) else torch.bmm(a, b)).float()
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for each of a batch, summed in float32 and not rounded: what is added to a state."""
-    if not a.is_cuda:
+    if _is_cpu(a):
         return torch.bmm(a.float(), b.float())
     return torch.bmm(a, b, out_dtype=torch.float32) if torch.__version__ >= (2, 8) else torch.bmm(a, b).float()
+
+
+def _is_cpu(t: Tensor) -> bool:
+    return t.device.type == "cpu"
 
 
 def _to_inner(state: Tensor, g: int) -> Tensor:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mamba2_min.autograd import autocast_off, refuse_second_derivative, uncompiled, widest
+from mamba2_min.autograd import derivative, uncompiled, widest
 from mamba2_min.bf16_scan import FORGOTTEN, BF16Scan
 
 # The most that a chunk, and one token, may decay by, as exponents, for decays to be separated: exp(60) is 1e26, which
@@ -103,13 +103,8 @@ class SeparableScan(torch.autograd.Function):
         return y.view(b, l, h, p), _to_outer(states[:, -1])
 
     @staticmethod
+    @derivative
     def backward(ctx, dy, dfinal):
-        refuse_second_derivative()
-        with autocast_off(dy):
-            return SeparableScan._backward(ctx, dy, dfinal)
-
-    @staticmethod
-    def _backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape
         g, n = B.shape[2:]
@@ -298,13 +293,8 @@ class MaskedScan(torch.autograd.Function):
         return y.view(b, l, h, p), _to_outer(final)
 
     @staticmethod
+    @derivative
     def backward(ctx, dy, dfinal):
-        refuse_second_derivative()
-        with autocast_off(dy):
-            return MaskedScan._backward(ctx, dy, dfinal)
-
-    @staticmethod
-    def _backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape
         g, n = B.shape[2:]

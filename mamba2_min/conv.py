@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import (
-    as_bits,
-    of_bits,
-    refuse_second_derivative,
-    uncompiled,
-    without_autocast,
-    written_out,
-)
+from mamba2_min.autograd import as_bits, derivative, of_bits, uncompiled, without_autocast, written_out
 from mamba2_min.ssd import document_numbers
 
 _BLOCK_ELEMENTS = 1 << 17  # of a product that stays in a core's second-level cache until it is summed
@@ -74,8 +67,8 @@ class _ShiftedConvSiLU(torch.autograd.Function):
         return F.silu(_shifted(u, written_out(weight.t()), bias))
 
     @staticmethod
+    @derivative
     def backward(ctx, dy):
-        refuse_second_derivative()
         bits, weight, bias = ctx.saved_tensors
         u, taps = of_bits(bits, ctx.dtype), written_out(weight.t())
         K, l = weight.shape[1], u.shape[1]
@@ -113,8 +106,8 @@ class _ConvSiLU(torch.autograd.Function):
         return F.silu(_convolved(padded, weight, bias), inplace=True)
 
     @staticmethod
+    @derivative
     def backward(ctx, dy):
-        refuse_second_derivative()
         padded, weight, bias = ctx.saved_tensors
         K, l = weight.shape[1], dy.shape[1]
         # With K - 1 zeros on either side, each input reaches the K outputs after it through the same convolution, its

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import autocast_off
+from mamba2_min.autograd import autocast_off, widen
 from mamba2_min.decoding import Decoder, Prepared, is_plain
 
 if TYPE_CHECKING:
@@ -114,24 +114,24 @@ class CompiledDecoder(Prepared):
 
 def _project(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """weight norm(x) + bias: (b, d) -> (b, outputs)"""
-    return _normed_linear(_widen(x), norm, eps, 1, weight, bias)
+    return _normed_linear(widen(x), norm, eps, 1, weight, bias)
 
 
 def _convolve(xBC: Tensor, conv: Tensor, new_conv: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     """(b, c) -> (b, c); writes new_conv (b, K - 1, c)."""
     window = torch.cat([conv, xBC[:, None]], dim=1)
     new_conv.copy_(window[:, 1:])
-    y = (_widen(window) * taps.t()).sum(1)
+    y = (widen(window) * taps.t()).sum(1)
     return F.silu(y if bias is None else y + bias).to(xBC.dtype)
 
 
 def _update(xBC: Tensor, dt: Tensor, ssm: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, g: int) -> Tensor:
     """H = exp(dt A) H + dt x B^T;  y = H C + D x: (b, c) -> (b, d_inner); writes ssm (b, h, p, n)."""
     b, h, p, n = ssm.shape
-    x, B, C = _widen(xBC).split([h * p, g * n, g * n], dim=-1)
+    x, B, C = widen(xBC).split([h * p, g * n, g * n], dim=-1)
     x, B, C = x.view(b, g, h // g, p), B.view(b, g, 1, 1, n), C.view(b, g, 1, 1, n)
-    dt = F.softplus(_widen(dt) + dt_bias).view(b, g, -1, 1)
-    decay = (dt * -_widen(A_log).exp().view(g, -1, 1)).exp()
+    dt = F.softplus(widen(dt) + dt_bias).view(b, g, -1, 1)
+    decay = (dt * -widen(A_log).exp().view(g, -1, 1)).exp()
     state = ssm.view(b, g, -1, p, n) * decay[..., None] + (dt * x)[..., None] * B
     y = (state * C).sum(-1) + D.view(g, -1, 1) * x
     ssm.copy_(state.view(ssm.shape))
@@ -141,7 +141,7 @@ def _update(xBC: Tensor, dt: Tensor, ssm: Tensor, dt_bias: Tensor, A_log: Tensor
 def _out(x: Tensor, y: Tensor, z: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, how: tuple) -> Tensor:
     """x + weight RMSNorm(y * silu(z)) + bias, x (b, d_model), y and z (b, d_inner)."""
     eps, groups, norm_before_gate = how
-    gate = F.silu(_widen(z))
+    gate = F.silu(widen(z))
     u, scale = (y, norm * gate) if norm_before_gate else (y * gate, norm)
     return x + _normed_linear(u, scale, eps, groups, weight, bias)
 
@@ -161,7 +161,3 @@ def _normed_linear(u: Tensor, scale: Tensor, eps: float, g: int, weight: Tensor,
     sums, means = products.unflatten(-1, (g, -1)).sum(-1), squares.unflatten(-1, (g, -1)).mean(-1)
     y = (sums * (means + eps).rsqrt()).sum(-1)
     return (y if bias is None else y + bias).to(weight.dtype)
-
-
-def _widen(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamba2_min import checkpoint
+from mamba2_min.autograd import widen
 from mamba2_min.config import Mamba2Config
 from mamba2_min.conv import causal_conv_silu
 from mamba2_min.decoding import Decoder
@@ -123,14 +124,10 @@ class Mamba2Mixer(nn.Module):
 
     # The two quantities whose rounding the recurrence multiplies up: float32 or wider, whatever autocast does.
     def _dt(self, dt: Tensor) -> Tensor:
-        return F.softplus(_widen(dt) + _widen(self.dt_bias))
+        return F.softplus(widen(dt) + widen(self.dt_bias))
 
     def _A(self) -> Tensor:
-        return -_widen(self.A_log).exp()
-
-
-def _widen(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+        return -widen(self.A_log).exp()
 
 
 class Block(nn.Module):
@@ -183,7 +180,7 @@ class Mamba2LM(LanguageModel):
     def _embed(self, ids: Tensor) -> Tensor:
         """The start of the residual stream, whose dtype all that is added to it takes."""
         x = self.backbone.embedding(ids)
-        return _widen(x) if self.config.residual_in_fp32 else x
+        return widen(x) if self.config.residual_in_fp32 else x
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before any token: zeros, as if nothing had ever been read."""
