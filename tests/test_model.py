@@ -14,6 +14,8 @@ from instruments import Allocated, Recorded, relative_error
 from torch import nn
 from torch.nn import functional as F
 
+from mamba2_min import conv, ssd
+from mamba2_min.bf16_scan import BF16Scan
 from mamba2_min.config import Mamba2Config
 from mamba2_min.model import Mamba2LM, State
 
@@ -879,6 +881,24 @@ def test_impossible_ids_are_value_errors(tokens):
 def test_arguments_that_do_not_fit_are_value_errors(arguments):
     with pytest.raises(ValueError):
         shared("plain")(ids(2, 6), **arguments)
+
+
+@pytest.mark.parametrize(("b", "l"), [(3, 5), (2, 40)], ids=["one chunk", "two chunks"])
+def test_a_compiler_finds_the_same_gradients_of_the_form_for_gpus(monkeypatch, b, l):
+    """A whole model in bf16, as a GPU trains it but for the code generator, in one graph a block."""
+    monkeypatch.setattr(conv, "_is_cpu", lambda t: False)
+    monkeypatch.setattr(ssd, "chunked_scan", BF16Scan.apply)
+    row, found = ids(b, l + 1), []
+    for backend in (None, "aot_eager"):
+        model = stirred(torch.float32).train()
+        if backend:
+            forward = type(model.backbone.layers[0]).forward
+            model._compiled = torch.compile(forward, backend=backend, dynamic=False, fullgraph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.loss(row[:, :-1].contiguous(), row[:, 1:].contiguous()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in found[0].items():
+        assert relative_error(found[1][name], expected) < 2e-2, name
 
 
 @pytest.mark.slow
