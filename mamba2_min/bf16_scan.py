@@ -172,18 +172,14 @@ def _by_head(t: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for each of a batch, summed in float32 and rounded to bf16; given as float32, for a compiler to widen."""
-    return (torch.bmm(a.float(), b.float()).bfloat16() if _is_cpu(a) else torch.bmm(a, b)).float()
+    return (torch.bmm(a.float(), b.float()).bfloat16() if a.device.type == "cpu" else torch.bmm(a, b)).float()
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for each of a batch, summed in float32 and not rounded: what is added to a state."""
-    if _is_cpu(a):
+    if a.device.type == "cpu":
         return torch.bmm(a.float(), b.float())
     return torch.bmm(a, b, out_dtype=torch.float32) if torch.__version__ >= (2, 8) else torch.bmm(a, b).float()
-
-
-def _is_cpu(t: Tensor) -> bool:
-    return t.device.type == "cpu"
 
 
 def _to_inner(state: Tensor, g: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A step's kernels take a few microseconds each, and launching one from Python takes as long. `GraphDecoder` records the
 step of a `Decoder` once and replays it; on demand (`Mamba2LM.compile_steps`) that of a `CompiledDecoder`, of which
-`torch.compile` makes about six kernels a layer.
+`torch.compile` makes five kernels a layer.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def is_recordable(model: Mamba2LM) -> bool:
 
 
 class CompiledDecoder(Prepared):
-    """Token after token by five compiled functions, four of them a block's.
+    """Token after token by four compiled functions, of which the head is the first again.
 
     They end where something should be in memory: a compiler would work the convolution out anew for every number of the
     state that it changes. The convolution's inputs move from one buffer to another and back, by turns: moved in place,
@@ -91,7 +91,7 @@ class CompiledDecoder(Prepared):
             return torch.compile(function, dynamic=False, options=options) if compiled else function
 
         self._project, self._convolve, self._update = made(_project), made(_convolve), made(_update)
-        self._out, self._head = made(_out), made(_project)
+        self._out = made(_out)
 
     def _logits(self, x: Tensor) -> Tensor:
         model, after = self.model, self._buffers[1 if self.conv is self._buffers[0] else 0]
@@ -106,7 +106,7 @@ class CompiledDecoder(Prepared):
                 x = self._out(x, y, z, norm.weight, m.out_proj.weight, m.out_proj.bias, how)
             self.conv = after
             last = model.backbone.norm_f
-            return self._head(x, last.weight, last.eps, model.lm_head.weight, None)
+            return self._project(x, last.weight, last.eps, model.lm_head.weight, None)
 
 
 # One token a row. Letters as in ssd.py.
