@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba2_min.autograd import without_autocast
+from mamba2_min.autograd import widen, without_autocast
 
 if TYPE_CHECKING:
     from mamba2_min.model import Block, Mamba2LM, State
@@ -30,11 +30,12 @@ class Prepared:
 
     turns = 1  # steps after which the same memory is read and written again
 
-    def __init__(self, model: Mamba2LM, state: State):
+    def __init__(self, model: Mamba2LM, state: State, state_dtype: torch.dtype | None = None):
+        """state_dtype: of the state's `ssm` in memory; as wide as the model computes it if None."""
         self.model, self.batch = model, len(state.ssm[0])
         with torch.inference_mode(False), torch.no_grad():  # so that the state may still be trained from
             state.conv[:] = map(_laid_out, state.conv)
-            state.ssm[:] = map(_laid_out, state.ssm)
+            state.ssm[:] = [_laid_out(widen(t) if state_dtype is None else t.to(state_dtype)) for t in state.ssm]
         self.conv, self.ssm = list(state.conv), list(state.ssm)
         self._watched = [
             (holder, name, thing)

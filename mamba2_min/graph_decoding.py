@@ -2,7 +2,7 @@
 
 A step's kernels take a few microseconds each, and launching one from Python takes as long. `GraphDecoder` records the
 step of a `Decoder` once and replays it; on demand (`Mamba2LM.compile_steps`) that of a `CompiledDecoder`, of which
-`torch.compile` makes five kernels a layer.
+`torch.compile` makes four kernels a layer for one text, and seven for many.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _FEW_ROWS = 2  # up to so many, a product is a sum over each weight row, which a
 class GraphDecoder:
     """As a `Decoder`, for a model on a CUDA device."""
 
-    def __init__(self, model: Mamba2LM, state: State, compiled: bool):
+    def __init__(self, model: Mamba2LM, state: State, compiled: bool, state_dtype: torch.dtype | None = None):
         self._device = state.ssm[0].device
         with torch.inference_mode(), torch.cuda.device(self._device):
-            self._steps = (CompiledDecoder if compiled else Decoder)(model, state)
+            self._steps = CompiledDecoder(model, state, state_dtype) if compiled else Decoder(model, state)
             self._ids = torch.zeros(self._steps.batch, dtype=torch.long, device=self._device)
             before = [t.clone() for t in (*self._steps.conv, *self._steps.ssm)]
             aside = torch.cuda.Stream()
@@ -73,40 +73,44 @@ def is_recordable(model: Mamba2LM) -> bool:
 
 
 class CompiledDecoder(Prepared):
-    """Token after token by four compiled functions, of which the head is the first again.
+    """Token after token by four compiled functions.
 
     They end where something should be in memory: a compiler would work the convolution out anew for every number of the
     state that it changes. The convolution's inputs move from one buffer to another and back, by turns: moved in place,
-    a compiler would copy them first.
+    a compiler would copy them first. state_dtype: of the state in memory, which is computed with in float32.
     """
 
     turns = 2
 
-    def __init__(self, model: Mamba2LM, state: State, compiled: bool = True):
-        super().__init__(model, state)
-        self._buffers = [self.conv, [torch.empty_like(t) for t in self.conv]]
+    def __init__(self, model: Mamba2LM, state: State, state_dtype: torch.dtype | None = None, compiled: bool = True):
+        super().__init__(model, state, state_dtype)
+        buffers = [self.conv, [torch.empty_like(t) for t in self.conv]]
+        self._buffers = [(buffer, [t.unbind(1) for t in buffer]) for buffer in buffers]  # as a whole, and by tokens
         options = {"coordinate_descent_tuning": True}  # tries a few sizes for each kernel
 
         def made(function):
             return torch.compile(function, dynamic=False, options=options) if compiled else function
 
         self._project, self._convolve, self._update = made(_project), made(_convolve), made(_update)
-        self._out = made(_out)
+        self._join = made(_join)
 
     def _logits(self, x: Tensor) -> Tensor:
-        model, after = self.model, self._buffers[1 if self.conv is self._buffers[0] else 0]
+        layers, (_, before), (self.conv, after) = self.model.backbone.layers, *self._buffers
+        self._buffers.reverse()
+        heads = [(block.norm, block.mixer.in_proj) for block in layers]
+        heads.append((self.model.backbone.norm_f, self.model.lm_head))
+        norms = [(norm.weight, norm.eps, linear.weight, linear.bias) for norm, linear in heads]
         with autocast_off(x):
-            for block, conv, new, ssm in zip(model.backbone.layers, self.conv, after, self.ssm, strict=True):
+            projected = self._project(x, *norms[0])
+            for block, old, new, ssm, following in zip(layers, before, after, self.ssm, norms[1:], strict=True):
                 m, c, norm = block.mixer, block.mixer.config, block.mixer.norm
-                projected = self._project(x, block.norm.weight, block.norm.eps, m.in_proj.weight, m.in_proj.bias)
                 z, xBC, dt = projected.split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
-                xBC = self._convolve(xBC, conv, new, m.conv1d.weight[:, 0], m.conv1d.bias)
+                xBC = self._convolve([*old, xBC], new, m.conv1d.weight[:, 0], m.conv1d.bias)
                 y = self._update(xBC, dt, ssm, m.dt_bias, m.A_log, m.D, c.ngroups)
                 how = (norm.eps, norm.groups, norm.norm_before_gate)
-                x = self._out(x, y, z, norm.weight, m.out_proj.weight, m.out_proj.bias, how)
-            self.conv = after
-            last = model.backbone.norm_f
-            return self._project(x, last.weight, last.eps, model.lm_head.weight, None)
+                out = (norm.weight, m.out_proj.weight, m.out_proj.bias, how)
+                x, projected = self._join(x, y, z, *out, *following)
+        return projected
 
 
 # One token a row. Letters as in ssd.py.
@@ -117,12 +121,12 @@ def _project(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor |
     return _normed_linear(widen(x), norm, eps, 1, weight, bias)
 
 
-def _convolve(xBC: Tensor, conv: Tensor, new_conv: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    """(b, c) -> (b, c); writes new_conv (b, K - 1, c)."""
-    window = torch.cat([conv, xBC[:, None]], dim=1)
-    new_conv.copy_(window[:, 1:])
-    y = (widen(window) * taps.t()).sum(1)
-    return F.silu(y if bias is None else y + bias).to(xBC.dtype)
+def _convolve(window: list[Tensor], kept: list[Tensor], taps: Tensor, bias: Tensor | None) -> Tensor:
+    """K inputs (b, c), the newest last -> (b, c); writes the last K - 1 to `kept`, for the next token."""
+    for new, old in zip(kept, window[1:], strict=True):
+        new.copy_(old)
+    y = sum(widen(old) * tap for old, tap in zip(window, widen(taps).unbind(1), strict=True))
+    return F.silu(y if bias is None else y + bias).to(window[0].dtype)
 
 
 def _update(xBC: Tensor, dt: Tensor, ssm: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, g: int) -> Tensor:
@@ -132,18 +136,24 @@ def _update(xBC: Tensor, dt: Tensor, ssm: Tensor, dt_bias: Tensor, A_log: Tensor
     x, B, C = x.view(b, g, h // g, p), B.view(b, g, 1, 1, n), C.view(b, g, 1, 1, n)
     dt = F.softplus(widen(dt) + dt_bias).view(b, g, -1, 1)
     decay = (dt * -widen(A_log).exp().view(g, -1, 1)).exp()
-    state = ssm.view(b, g, -1, p, n) * decay[..., None] + (dt * x)[..., None] * B
+    state = widen(ssm).view(b, g, -1, p, n) * decay[..., None] + (dt * x)[..., None] * B
     y = (state * C).sum(-1) + D.view(g, -1, 1) * x
     ssm.copy_(state.view(ssm.shape))
     return y.view(b, -1)
 
 
-def _out(x: Tensor, y: Tensor, z: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, how: tuple) -> Tensor:
-    """x + weight RMSNorm(y * silu(z)) + bias, x (b, d_model), y and z (b, d_inner)."""
+def _join(
+    x: Tensor, y: Tensor, z: Tensor,
+    norm: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[float, int, bool],
+    next_norm: Tensor, next_eps: float, next_weight: Tensor, next_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One layer's end and the next one's beginning: x + weight RMSNorm(y * silu(z)) + bias, which is (b, d_model) with
+    y and z (b, d_inner), and what `_project` makes of it."""
     eps, groups, norm_before_gate = how
     gate = F.silu(widen(z))
     u, scale = (y, norm * gate) if norm_before_gate else (y * gate, norm)
-    return x + _normed_linear(u, scale, eps, groups, weight, bias)
+    x = x + _normed_linear(u, scale, eps, groups, weight, bias)
+    return x, _project(x, next_norm, next_eps, next_weight, next_bias)
 
 
 def _normed_linear(u: Tensor, scale: Tensor, eps: float, g: int, weight: Tensor, bias: Tensor | None) -> Tensor:

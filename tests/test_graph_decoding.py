@@ -56,11 +56,46 @@ def test_what_is_compiled_computes_what_the_model_does(config, batch):
         assert got.numel() == 0 or relative_error(got, wanted) < 2e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_state_that_is_kept_in_bf16_is_rounded_once_a_token(batch):
+    model = stirred(PLAIN)
+    ids = torch.randint(61, (batch, 12), generator=torch.Generator().manual_seed(batch))
+    _, state = model.prefill(ids[:, :5])
+    expected, narrow = state.clone(), state.clone()
+    decoder = CompiledDecoder(model, narrow, torch.bfloat16, compiled=False)
+    assert all(t.dtype == torch.bfloat16 for t in narrow.ssm) and narrow.nbytes < state.nbytes
+    for k in range(5, 12):
+        for t in expected.ssm:
+            t.copy_(t.bfloat16())
+        wanted, expected = model.step(ids[:, k], expected)
+        assert relative_error(decoder(ids[:, k])[:, :61], wanted) < 1e-2
+    for got, wanted in zip(narrow.ssm, expected.ssm, strict=True):
+        assert relative_error(got.float(), wanted) < 1e-2
+    narrow.conv[:] = decoder.conv
+    wanted, _ = model(ids[:, :4], narrow.clone())  # goes on wherever a state does
+    got, _ = model.step(ids[:, 0], narrow.clone())
+    assert relative_error(got, wanted[:, 0]) < 2e-5
+
+
 def test_a_projection_that_is_wrapped_is_not_gone_around():
     model = stirred(PLAIN)
     assert is_recordable(model)
     model.backbone.layers[1].mixer.in_proj = nn.Sequential(model.backbone.layers[1].mixer.in_proj)
     assert not is_recordable(model)
+
+
+@pytest.mark.gpu
+def test_a_state_in_bf16_on_a_gpu():
+    model = stirred(PLAIN).cuda()
+    ids = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(0)).cuda()
+    expected, _ = model(ids)
+    model.compile_steps(state_dtype=torch.bfloat16)
+    _, state = model.prefill(ids[:, :5])
+    for k in range(5, 12):
+        logits, state = model.step(ids[:, k], state)
+        assert relative_error(logits, expected[:, k]) < 2e-2
+    assert all(t.dtype == torch.bfloat16 for t in state.ssm)
 
 
 @pytest.mark.gpu
