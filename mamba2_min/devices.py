@@ -131,7 +131,8 @@ def training_memory(
     width = 2 if precision == "bf16" and not on_cpu else 4
     layers = width * a_layer * (1 if recompute else config.n_layer) + 4 * config.d_model * (config.n_layer + 4)
     logits = tokens * config.vocab_size
-    slices = min(1 << 22, logits) if on_cpu else 3 * min(1 << 27, logits)  # see loss.py
+    most = (1 << 23 if precision == "bf16" else 1 << 22) if on_cpu else 1 << 27  # as in loss.py
+    slices = min(most, logits) * (1 if on_cpu else 3)
     libraries = 192 << 20 if on_cpu else 0  # what the optimiser and the picture import
     return 4 * (4 * config.num_parameters() + head + slices) + tokens * layers + libraries
 

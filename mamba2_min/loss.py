@@ -18,8 +18,9 @@ from mamba2_min.autograd import derivative
 
 IGNORE = -100  # a target that does not count
 
-# Elements of one slice's logits: enough for the matrix products to be efficient, little enough to stay in cache.
-_SLICE_ELEMENTS = {"cpu": 1 << 22}
+# Elements of one slice's logits: enough for the matrix products to be efficient, little enough for a CPU's cache.
+_SLICE_ELEMENTS = 1 << 22
+_SLICE_ELEMENTS_ROUNDED = 1 << 23  # where a CPU rounds operands to bf16: the weight too, and anew for each slice
 _SLICE_ELEMENTS_GPU = 1 << 27
 
 # The logarithm of a probability that float32 still holds with all its digits; below, it is worked out on its own.
@@ -59,6 +60,12 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(flat, weight, targets, weights, size, dtype, compiled)
 
 
+def _slice_elements(device: torch.device) -> int:
+    if device.type != "cpu":
+        return _SLICE_ELEMENTS_GPU
+    return _SLICE_ELEMENTS_ROUNDED if torch.get_float32_matmul_precision() == "medium" else _SLICE_ELEMENTS
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The weighted sum of losses; the gradients are made in the forward pass, while the softmax is at hand."""
 
@@ -71,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(w, dtype=torch.promote_types(dtype, torch.float32)) if need_weight else None
         total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
-        most = max(1, _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS_GPU) // len(w))
+        most = max(1, _slice_elements(hidden.device) // len(w))
         rows = -(-len(hidden) // -(-len(hidden) // most)) if len(hidden) else 1  # slices of one size
         # One buffer for all slices' logits, their softmax and their gradient: fresh memory costs a CPU as much as the
         # arithmetic.
@@ -94,12 +101,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dhidden[part] = (dlogits @ w) * weigh
             if need_weight:
                 h = (h * weigh).to(dtype)
+                kept = float(start > 0)  # with 0, what dweight held before is not looked at
                 if dtype == dweight.dtype:
-                    dweight.addmm_(dlogits.t(), h)
+                    dweight.addmm_(dlogits.t(), h, beta=kept)
                 elif hidden.is_cuda and torch.__version__ >= (2, 8):
-                    torch.addmm(dweight, dlogits.t(), h, out_dtype=dweight.dtype, out=dweight)
+                    torch.addmm(dweight, dlogits.t(), h, beta=kept, out_dtype=dweight.dtype, out=dweight)
                 else:
-                    dweight += dlogits.t() @ h
+                    torch.add(dlogits.t() @ h, dweight, alpha=kept, out=dweight)
         ctx.gradients = dhidden, None if dweight is None else dweight[: len(weight)].to(weight.dtype)
         return total
 

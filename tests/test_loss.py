@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from instruments import Recorded, relative_error
 from torch.nn import functional as F
 
+from mamba2_min import devices
 from mamba2_min.loss import linear_cross_entropy
 
 
@@ -61,6 +62,14 @@ def test_it_does_not_depend_on_the_slices(dtype, tolerance):
     hidden, weight, targets = make((2, 1000), d=8, v=5000)
     low = run(linear_cross_entropy, hidden.to(dtype), weight.to(dtype), targets)
     assert_close(low, run(plain, hidden, weight, targets), tolerance)
+
+
+def test_products_that_may_be_rounded_to_bf16():
+    """In slices of twice the size; on a CPU without AMX nothing is rounded."""
+    hidden, weight, targets = make((2, 1000), d=8, v=5000, dtype=torch.float32)
+    expected = run(plain, hidden, weight, targets)
+    with devices.matmul_precision(torch.device("cpu"), "bf16"):
+        assert_close(run(linear_cross_entropy, hidden, weight, targets), expected, 2e-2)
 
 
 def test_a_target_of_no_probability_has_its_exact_loss():
