@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,6 +57,18 @@ def uncompiled(function: Callable) -> Callable:
         return (torch.compiler.disable(function) if torch.compiler.is_compiling() else function)(*args)
 
     return run
+
+
+@contextlib.contextmanager
+def unrounded() -> Iterator[None]:
+    """A context in which a CPU multiplies float32 matrices as they are, whatever `devices.matmul_precision` allows it:
+    for products with one column, of which the rounding takes longer than it saves."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def as_bits(t: Tensor) -> Tensor:

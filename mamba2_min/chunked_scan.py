@@ -84,8 +84,9 @@ class SeparableScan(torch.autograd.Function):
         g, n = B.shape[2:]
         c = l // q
         f = _Factors(x, dt, A, B, C, D, segment, q)
-        states = x.new_empty(b, c + 1, g, n, h // g, p, dtype=dt.dtype)  # before each chunk, and after the last
+        states = x.new_empty(b, c, g, n, h // g, p, dtype=dt.dtype)  # before each chunk
         states[:, 0] = _to_inner(initial_state, g)
+        final = torch.empty_like(states[:, 0])
         y = x.new_empty(b, c, q, g, h // g, p)
         for rows, run in _runs(b, c, q * h * p):
             part = rows, run
@@ -93,26 +94,24 @@ class SeparableScan(torch.autograd.Function):
             added = f.product(f.B_leaving(part).mT, X).unflatten(-1, (-1, p))
             for k in range(run.start, run.stop):
                 state = states[rows, k] if f.keep is None else states[rows, k] * f.keep[rows, k]
-                torch.mul(added[:, k - run.start].add_(state), f.across[rows, k], out=states[rows, k + 1])
-            ys = f.read(part, f.seen(part), X, states[part])
-            if D is not None:
-                ys.addcmul_(f.x(part), f.D)
-            y[part] = ys.transpose(2, 3)  # in x's dtype
-        ctx.save_for_backward(x, dt, A, B, C, D, states, segment)
+                after = states[rows, k + 1] if k + 1 < c else final[rows]
+                torch.mul(added[:, k - run.start].add_(state), f.across[rows, k], out=after)
+            _add_skipped(f.read(part, f.seen(part), X, states[part]), f.x(part), f.D, out=y[part].transpose(2, 3))
+        ctx.save_for_backward(x, dt, A, B, C, D, states, final, segment)
         ctx.q = q
-        return y.view(b, l, h, p), _to_outer(states[:, -1])
+        return y.view(b, l, h, p), _to_outer(final)
 
     @staticmethod
     @derivative
     def backward(ctx, dy, dfinal):
-        x, dt, A, B, C, D, states, segment = ctx.saved_tensors
+        x, dt, A, B, C, D, states, final, segment = ctx.saved_tensors
         b, l, h, p = x.shape
         g, n = B.shape[2:]
         q = ctx.q
         c = l // q
         f = _Factors(x, dt, A, B, C, D, segment, q)
         dys = _by_group(dy, q, g)
-        dstate = _to_inner(dfinal, g)  # of what leaves a chunk, from the last chunk to the first
+        dstate = _to_inner(dfinal, g).contiguous()  # of what leaves a chunk, from the last chunk to the first
         dx, dB, dC = x.new_empty(b, c, q, g, h // g, p), B.new_empty(b, c, q, g, n), C.new_empty(b, c, q, g, n)
         direct, net, skipped = (torch.empty_like(f.dt) for _ in range(3))  # (b, c, g, q, r)
         leaving = dt.new_empty(b, c, g, h // g)
@@ -125,11 +124,16 @@ class SeparableScan(torch.autograd.Function):
             # The states' gradients: `dleft` of what leaves a chunk, and what enters it is what leaves the one before.
             dentered = f.product(f.C_entered(part).mT, dread).unflatten(-1, (-1, p))
             dleft = torch.empty_like(dentered)
+            dleft[:, -1] = dstate[rows]
             for k in reversed(range(run.start, run.stop)):
-                dleft[:, k - run.start] = dstate[rows]
+                i = k - run.start
                 across = f.across[rows, k] if f.keep is None else f.across[rows, k] * f.keep[rows, k]
-                torch.addcmul(dentered[:, k - run.start], dstate[rows], across, out=dstate[rows])
-            leaving[part] = (dleft * states[rows, run.start + 1 : run.stop + 1]).sum((-3, -1))
+                torch.addcmul(dentered[:, i], dleft[:, i], across, out=dleft[:, i - 1] if i else dstate[rows])
+            left = states[rows, run.start + 1 : run.stop + 1]
+            inner = slice(run.start, run.start + left.shape[1])
+            leaving[rows, inner] = (dleft[:, : left.shape[1]] * left).sum((-3, -1))
+            if run.stop == c:
+                leaving[rows, -1] = (dleft[:, -1] * final[rows]).sum((-3, -1))
             dadded = dleft.mul_(f.across[part]).flatten(-2)
 
             dG = f.visible(part, f.product(dread, X.mT))
@@ -143,10 +147,7 @@ class SeparableScan(torch.autograd.Function):
             direct[part] = (dX * xs).sum(-1).mul_(f.fall[part])
             net[part] = f.read(part, G, X, S).mul_(dY).sum(-1)
             skipped[part] = (dY * xs).sum(-1)
-            dX.mul_(f.fall_dt[part])
-            if D is not None:
-                dX.addcmul_(dY, f.D)
-            dx[part] = dX.transpose(2, 3)
+            _add_skipped(dX.mul_(f.fall_dt[part]), dY, f.D, out=dx[part].transpose(2, 3))
 
         # a_k is in the exponents of all i >= k, and in s_q, which scales what leaves.
         net.addcmul_(direct, f.dt, value=-1)
@@ -156,8 +157,16 @@ class SeparableScan(torch.autograd.Function):
         dD = None if D is None else skipped.sum((0, 1, 3)).view(h)
         return (
             dx.view(b, l, h, p), ddt.transpose(2, 3).reshape(b, l, h), dA, dB.view(b, l, g, n), dC.view(b, l, g, n),
-            dD, _to_outer(dstate), None, None,
+            dD, _to_outer(dstate) if ctx.needs_input_grad[6] else None, None, None,
         )  # fmt: skip
+
+
+def _add_skipped(y: Tensor, x: Tensor, D: Tensor | None, out: Tensor) -> None:
+    """Writes y + D x to `out`, in its type."""
+    if D is None:
+        out.copy_(y)
+    else:
+        torch.addcmul(y, x, D, out=out)
 
 
 class _Factors:
@@ -443,8 +452,8 @@ def _parts(chunks: int, elements: int, device: torch.device) -> list[slice]:
 
 
 def _to_inner(state: Tensor, g: int) -> Tensor:
-    """(b, h, p, n) -> (b, g, n, r, p), contiguous."""
-    return state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).contiguous()
+    """(b, h, p, n) -> (b, g, n, r, p), a view."""
+    return state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3)
 
 
 def _to_outer(state: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import as_bits, derivative, of_bits, uncompiled, without_autocast, written_out
+from mamba2_min.autograd import as_bits, derivative, of_bits, uncompiled, unrounded, without_autocast, written_out
 from mamba2_min.ssd import document_numbers
 
-_BLOCK_ELEMENTS = 1 << 17  # of a product that stays in a core's second-level cache until it is summed
+_BLOCK_ELEMENTS = 1 << 18  # of a product that stays in a core's second-level cache until it is summed
 
 
 @without_autocast
@@ -25,7 +25,7 @@ def causal_conv_silu(
     """
     K, l = weight.shape[1], u.shape[1]
     weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
-    if state is None and seq_idx is None and not _is_cpu(u):
+    if state is None and seq_idx is None and (torch.compiler.is_compiling() or not _is_cpu(u)):
         last = u[:, max(0, l - (K - 1)) :]
         return _ShiftedConvSiLU.apply(u, weight, bias), F.pad(last, (0, 0, K - 1 - last.shape[1], 0))
     if state is None:
@@ -117,14 +117,18 @@ class _ConvSiLU(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(dy, _convolved(padded, weight, bias), grad_input=du)
         dpadded = _convolved(zeros, weight.flip(1), None)
         wide = torch.promote_types(dy.dtype, torch.float32)
-        dweight, dbias = torch.zeros_like(weight, dtype=wide), dy.new_zeros(dy.shape[2], dtype=wide)
-        rows = max(1, _BLOCK_ELEMENTS // (du.shape[0] * du.shape[2]))
-        for start in range(0, l, rows):
-            part = du[:, start : start + rows]
-            dbias += part.sum((0, 1), dtype=wide)
-            for k in range(K):
-                dweight[:, k] += (part * padded[:, start + k : start + k + part.shape[1]]).sum((0, 1), dtype=wide)
-        return dpadded, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+        dtaps, dbias = torch.zeros(K, dy.shape[2], dtype=wide), dy.new_zeros(dy.shape[2], dtype=wide)
+        rows = max(1, _BLOCK_ELEMENTS // dy.shape[2])
+        ones = dy.new_ones(min(rows, l), dtype=wide)
+        with unrounded():  # a sum over rows is had sooner as a product with ones
+            for row, past in zip(du, padded, strict=True):
+                for start in range(0, l, rows):
+                    part = row[start : start + rows]
+                    n = len(part)
+                    dbias.addmv_(part.to(wide).t(), ones[:n])
+                    for k in range(K):
+                        dtaps[k].addmv_((part * past[start + k : start + k + n]).to(wide).t(), ones[:n])
+        return dpadded, dtaps.t().to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
 
 
 def _convolved(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

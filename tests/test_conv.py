@@ -89,12 +89,27 @@ def test_the_form_for_gpus_is_the_definition_too(b, l, c, K, bias, seed):
         assert_close(run(causal_conv_silu, case), run(by_definition, case))
 
 
-def test_a_compiler_finds_the_same_gradients_of_the_form_for_gpus():
+@pytest.mark.parametrize("cpu", [False, True], ids=["gpu", "cpu"])
+def test_a_compiler_finds_the_same_gradients(cpu):
     """Without its code generator: what it reads out of the hand-written derivative."""
     case = make(2, 9, 3, 4, start=False, documents=False)
-    with mock.patch.object(conv, "_is_cpu", return_value=False):
+    with mock.patch.object(conv, "_is_cpu", return_value=cpu):
         compiled = torch.compile(causal_conv_silu, backend="aot_eager", dynamic=False)
         assert_close(run(compiled, case), run(causal_conv_silu, case))
+
+
+def test_allowing_products_to_be_rounded_changes_nothing():
+    case = make(2, 40, 24, 4, start=False, documents=False)
+    case = {name: None if t is None else t.float() for name, t in case.items()}
+    exact = run(causal_conv_silu, case)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        allowed = run(causal_conv_silu, case)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(allowed[name], t) for name, t in exact.items())
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
