@@ -59,6 +59,8 @@ def writer_of(peer: peers.Peer, setting: Setting, options: Options) -> tuple[Cal
     prompt = torch.randint(setting.config.vocab_size, (setting.batch, setting.context), device=options.device)
     logits, state = peer.prefill(prompt)
     first = logits.argmax(-1)
+    _, state = peer.step(first, state)  # prepares what is prepared for a text, and lays the state out
+    peer.rewind(state, setting.context)
 
     @torch.inference_mode()
     def write() -> None:

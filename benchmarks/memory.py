@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness, peers
-from benchmarks.train_step import Setting, peak_memory, prepare
+from benchmarks.train_step import STEPS, Setting, peak_memory, prepare
 
 CONTEXTS = {"cpu": (128, 256, 512, 1024, 2048, 4096, 8192), "cuda": (5, 20, 128, 256, 768)}
 BATCH = {"cpu": 1, "cuda": 64}
@@ -50,7 +50,8 @@ def main() -> None:
     chosen = list(harness.choose(settings, args).items())
     names = list(args.peers)
     for i, (name, setting) in enumerate(chosen):
-        entries = harness.compare(names, setting, options, peak_memory, prepare, tokens=setting.tokens)
+        things = STEPS[args.device]
+        entries = harness.compare(names, setting, options, peak_memory, prepare, things, setting.tokens)
         harness.finish(harness.measurement("memory", name, setting.about(), options, entries), args)
         if i + 1 < len(chosen):
             growth = chosen[i + 1][1].length / setting.length

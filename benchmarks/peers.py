@@ -9,7 +9,7 @@
 
 A name may end in "+compile" (every block by torch.compile) and "+recompute" (blocks computed again in the backward pass
 instead of kept), both for this package's models only, and mamba2_min in "+int8" or "+bf16" (narrow matrices,
-mamba2_min/quantize.py; for decoding on a CPU).
+mamba2_min/quantize.py; for decoding on a CPU), or in "+compile+bf16state" (compiled steps that keep the state in bf16).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ TINY = Mamba2Config(vocab_size=499, d_model=64, n_layer=2, d_state=16, headdim=1
 
 MODELS = {"small": SMALL, "base": BASE, "tiny": TINY}
 
+_HOW = ("compile", "recompute", "bf16state")
 _OWN = ("mamba2_min", "transformer", "transformer-deep")
 DEFAULT = ("mamba2_min", "transformer", "transformers-mamba2", "mamba_ssm")
 
@@ -45,7 +46,7 @@ class Own:
         if "compile" in how:
             model.compile_blocks()
             if isinstance(model, Mamba2LM):
-                model.compile_steps()
+                model.compile_steps(state_dtype=torch.bfloat16 if "bf16state" in how else None)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of ids and targets (b, l)."""
@@ -166,12 +167,13 @@ Peer = Own | TransformersMamba2 | MambaSsm
 def build(name: str, config: Mamba2Config, device: str, dtype: torch.dtype = torch.float32) -> Peer:
     """The peer of that name and of that Mamba-2's size. Raises Unavailable, or ValueError for an unknown name."""
     base, *suffixes = name.split("+")
-    how, kind = {"compile", "recompute"}.intersection(suffixes), [s for s in suffixes if s in KINDS]
+    how, kind = set(_HOW).intersection(suffixes), [s for s in suffixes if s in KINDS]
     if unknown := set(suffixes) - how - set(kind):
-        choice = ", +".join(["compile", "recompute", *KINDS])
-        raise ValueError(f"unknown suffix +{', +'.join(sorted(unknown))}; there are +{choice}")
-    if (kind and base != "mamba2_min") or (how and base not in _OWN):
+        raise ValueError(f"unknown suffix +{', +'.join(sorted(unknown))}; there are +{', +'.join([*_HOW, *KINDS])}")
+    if ((kind or "bf16state" in how) and base != "mamba2_min") or (how and base not in _OWN):
         raise ValueError(f"{base} has no +{suffixes[0]}")
+    if "bf16state" in how and "compile" not in how:
+        raise ValueError("+bf16state is for steps that are compiled: mamba2_min+compile+bf16state")
     if kind and device != "cpu":
         raise Unavailable("runs on a CPU only")
     if base == "mamba2_min":

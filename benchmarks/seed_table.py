@@ -33,7 +33,7 @@ LABELS = {
     "plain-autograd": "plain autograd",
     FLOOR: "matrix products alone",
 }
-_SUFFIXES = {"compile": "compiled", "recompute": "recomputed"}
+_SUFFIXES = {"compile": "compiled", "recompute": "recomputed", "bf16state": "state in bf16"}
 
 
 def label(peer: str) -> str:

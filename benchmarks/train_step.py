@@ -46,6 +46,7 @@ SETTINGS = {
     "cuda": {"base-b8-l2048": Setting(peers.BASE, 8, 2048), "small-b64-l768": Setting(peers.SMALL, 64, 768)},
 }
 QUICK = {"tiny-b2-l48": Setting(peers.TINY, 2, 48)}
+STEPS = {"cpu": 1, "cuda": 5}  # a round, one after another: `train.py` does not wait for a GPU between steps either
 
 
 def step_of(peer: peers.Peer, ids: Tensor, targets: Tensor, options: Options) -> Callable[[], None]:
@@ -109,12 +110,19 @@ def peak_memory(name: str, setting: Setting, options: Options) -> int:
 
 
 def prepare(name: str, setting: Setting, options: Options) -> tuple[Callable[[], None], dict[str, Any]]:
-    """A peer's step, or the floor's products, and the number of parameters."""
+    """STEPS steps of a peer, or as often the floor's products, and the number of parameters."""
     if name == FLOOR:
-        return floor_of(setting, options), {}
-    peer = peers.build(name, setting.config, options.device)
-    step = step_of(peer, *batch_of(setting, options.device), options)
-    return step, {"parameters": peers.parameters(peer.model)}
+        step, facts = floor_of(setting, options), {}
+    else:
+        peer = peers.build(name, setting.config, options.device)
+        step = step_of(peer, *batch_of(setting, options.device), options)
+        facts = {"parameters": peers.parameters(peer.model)}
+
+    def steps() -> None:
+        for _ in range(STEPS[options.device]):
+            step()
+
+    return steps, facts
 
 
 def main() -> None:
@@ -123,7 +131,8 @@ def main() -> None:
     options.prepare()
     for name, setting in harness.choose(QUICK if args.quick else SETTINGS[args.device], args).items():
         names = [*args.peers, FLOOR]
-        entries = harness.compare(names, setting, options, peak_memory, prepare, tokens=setting.tokens)
+        things = STEPS[args.device]
+        entries = harness.compare(names, setting, options, peak_memory, prepare, things, setting.tokens)
         harness.finish(harness.measurement("train_step", name, setting.about(), options, entries), args)
 
 
