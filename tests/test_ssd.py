@@ -70,6 +70,25 @@ def masked(chunk_size):
     return form
 
 
+def whole(chunk_size, compiled=lambda: chunked_scan.separable_scan):
+    """What is compiled on a CPU, without a compiler, in runs of three chunks; several documents are the others'."""
+
+    def form(*args, **kwargs):
+        by_parts = chunked_scan.SeparableScan.apply
+
+        def apply(*inputs, segment, q):
+            return chunked_scan._compiled_scan(*inputs, q) if segment is None else by_parts(*inputs, segment, q)
+
+        with (
+            mock.patch.object(chunked_scan.SeparableScan, "apply", lambda *a: apply(*a[:-2], segment=a[-2], q=a[-1])),
+            mock.patch.object(chunked_scan, "_compiled", compiled),
+            mock.patch.object(chunked_scan, "_COMPILED_CHUNKS", 3),
+        ):
+            return ssd_chunked(*args, **kwargs, chunk_size=chunk_size)
+
+    return form
+
+
 FORMS = {
     "recurrent": ssd_recurrent,
     "quadratic": ssd_quadratic,
@@ -77,6 +96,7 @@ FORMS = {
     "chunks of 16": chunked(16),
     "chunks of 64": chunked(64),
     "chunks of 256": chunked(256),
+    "whole chunks of 16": whole(16),
     "masked chunks of 1": masked(1),
     "masked chunks of 16": masked(16),
     "masked chunks of 256": masked(256),
@@ -86,7 +106,7 @@ each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 # One of each kind, with a chunk that ends inside these tests' short sequences.
 KINDS = {
     "recurrent": ssd_recurrent, "quadratic": ssd_quadratic, "chunked": chunked(8), "masked": masked(8),
-    "steps": by_steps,
+    "whole": whole(8), "steps": by_steps,
 }  # fmt: skip
 each_kind = pytest.mark.parametrize("form", KINDS.values(), ids=KINDS)
 
@@ -190,6 +210,22 @@ def test_without_skip_state_or_documents(form, l):
     case, reference = expected(l, 2, full=False)
     assert_close(run(form, case), reference, 1e-10)
     assert_close(run(form, to(case, torch.float32)), reference, 2e-5)
+
+
+def test_a_compiler_takes_the_form_that_is_made_for_it():
+    """Without its code generator. Five chunks in runs of three, a state, two groups."""
+    case = make(40, g=2, documents=False)
+    seen = []
+
+    def made():
+        seen.append(1)
+        return torch.compile(chunked_scan.separable_scan, backend="aot_eager", dynamic=False)
+
+    with mock.patch.object(chunked_scan, "_compiled", made), mock.patch.object(chunked_scan, "_COMPILED_CHUNKS", 3):
+        outer = torch.compile(ssd_chunked, backend="aot_eager", dynamic=False)
+        got = run(lambda **kwargs: outer(**kwargs, chunk_size=8), case)
+    assert len(seen) == 2
+    assert_close(got, run(by_definition, case), 1e-10)
 
 
 @each_form
