@@ -171,11 +171,13 @@ def build(name: str, config: Mamba2Config, device: str, dtype: torch.dtype = tor
     if unknown := set(suffixes) - how - set(kind):
         raise ValueError(f"unknown suffix +{', +'.join(sorted(unknown))}; there are +{', +'.join([*_HOW, *KINDS])}")
     if ((kind or "bf16state" in how) and base != "mamba2_min") or (how and base not in _OWN):
-        raise ValueError(f"{base} has no +{suffixes[0]}")
+        raise ValueError(f"{name}: {base} has no such suffix")
     if "bf16state" in how and "compile" not in how:
         raise ValueError("+bf16state is for steps that are compiled: mamba2_min+compile+bf16state")
     if kind and device != "cpu":
         raise Unavailable("runs on a CPU only")
+    if "bf16state" in how and device != "cuda":
+        raise Unavailable("runs on a GPU only")
     if base == "mamba2_min":
         peer = Own(Mamba2LM(config, seed=0), how)
     elif base == "transformer":

@@ -6,7 +6,7 @@ What stands between two lines like these is replaced by the table of benchmarks/
     <!-- /benchmark:train_step-cpu -->
 
 `benchmark:decode-cpu/small` takes only the settings whose names begin with "small". A benchmark over lengths (scan,
-memory) also becomes a picture, docs/images/NAME.png.
+memory) also becomes a picture, docs/images/NAME.png, where one of the documents shows it.
 """
 
 from __future__ import annotations
@@ -228,10 +228,11 @@ def main() -> int:
     args = p.parse_args()
     documents = args.documents or [d for d in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if d.exists()]
 
-    stale = []
+    stale, shown = [], ""
     for document in documents:
         text = document.read_text(encoding="utf-8")
         new, missing = rewrite(text, args.results)
+        shown += new
         for name in missing:
             print(f"{document.name}: no results for {name}; left as it is")
         if new != text:
@@ -245,7 +246,7 @@ def main() -> int:
         results = harness.load(path)
         if results and TABLES.get(results[0]["benchmark"]) is length_table:
             image = args.images / f"{path.stem}.png"
-            if plot(results, image):
+            if image.name in shown and plot(results, image):
                 print(f"drawn: {image.name}")
     return 0
 

@@ -46,7 +46,7 @@ SETTINGS = {
     "cuda": {"base-b8-l2048": Setting(peers.BASE, 8, 2048), "small-b64-l768": Setting(peers.SMALL, 64, 768)},
 }
 QUICK = {"tiny-b2-l48": Setting(peers.TINY, 2, 48)}
-STEPS = {"cpu": 1, "cuda": 5}  # a round, one after another: `train.py` does not wait for a GPU between steps either
+STEPS = {"cpu": 1, "cuda": 5}  # in a round, one after another: a GPU that has been waited for begins late
 
 
 def step_of(peer: peers.Peer, ids: Tensor, targets: Tensor, options: Options) -> Callable[[], None]:
@@ -96,8 +96,9 @@ def batch_of(setting: Setting, device: str) -> tuple[Tensor, Tensor]:
 def peak_memory(name: str, setting: Setting, options: Options) -> int:
     """Bytes that a peer's model, gradients, optimiser state and activations take at their highest, in a third step."""
     rehearsal = QUICK["tiny-b2-l48"]  # loads libraries and starts threads, which are not the model's
-    plain = peers.build(name.partition("+")[0], rehearsal.config, options.device)
-    step_of(plain, *batch_of(rehearsal, options.device), options)()
+    rehearsed = name if options.device == "cpu" else name.partition("+")[0]  # a GPU's memory has no compiler in it
+    peer = peers.build(rehearsed, rehearsal.config, options.device)
+    step_of(peer, *batch_of(rehearsal, options.device), options)()
     meter = MemoryMeter(options.device)
     peer = peers.build(name, setting.config, options.device)
     step = step_of(peer, *batch_of(setting, options.device), options)

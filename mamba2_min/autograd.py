@@ -59,16 +59,25 @@ def uncompiled(function: Callable) -> Callable:
     return run
 
 
+def is_rounded() -> bool:
+    """Whether a CPU may round float32 matrices to bf16 in their products, as `devices.matmul_precision` has it."""
+    try:
+        return torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:  # where PyTorch's newer switches have been used, this one does not answer
+        return False
+
+
 @contextlib.contextmanager
 def unrounded() -> Iterator[None]:
-    """A context in which a CPU multiplies float32 matrices as they are, whatever `devices.matmul_precision` allows it:
-    for products with one column, of which the rounding takes longer than it saves."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """A context in which it may not: for products with one column, of which the rounding takes longer than it saves."""
+    rounded = is_rounded()
+    if rounded:
+        torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if rounded:
+            torch.set_float32_matmul_precision("medium")
 
 
 def as_bits(t: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The chunked scan and its derivative, both written by hand, in two forms of which `chunked_scan` picks one.
+"""The chunked scan and its derivative, both written by hand, in two forms of which `chunked_scan` picks one; and the
+first of them once more in whole tensors, for a compiler (`separable_scan`).
 
 Within a chunk, token i sees token j through exp(s_i - s_j), s being the cumulative sum of a = dt A from the chunk's
 start. Where no chunk decays by more than exp(-60), and what has been trained here stays well above that, this is a
@@ -116,7 +117,8 @@ class SeparableScan(torch.autograd.Function):
         c = l // q
         f = _Factors(x, dt, A, B, C, D, segment, q)
         dys = _by_group(dy, q, g)
-        dstate = _to_inner(dfinal, g).contiguous()  # of what leaves a chunk, from the last chunk to the first
+        # Of what leaves a chunk, from the last chunk to the first; a copy always, as it is written to.
+        dstate = _to_inner(dfinal, g).clone(memory_format=torch.contiguous_format)
         dx, dB, dC = x.new_empty(b, c, q, g, h // g, p), B.new_empty(b, c, q, g, n), C.new_empty(b, c, q, g, n)
         direct, net, skipped = (torch.empty_like(f.dt) for _ in range(3))  # (b, c, g, q, r)
         leaving = dt.new_empty(b, c, g, h // g)
@@ -190,9 +192,12 @@ def separable_scan(
 
 
 def _compiled_scan(x, dt, A, B, C, D, state, q):
+    chunks = x.shape[1] // q
+    size = -(-chunks // -(-chunks // _COMPILED_CHUNKS))  # parts of one size, as far as that goes: each is compiled anew
+    if torch.is_grad_enabled() and size < chunks and not state.requires_grad:
+        state = state.detach().requires_grad_()  # as what the first part leaves to the next one does
     ys = []
-    parts = (t.split(_COMPILED_CHUNKS * q, dim=1) for t in (x, dt, B, C))
-    for x_part, dt_part, B_part, C_part in zip(*parts, strict=True):
+    for x_part, dt_part, B_part, C_part in zip(*(t.split(size * q, dim=1) for t in (x, dt, B, C)), strict=True):
         y, state = _compiled()(x_part, dt_part, A, B_part, C_part, D, state, q)
         ys.append(y)
     return torch.cat(ys, dim=1) if len(ys) > 1 else ys[0], state
@@ -499,5 +504,5 @@ def _to_inner(state: Tensor, g: int) -> Tensor:
 
 
 def _to_outer(state: Tensor) -> Tensor:
-    """(b, g, n, r, p) -> (b, h, p, n), contiguous."""
-    return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+    """(b, g, n, r, p) -> (b, h, p, n), contiguous, in memory of its own."""
+    return state.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format).flatten(1, 2)

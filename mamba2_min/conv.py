@@ -117,7 +117,7 @@ class _ConvSiLU(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(dy, _convolved(padded, weight, bias), grad_input=du)
         dpadded = _convolved(zeros, weight.flip(1), None)
         wide = torch.promote_types(dy.dtype, torch.float32)
-        dtaps, dbias = torch.zeros(K, dy.shape[2], dtype=wide), dy.new_zeros(dy.shape[2], dtype=wide)
+        dtaps, dbias = dy.new_zeros(K, dy.shape[2], dtype=wide), dy.new_zeros(dy.shape[2], dtype=wide)
         rows = max(1, _BLOCK_ELEMENTS // dy.shape[2])
         ones = dy.new_ones(min(rows, l), dtype=wide)
         with unrounded():  # a sum over rows is had sooner as a product with ones

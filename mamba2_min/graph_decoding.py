@@ -126,7 +126,7 @@ def _convolve(window: list[Tensor], kept: list[Tensor], taps: Tensor, bias: Tens
     for new, old in zip(kept, window[1:], strict=True):
         new.copy_(old)
     y = sum(widen(old) * tap for old, tap in zip(window, widen(taps).unbind(1), strict=True))
-    return F.silu(y if bias is None else y + bias).to(window[0].dtype)
+    return F.silu(y if bias is None else y + bias).to(window[-1].dtype)
 
 
 def _update(xBC: Tensor, dt: Tensor, ssm: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, g: int) -> Tensor:

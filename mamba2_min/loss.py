@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import derivative
+from mamba2_min.autograd import derivative, is_rounded
 
 IGNORE = -100  # a target that does not count
 
@@ -63,7 +63,7 @@ def linear_cross_entropy(
 def _slice_elements(device: torch.device) -> int:
     if device.type != "cpu":
         return _SLICE_ELEMENTS_GPU
-    return _SLICE_ELEMENTS_ROUNDED if torch.get_float32_matmul_precision() == "medium" else _SLICE_ELEMENTS
+    return _SLICE_ELEMENTS_ROUNDED if is_rounded() else _SLICE_ELEMENTS
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -101,13 +101,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dhidden[part] = (dlogits @ w) * weigh
             if need_weight:
                 h = (h * weigh).to(dtype)
-                kept = float(start > 0)  # with 0, what dweight held before is not looked at
                 if dtype == dweight.dtype:
-                    dweight.addmm_(dlogits.t(), h, beta=kept)
+                    dweight.addmm_(dlogits.t(), h)
                 elif hidden.is_cuda and torch.__version__ >= (2, 8):
-                    torch.addmm(dweight, dlogits.t(), h, beta=kept, out_dtype=dweight.dtype, out=dweight)
+                    torch.addmm(dweight, dlogits.t(), h, out_dtype=dweight.dtype, out=dweight)
                 else:
-                    torch.add(dlogits.t() @ h, dweight, alpha=kept, out=dweight)
+                    dweight += dlogits.t() @ h
         ctx.gradients = dhidden, None if dweight is None else dweight[: len(weight)].to(weight.dtype)
         return total
 

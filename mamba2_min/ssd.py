@@ -142,7 +142,8 @@ def ssd_chunked(
 
     Arguments, results and errors as for `ssd_recurrent`; the result does not depend on `chunk_size` (rounding apart).
     The work is done in chunked_scan.py, with a backward written by hand: between forward and backward it keeps the
-    inputs and the state at each chunk's start, O(l p + l n p / q) a head, and no (q, q) matrix.
+    inputs and the state at each chunk's start, O(l p + l n p / q) a head, and no (q, q) matrix. (Compiled on a CPU, it
+    keeps what the compiler chooses to.)
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")

@@ -94,12 +94,15 @@ def test_a_compiler_finds_the_same_gradients(cpu):
     """Without its code generator: what it reads out of the hand-written derivative."""
     case = make(2, 9, 3, 4, start=False, documents=False)
     with mock.patch.object(conv, "_is_cpu", return_value=cpu):
+        expected = run(causal_conv_silu, case)
         compiled = torch.compile(causal_conv_silu, backend="aot_eager", dynamic=False)
-        assert_close(run(compiled, case), run(causal_conv_silu, case))
+        with mock.patch.object(conv, "_on_cpu", side_effect=AssertionError("this is not for compilers")):
+            assert_close(run(compiled, case), expected)
 
 
 def test_allowing_products_to_be_rounded_changes_nothing():
-    case = make(2, 40, 24, 4, start=False, documents=False)
+    """Of a size at which a CPU with AMX would round."""
+    case = make(1, 300, 256, 4, start=False, documents=False)
     case = {name: None if t is None else t.float() for name, t in case.items()}
     exact = run(causal_conv_silu, case)
     before = torch.get_float32_matmul_precision()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from instruments import Recorded, relative_error
 from torch.nn import functional as F
 
-from mamba2_min import devices
+from mamba2_min import devices, loss
 from mamba2_min.loss import linear_cross_entropy
 
 
@@ -68,7 +68,9 @@ def test_products_that_may_be_rounded_to_bf16():
     """In slices of twice the size; on a CPU without AMX nothing is rounded."""
     hidden, weight, targets = make((2, 1000), d=8, v=5000, dtype=torch.float32)
     expected = run(plain, hidden, weight, targets)
+    usual = loss._slice_elements(hidden.device)
     with devices.matmul_precision(torch.device("cpu"), "bf16"):
+        assert loss._slice_elements(hidden.device) == 2 * usual
         assert_close(run(linear_cross_entropy, hidden, weight, targets), expected, 2e-2)
 
 

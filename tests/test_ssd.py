@@ -376,6 +376,21 @@ def test_the_final_state_shares_no_memory_with_the_initial_one(form):
 # -- Documents --------------------------------------------------------------------------------------------------------
 
 
+@each_kind
+@pytest.mark.parametrize("sizes", [{"n": 1}, {"p": 1, "h": 2, "g": 2}], ids=str)
+def test_gradients_that_two_scans_share_are_left_as_they_are(form, sizes):
+    case = make(11, **({"g": 1} | sizes), documents=False)
+    leaves = [case["initial_state"].clone().requires_grad_() for _ in range(2)]
+    weight = torch.randn(case["initial_state"].shape, dtype=torch.float64)
+    kept = weight.clone()
+    states = [form(**{**case, "initial_state": leaf})[1] for leaf in leaves]
+    found = torch.autograd.grad(states[0] + states[1], leaves, weight)
+    wanted = torch.autograd.grad(by_definition(**{**case, "initial_state": leaves[0]})[1], leaves[0], weight)
+    assert torch.equal(weight, kept)
+    for gradient in found:
+        assert relative_error(gradient, wanted[0]) < 1e-10
+
+
 def part(case, tokens, start=None):
     """The arguments for some of the tokens alone, as a sequence of their own."""
     cut = {name: case[name][:, tokens] for name in ("x", "dt", "B", "C")}
