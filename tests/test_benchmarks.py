@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import decode, harness, memory, peers, scan, seed_table, train_step
+from benchmarks import decode, document_cost, harness, memory, peers, scan, seed_table, train_step
 from benchmarks.harness import FLOOR, OURS, Options, Unavailable
 from mamba2_min.loss import linear_cross_entropy
 from mamba2_min.ssd import ssd_chunked
@@ -308,6 +308,12 @@ def test_a_narrow_peer_decodes(capsys, monkeypatch):
 def test_unknown_peers_are_refused(name):
     with pytest.raises(ValueError, match=r"unknown|has no|no such suffix|steps that are compiled"):
         peers.build(name, peers.TINY, "cpu")
+
+
+def test_every_bundled_document_costs_something_and_none_is_turned_down():
+    result = document_cost.measure("bundled", 12, OPTIONS)
+    assert result["about"]["documents"] == 12 and result["about"]["refused"] == 0
+    assert 0 < result["peers"]["own work"]["median"] < 1
 
 
 def test_unknown_settings_end_in_one_line(capsys):

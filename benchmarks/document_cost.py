@@ -1,0 +1,63 @@
+"""What the data generator itself costs a document, beside what the language model takes: the prompt, the cleaning, the
+judgement, the search for duplicates and the files.
+
+In processor time: how long a disk takes to flush is the disk's affair, and the next answer is under way by then. The
+documents are the bundled ones, a file's parts between <end> lines, into a folder that fills up as it goes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.harness import Options
+from mamba2_min.corpus import read_documents
+from mamba2_min.datagen.cleaning import clean
+from mamba2_min.datagen.duplicates import NearDuplicates, signature
+from mamba2_min.datagen.judging import Rules, judge
+from mamba2_min.datagen.kinds import STORIES, compose
+from mamba2_min.datagen.store import Store
+
+DOCUMENTS = Path(__file__).parent.parent / "training_data"
+SETTINGS = {"bundled": 220}  # documents
+QUICK = {"bundled": 20}
+
+
+def measure(name: str, count: int, options: Options) -> harness.Measurement:
+    """Seconds of processor time that each document took."""
+    texts = [document.text for document in read_documents(DOCUMENTS)][:count]
+    known = {"kind": "stories", "model": "m", "options": {}, "created": "", "eval_count": 1}
+    near, seconds, refused = NearDuplicates(), [], 0
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store:
+        for index, raw in enumerate(texts):
+            begun = time.process_time()
+            prompt = compose(STORIES, 0, index)
+            text = clean(f"Sure! Here's a story:\n\n{raw}")
+            minima = signature(text)
+            if judge(text, Rules(language="en")) is None and near.like(minima) is None:
+                record = {**known, "prompt": prompt.text, "seed": index, "index": index}
+                near.add(store.add("stories-x", text, None, record)["file"], minima)
+            else:
+                refused += 1
+            seconds.append(time.process_time() - begun)
+    words = sum(len(text.split()) for text in texts)
+    about = {"documents": len(texts), "words": words, "refused": refused}
+    return harness.measurement("document_cost", name, about, options, {"own work": harness.timed(seconds)})
+
+
+def main() -> None:
+    args = harness.parser("document_cost", __doc__, ()).parse_args()
+    options = harness.options(args)
+    options.prepare()
+    for name, count in harness.choose(QUICK if args.quick else SETTINGS, args).items():
+        result = measure(name, count, options)
+        harness.finish(result, args)
+        about = result["about"]
+        print(f"  {about['documents']} documents of {about['words'] / about['documents']:.0f} words, "
+              f"{about['refused']} of them turned down")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
