@@ -118,17 +118,24 @@ class _ConvSiLU(torch.autograd.Function):
         dpadded = _convolved(zeros, weight.flip(1), None)
         wide = torch.promote_types(dy.dtype, torch.float32)
         dtaps, dbias = dy.new_zeros(K, dy.shape[2], dtype=wide), dy.new_zeros(dy.shape[2], dtype=wide)
-        rows = max(1, _BLOCK_ELEMENTS // dy.shape[2])
-        ones = dy.new_ones(min(rows, l), dtype=wide)
-        with unrounded():  # a sum over rows is had sooner as a product with ones
-            for row, past in zip(du, padded, strict=True):
-                for start in range(0, l, rows):
-                    part = row[start : start + rows]
-                    n = len(part)
-                    dbias.addmv_(part.to(wide).t(), ones[:n])
+        tokens = max(1, _BLOCK_ELEMENTS // dy.shape[2])  # of several rows, or of a part of one
+        ones = dy.new_ones(min(tokens, dy.shape[0] * l), dtype=wide)
+        with unrounded():  # a sum over tokens is had sooner as a product with ones
+            for rows in map(slice, *_bounds(len(dy), max(1, tokens // l))):
+                for start, stop in zip(*_bounds(l, tokens), strict=True):
+                    part = du[rows, start:stop]
+                    one = ones[: part.shape[0] * part.shape[1]]
+                    dbias.addmv_(part.reshape(len(one), -1).to(wide).t(), one)
                     for k in range(K):
-                        dtaps[k].addmv_((part * past[start + k : start + k + n]).to(wide).t(), ones[:n])
+                        product = part * padded[rows, start + k : stop + k]
+                        dtaps[k].addmv_(product.view(len(one), -1).to(wide).t(), one)
         return dpadded, dtaps.t().to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+
+
+def _bounds(length: int, size: int) -> tuple[range, list[int]]:
+    """Where parts of `size` begin, and where they end."""
+    starts = range(0, length, size)
+    return starts, [min(length, start + size) for start in starts]
 
 
 def _convolved(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
