@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Options
@@ -47,17 +48,10 @@ def measure(name: str, count: int, options: Options) -> harness.Measurement:
     return harness.measurement("document_cost", name, about, options, {"own work": harness.timed(seconds)})
 
 
-def main() -> None:
-    args = harness.parser("document_cost", __doc__, ()).parse_args()
-    options = harness.options(args)
-    options.prepare()
-    for name, count in harness.choose(QUICK if args.quick else SETTINGS, args).items():
-        result = measure(name, count, options)
-        harness.finish(result, args)
-        about = result["about"]
-        print(f"  {about['documents']} documents of {about['words'] / about['documents']:.0f} words, "
-              f"{about['refused']} of them turned down")  # fmt: skip
+def summary(about: dict[str, Any]) -> str:
+    words = about["words"] / about["documents"]
+    return f"{about['documents']} documents of {words:.0f} words, {about['refused']} of them turned down"
 
 
 if __name__ == "__main__":
-    main()
+    harness.main_of("document_cost", __doc__, (SETTINGS, QUICK), measure, summary)

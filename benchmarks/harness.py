@@ -377,6 +377,23 @@ def load(path: Path) -> list[Measurement]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def main_of(
+    benchmark: str,
+    doc: str | None,
+    settings: tuple[dict[str, Any], dict[str, Any]],
+    measure: Callable[[str, Any, Options], Measurement],
+    summary: Callable[[dict[str, Any]], str],
+) -> None:
+    """The command line of a benchmark without peers: measures each of the settings (usual, --quick) and sums it up."""
+    args = parser(benchmark, doc, ()).parse_args()
+    chosen = options(args)
+    chosen.prepare()
+    for name, setting in choose(settings[1 if args.quick else 0], args).items():
+        result = measure(name, setting, chosen)
+        finish(result, args)
+        print(f"  {summary(result['about'])}")
+
+
 def show(result: Measurement) -> None:
     """Prints a measurement as a table."""
     print(f"\n{result['benchmark']}  {result['setting']}  {result['about']['device']} {result['about']['precision']}")

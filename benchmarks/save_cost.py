@@ -65,16 +65,9 @@ def measure(name: str, config: Mamba2Config, options: Options) -> harness.Measur
     return harness.measurement("save_cost", name, about, options, entries)
 
 
-def main() -> None:
-    args = harness.parser("save_cost", __doc__, ()).parse_args()
-    options = harness.options(args)
-    options.prepare()
-    for name, config in harness.choose(QUICK if args.quick else SETTINGS, args).items():
-        result = measure(name, config, options)
-        harness.finish(result, args)
-        print(f"  saving takes {100 * result['about']['share']:.2f}% of the time, with a save every "
-              f"{result['about']['save_every']} steps")  # fmt: skip
+def summary(about: dict[str, Any]) -> str:
+    return f"saving takes {100 * about['share']:.2f}% of the time, with a save every {about['save_every']} steps"
 
 
 if __name__ == "__main__":
-    main()
+    harness.main_of("save_cost", __doc__, (SETTINGS, QUICK), measure, summary)

@@ -121,21 +121,16 @@ class _ConvSiLU(torch.autograd.Function):
         tokens = max(1, _BLOCK_ELEMENTS // dy.shape[2])  # of several rows, or of a part of one
         ones = dy.new_ones(min(tokens, dy.shape[0] * l), dtype=wide)
         with unrounded():  # a sum over tokens is had sooner as a product with ones
-            for rows in map(slice, *_bounds(len(dy), max(1, tokens // l))):
-                for start, stop in zip(*_bounds(l, tokens), strict=True):
-                    part = du[rows, start:stop]
-                    one = ones[: part.shape[0] * part.shape[1]]
+            for rows, past in zip(*(t.split(max(1, tokens // l)) for t in (du, padded)), strict=True):
+                for start in range(0, l, tokens):
+                    part = rows[:, start : start + tokens]
+                    n = part.shape[1]
+                    one = ones[: len(part) * n]
                     dbias.addmv_(part.reshape(len(one), -1).to(wide).t(), one)
                     for k in range(K):
-                        product = part * padded[rows, start + k : stop + k]
+                        product = part * past[:, start + k : start + k + n]
                         dtaps[k].addmv_(product.view(len(one), -1).to(wide).t(), one)
         return dpadded, dtaps.t().to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
-
-
-def _bounds(length: int, size: int) -> tuple[range, list[int]]:
-    """Where parts of `size` begin, and where they end."""
-    starts = range(0, length, size)
-    return starts, [min(length, start + size) for start in starts]
 
 
 def _convolved(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from instruments import relative_error
 from torch.nn import functional as F
 
-from mamba2_min import conv
+from mamba2_min import conv, devices
 from mamba2_min.conv import causal_conv_silu
 
 
@@ -105,13 +105,9 @@ def test_allowing_products_to_be_rounded_changes_nothing():
     case = make(1, 300, 256, 4, start=False, documents=False)
     case = {name: None if t is None else t.float() for name, t in case.items()}
     exact = run(causal_conv_silu, case)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with devices.matmul_precision(torch.device("cpu"), "bf16"):
         allowed = run(causal_conv_silu, case)
         assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert all(torch.equal(allowed[name], t) for name, t in exact.items())
 
 

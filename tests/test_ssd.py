@@ -70,18 +70,19 @@ def masked(chunk_size):
     return form
 
 
-def whole(chunk_size, compiled=lambda: chunked_scan.separable_scan):
+def whole(chunk_size):
     """What is compiled on a CPU, without a compiler, in runs of three chunks; several documents are the others'."""
 
     def form(*args, **kwargs):
         by_parts = chunked_scan.SeparableScan.apply
 
-        def apply(*inputs, segment, q):
-            return chunked_scan._compiled_scan(*inputs, q) if segment is None else by_parts(*inputs, segment, q)
+        def apply(*inputs):
+            *others, segment, q = inputs
+            return chunked_scan._compiled_scan(*others, q) if segment is None else by_parts(*inputs)
 
         with (
-            mock.patch.object(chunked_scan.SeparableScan, "apply", lambda *a: apply(*a[:-2], segment=a[-2], q=a[-1])),
-            mock.patch.object(chunked_scan, "_compiled", compiled),
+            mock.patch.object(chunked_scan.SeparableScan, "apply", apply),
+            mock.patch.object(chunked_scan, "_compiled", lambda: chunked_scan.separable_scan),
             mock.patch.object(chunked_scan, "_COMPILED_CHUNKS", 3),
         ):
             return ssd_chunked(*args, **kwargs, chunk_size=chunk_size)
@@ -373,9 +374,6 @@ def test_the_final_state_shares_no_memory_with_the_initial_one(form):
     assert torch.equal(case["initial_state"], before)
 
 
-# -- Documents --------------------------------------------------------------------------------------------------------
-
-
 @each_kind
 @pytest.mark.parametrize("sizes", [{"n": 1}, {"p": 1, "h": 2, "g": 2}], ids=str)
 def test_gradients_that_two_scans_share_are_left_as_they_are(form, sizes):
@@ -389,6 +387,9 @@ def test_gradients_that_two_scans_share_are_left_as_they_are(form, sizes):
     assert torch.equal(weight, kept)
     for gradient in found:
         assert relative_error(gradient, wanted[0]) < 1e-10
+
+
+# -- Documents --------------------------------------------------------------------------------------------------------
 
 
 def part(case, tokens, start=None):
