@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mamba2_min.errors import UserError, printable, run_script
 
 if TYPE_CHECKING:  # importing torch takes seconds, and neither --help nor a mistyped flag should wait for it
-    from mamba2_min.generation import Completer
-    from mamba2_min.sampling import Sampler
+    from mamba2_min.inference.completer import Completer
+    from mamba2_min.ops.sampling import Sampler
 
 RUNS = Path("runs")
 SHOWN_PROMPT = 1000  # characters; of a longer prompt the terminal shows the end
@@ -59,8 +59,8 @@ def main() -> int:
     # made a word take twenty times as long. It is read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mamba2_min.devices import pick_device
-    from mamba2_min.generation import Completer
-    from mamba2_min.sampling import Sampler
+    from mamba2_min.inference.completer import Completer
+    from mamba2_min.ops.sampling import Sampler
 
     try:
         sampler = Sampler(**{name: getattr(args, name) for name in ("temperature", *OFF)})

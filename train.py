@@ -95,7 +95,7 @@ def main() -> int:
         raise UserError("--threads must be at least 1")
     if not args.out:
         raise UserError("--out needs the name of a folder")
-    from mamba2_min import checkpoint  # torch takes seconds to import: not for --help
+    from mamba2_min.checkpoints import checkpoint  # torch takes seconds to import: not for --help
 
     with checkpoint.locked(args.out):
         return train(args)
@@ -105,9 +105,9 @@ def train(args: argparse.Namespace) -> int:
     import torch
 
     from mamba2_min import devices
-    from mamba2_min.model import Mamba2LM
-    from mamba2_min.runs import plan_run
-    from mamba2_min.trainer import Trainer
+    from mamba2_min.models.mamba2 import Mamba2LM
+    from mamba2_min.training.runs import plan_run
+    from mamba2_min.training.trainer import Trainer
 
     accept = tuple(name.strip().replace("-", "_") for name in args.accept.split(",") if name.strip())
     plan = plan_run(args.out, wishes(args), args.preset, args.resume, args.overwrite, accept)

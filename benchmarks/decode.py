@@ -15,8 +15,8 @@ import torch
 from benchmarks import harness, peers
 from benchmarks.harness import MemoryMeter, Options
 from mamba2_min.config import Mamba2Config
-from mamba2_min.decoding import lay_out_columns
-from mamba2_min.model import Mamba2LM
+from mamba2_min.inference.decoding import lay_out_columns
+from mamba2_min.models.mamba2 import Mamba2LM
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import Unavailable
-from mamba2_min.baseline_transformer import KVCache, TransformerConfig, TransformerLM
 from mamba2_min.config import Mamba2Config
-from mamba2_min.model import Mamba2LM
-from mamba2_min.quantize import KINDS, quantize
+from mamba2_min.inference.quantize import KINDS, quantize
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.models.transformer import KVCache, TransformerConfig, TransformerLM
 
 SMALL = Mamba2Config(vocab_size=13_148, d_model=256, n_layer=4, d_state=64)  # 5 million parameters
 BASE = Mamba2Config(vocab_size=50_288, d_model=768, n_layer=24, d_state=128, chunk_size=128)  # 130 million

@@ -15,13 +15,13 @@ import torch
 
 from benchmarks import harness, peers
 from benchmarks.harness import Options
-from mamba2_min import checkpoint
+from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.corpus import Corpus
-from mamba2_min.model import Mamba2LM
+from mamba2_min.data.corpus import Corpus
+from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.settings import Settings
-from mamba2_min.tokenizer import WordTokenizer
-from mamba2_min.trainer import Trainer
+from mamba2_min.training.trainer import Trainer
 
 SETTINGS = {"small": peers.SMALL}
 QUICK = {"tiny": peers.TINY}

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mamba2_min import checkpoint
+from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.corpus import load_corpus
+from mamba2_min.data.corpus import load_corpus
 from mamba2_min.errors import run_script
-from mamba2_min.model import Mamba2LM
+from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.settings import Settings
-from mamba2_min.trainer import Trainer
+from mamba2_min.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"d_model": 16, "n_layer": 1, "d_state": 4, "headdim": 8, "chunk_size": 8}
@@ -31,7 +31,7 @@ STATE = ("model", "optimizer", "windows", "guard", "torch_rng", "step", "pending
 
 # AdamW imports torch._dynamo, which takes seconds, when it is first made.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["small_runs", "mamba2_min.plots", "mamba2_min.runs", "torch._dynamo"])
+_processes.set_forkserver_preload(["small_runs", "mamba2_min.training.plots", "mamba2_min.training.runs", "torch._dynamo"])
 
 
 def write_documents(folder, count=12, words=60, seed=0):
@@ -61,7 +61,7 @@ def make_trainer(out, data, dropout=0.1, resume=False, device="cpu", model=None,
 
 
 def checkpoint_tokenizer(out):
-    from mamba2_min.tokenizer import WordTokenizer
+    from mamba2_min.data.tokenizer import WordTokenizer
 
     return WordTokenizer.load(out / checkpoint.TOKENIZER)
 

@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mamba2_min.baseline_transformer import (
+from mamba2_min.config import Mamba2Config
+from mamba2_min.data.corpus import load_corpus
+from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.errors import UserError
+from mamba2_min.inference.completer import Completer
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.models.transformer import (
     KVCache,
     TransformerConfig,
     TransformerLM,
     rotary_angles,
     rotate,
 )
-from mamba2_min.config import Mamba2Config
-from mamba2_min.corpus import load_corpus
-from mamba2_min.errors import UserError
-from mamba2_min.generation import Completer
-from mamba2_min.model import Mamba2LM
-from mamba2_min.sampling import Sampler
+from mamba2_min.ops.sampling import Sampler
 from mamba2_min.settings import Settings
-from mamba2_min.tokenizer import WordTokenizer
-from mamba2_min.trainer import Trainer
+from mamba2_min.training.trainer import Trainer
 
 CONFIG = TransformerConfig(vocab_size=31, d_model=24, n_layer=2, headdim=8, d_ff=20)
 
@@ -98,7 +98,7 @@ def test_cache_continues_as_if_never_cut(cuts):
 
 
 def test_steps_equal_the_whole_also_where_the_cache_grows(monkeypatch):
-    monkeypatch.setattr("mamba2_min.baseline_transformer._BLOCK", 2)
+    monkeypatch.setattr("mamba2_min.models.transformer._BLOCK", 2)
     model, ids = make_model(), make_ids(3, 17)
     with torch.no_grad():
         whole, _ = model(ids)
@@ -134,7 +134,7 @@ def test_a_state_can_be_continued_twice():
 
 
 def test_prefill_in_slices_gives_the_last_logits(monkeypatch):
-    monkeypatch.setattr("mamba2_min.language_model._PREFILL_SLICE", 3)
+    monkeypatch.setattr("mamba2_min.models.base._PREFILL_SLICE", 3)
     model, ids = make_model(), make_ids(2, 11)
     with torch.no_grad():
         whole, _ = model(ids)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import decode, document_cost, harness, memory, peers, scan, seed_table, train_step
 from benchmarks.harness import FLOOR, OURS, Options, Unavailable
-from mamba2_min.loss import linear_cross_entropy
+from mamba2_min.ops.loss import linear_cross_entropy
 from mamba2_min.ssd import ssd_chunked
 
 OPTIONS = Options(rounds=3, warmup=1, memory=False)

@@ -5,9 +5,10 @@ import torch
 from instruments import relative_error
 from test_ssd import INPUTS, by_definition, make, run, to
 
-from mamba2_min.bf16_scan import BF16Scan
-from mamba2_min.chunked_scan import chunked_scan
-from mamba2_min.ssd import document_numbers, ssd_chunked
+from mamba2_min.ops.seq_idx import document_numbers
+from mamba2_min.ssd import ssd_chunked
+from mamba2_min.ssd.cpu import chunked_scan
+from mamba2_min.ssd.cuda import BF16Scan
 
 NARROW = ("x", "B", "C")
 

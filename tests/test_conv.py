@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from instruments import relative_error
 from torch.nn import functional as F
 
-from mamba2_min import conv, devices
-from mamba2_min.conv import causal_conv_silu
+from mamba2_min import devices
+from mamba2_min.ops import conv
+from mamba2_min.ops.conv import causal_conv_silu
 
 
 def by_definition(u, weight, bias=None, state=None, seq_idx=None):

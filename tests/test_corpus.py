@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba2_min.corpus import (
+from mamba2_min.data.corpus import (
     IGNORE,
     Document,
     Windows,
@@ -20,8 +20,8 @@ from mamba2_min.corpus import (
     split_documents,
     validation_windows,
 )
+from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
-from mamba2_min.tokenizer import WordTokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -186,7 +186,7 @@ def test_kinds_share_a_folder_and_requests_are_in_the_documents(server, tmp_path
 
 
 def test_what_it_writes_is_what_train_reads(server, tmp_path):
-    corpus = pytest.importorskip("mamba2_min.corpus")
+    corpus = pytest.importorskip("mamba2_min.data.corpus")
     done = run(
         "--host", server.url, "--documents", 12, "--with-prompts", "--out", tmp_path / "data" / "generated", *QUICK
     )

@@ -9,8 +9,8 @@ from instruments import Allocated, relative_error
 from torch import nn
 
 from mamba2_min.config import Mamba2Config
-from mamba2_min.decoding import lay_out_columns
-from mamba2_min.model import Mamba2LM, State
+from mamba2_min.inference.decoding import lay_out_columns
+from mamba2_min.models.mamba2 import Mamba2LM, State
 
 V = 37
 IDS = torch.randint(V, (2, 12), generator=torch.Generator().manual_seed(0))

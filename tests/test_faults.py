@@ -15,8 +15,8 @@ import time
 import pytest
 from small_runs import SHAPE, Training, assert_same_run, write_documents
 
-from mamba2_min import checkpoint
-from mamba2_min.metrics import read_metrics
+from mamba2_min.checkpoints import checkpoint
+from mamba2_min.training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits as POSIX has them")
 FILES = {"config.json", "tokenizer.json", "settings.json", "model.pt", "last.pt", "metrics.jsonl", "loss.png"}

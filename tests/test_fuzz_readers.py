@@ -17,15 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_runs import SHAPE, make_trainer, write_documents
 
-from mamba2_min import checkpoint
+from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.corpus import load_corpus
+from mamba2_min.data.corpus import load_corpus
+from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
-from mamba2_min.metrics import MetricsLog, read_metrics
-from mamba2_min.model import Mamba2LM
-from mamba2_min.runs import Plan, read_plan
-from mamba2_min.tokenizer import WordTokenizer
-from mamba2_min.trainer import Trainer
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.training.metrics import MetricsLog, read_metrics
+from mamba2_min.training.runs import Plan, read_plan
+from mamba2_min.training.trainer import Trainer
 
 # 10^12 heads, sizes that overflow, names that are nearly right: what a random value would seldom be.
 ODD = st.sampled_from([

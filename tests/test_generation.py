@@ -10,13 +10,13 @@ import tracemalloc
 import pytest
 import torch
 
-from mamba2_min import decoding
 from mamba2_min.config import Mamba2Config
+from mamba2_min.data.tokenizer import StreamDecoder, WordTokenizer
 from mamba2_min.errors import UserError
-from mamba2_min.generation import Completer
-from mamba2_min.model import Mamba2LM
-from mamba2_min.sampling import Sampler
-from mamba2_min.tokenizer import StreamDecoder, WordTokenizer
+from mamba2_min.inference import decoding
+from mamba2_min.inference.completer import Completer
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.ops.sampling import Sampler
 
 TEXT = """Once upon a time a small owl lived in the old tower, and nobody in the town knew her name.
 "Who are you?" asked the boy. "I am the owl of the tower," she said, "and I count the stars, one by one."

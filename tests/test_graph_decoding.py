@@ -8,8 +8,8 @@ from instruments import relative_error
 from torch import nn
 
 from mamba2_min.config import Mamba2Config
-from mamba2_min.graph_decoding import CompiledDecoder, is_recordable
-from mamba2_min.model import Mamba2LM
+from mamba2_min.inference.cuda_graph import CompiledDecoder, is_recordable
+from mamba2_min.models.mamba2 import Mamba2LM
 
 PLAIN = Mamba2Config(vocab_size=61, d_model=32, n_layer=2, d_state=16, headdim=8, pad_vocab_size_multiple=8)
 CONFIGS = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba2_min import hippo
+from mamba2_min.ssd import hippo
 
 ODD_SIZES = [1, 2, 3, 17, 64]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mamba2_min import checkpoint, interop
+from mamba2_min.checkpoints import checkpoint, layouts
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
-from mamba2_min.model import Mamba2LM
+from mamba2_min.models.mamba2 import Mamba2LM
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -157,7 +157,7 @@ class TestAgainstTransformers:
             pytest.skip(f"transformers {transformers.__version__} normalises all groups together")
         if CONFIGS[name].get("tie_embeddings", True) and not transformers.saves_tied:
             pytest.skip(f"transformers {transformers.__version__} cannot save a tied Mamba-2")
-        values = interop.config_to("hf", lively(**CONFIGS[name]).config)
+        values = layouts.config_to("hf", lively(**CONFIGS[name]).config)
         del values["mamba2_min"]
         torch.manual_seed(0)
         other = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**values)).eval()
@@ -286,7 +286,7 @@ def test_a_checkpoint_of_a_gpu_loads_without_one(tmp_path, monkeypatch, format):
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         model.save_pretrained(tmp_path, format=format)
-    path = tmp_path / interop.WEIGHT_FILES[format][0]
+    path = tmp_path / layouts.WEIGHT_FILES[format][0]
     assert b"cuda:0" in path.read_bytes()
     assert logits(Mamba2LM.from_pretrained(tmp_path), ids_for(model)).equal(logits(model, ids_for(model)))
 
@@ -296,7 +296,7 @@ def test_the_hugging_face_layout_in_pickles_and_shards(tmp_path):
     model = lively(**CONFIGS["untied"])
     model.save_pretrained(tmp_path, format="hf")
     (tmp_path / "model.safetensors").unlink()
-    weights = interop.weights_to("hf", model.config, dict(model.state_dict()))
+    weights = layouts.weights_to("hf", model.config, dict(model.state_dict()))
     torch.save(weights, tmp_path / "pytorch_model.bin")
     expected = logits(model, ids_for(model))
     assert logits(Mamba2LM.from_pretrained(tmp_path), ids_for(model)).equal(expected)
@@ -323,7 +323,7 @@ def test_the_official_name_of_the_embedding_in_a_hugging_face_folder(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes_are_told_without_building(name):
     model = lively(**CONFIGS[name])
-    told = dict(interop.parameter_shapes(model.config))
+    told = dict(layouts.parameter_shapes(model.config))
     assert told == {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
@@ -510,8 +510,8 @@ class TestFilesThatAreWrong:
             pytest.importorskip("safetensors", reason="safetensors is not installed")
         model = lively(**CONFIGS["plain"])
         model.save_pretrained(tmp_path, format=request.param)
-        weights = interop.weights_to(request.param, model.config, {k: v.clone() for k, v in model.state_dict().items()})
-        return tmp_path, tmp_path / interop.WEIGHT_FILES[request.param][0], weights
+        weights = layouts.weights_to(request.param, model.config, {k: v.clone() for k, v in model.state_dict().items()})
+        return tmp_path, tmp_path / layouts.WEIGHT_FILES[request.param][0], weights
 
     def refused(self, folder: Path) -> str:
         return refusal(lambda: Mamba2LM.from_pretrained(folder))
@@ -580,14 +580,14 @@ class TestFilesThatAreWrong:
         monkeypatch.setattr(Mamba2LM, "__init__", lambda *_: pytest.fail("built"))
         checkpoint.save_json(tmp_path / "config.json", config.to_dict())
         for one in (torch.zeros(1), torch.zeros(1, device="meta")):
-            weights = {name: one.expand(shape) for name, shape in interop.parameter_shapes(config)}
+            weights = {name: one.expand(shape) for name, shape in layouts.parameter_shapes(config)}
             torch.save(weights, tmp_path / "model.pt")
             assert (tmp_path / "model.pt").stat().st_size < 100_000
             self.refused(tmp_path)
         nowhere, nothing = torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0)
         sparse = {
             n: torch.sparse_coo_tensor(nowhere.expand(len(s), 0), nothing, s, check_invariants=True)
-            for n, s in interop.parameter_shapes(config)
+            for n, s in layouts.parameter_shapes(config)
         }
         torch.save(sparse, tmp_path / "model.pt")
         assert "sparse" in self.refused(tmp_path)
@@ -621,7 +621,7 @@ class TestShards:
         self.model = lively(**CONFIGS["plain"])
         self.model.save_pretrained(self.folder, format="hf")
         (self.folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
-        weights = interop.weights_to("hf", self.model.config, dict(self.model.state_dict()))
+        weights = layouts.weights_to("hf", self.model.config, dict(self.model.state_dict()))
         names = list(weights)
         self.map = {}
         for file, part in (("model-1.safetensors", names[:5]), ("model-2.safetensors", names[5:])):

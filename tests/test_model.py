@@ -14,10 +14,11 @@ from instruments import Allocated, Recorded, relative_error
 from torch import nn
 from torch.nn import functional as F
 
-from mamba2_min import conv, ssd
-from mamba2_min.bf16_scan import BF16Scan
+from mamba2_min.ssd import plain as ssd
 from mamba2_min.config import Mamba2Config
-from mamba2_min.model import Mamba2LM, State
+from mamba2_min.models.mamba2 import Mamba2LM, State
+from mamba2_min.ops import conv
+from mamba2_min.ssd.cuda import BF16Scan
 
 V = 29
 
@@ -735,7 +736,7 @@ def test_torch_and_numpy_are_enough():
             sys.modules[name] = None  # an import of it fails
         import torch
         from mamba2_min.config import Mamba2Config
-        from mamba2_min.model import Mamba2LM
+        from mamba2_min.models.mamba2 import Mamba2LM
         model = Mamba2LM(Mamba2Config(vocab_size=9, d_model=8, headdim=4, d_state=4))
         ids = torch.tensor([[1, 2, 3]])
         model.loss(ids, ids).backward()

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mamba2_min.baseline_transformer import TransformerConfig, TransformerLM
 from mamba2_min.config import Mamba2Config
 from mamba2_min.evaluation import recall
-from mamba2_min.model import Mamba2LM
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.models.transformer import TransformerConfig, TransformerLM
 
 
 def seeded(seed=0):

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from mamba2_min.config import Mamba2Config
+from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError, printable
-from mamba2_min.generation import Completer
-from mamba2_min.model import Mamba2LM
-from mamba2_min.sampling import Sampler
-from mamba2_min.tokenizer import WordTokenizer
+from mamba2_min.inference.completer import Completer
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.ops.sampling import Sampler
 
 SCRIPT = Path(__file__).resolve().parent.parent / "run.py"
 TEXT = "Once upon a time a small owl lived in the old tower, and nobody in the town knew her name.\n"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba2_min.sampling import Sampler, draw, penalise
+from mamba2_min.ops.sampling import Sampler, draw, penalise
 
 PROBABILITIES = torch.tensor([0.04, 0.40, 0.10, 0.25, 0.09, 0.12], dtype=torch.float64)
 LOGITS = PROBABILITIES.log().float() + 3.7

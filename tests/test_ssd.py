@@ -12,7 +12,7 @@ from instruments import Allocated, Recorded, relative_error
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mamba2_min import chunked_scan
+from mamba2_min.ssd import cpu as chunked_scan
 from mamba2_min.ssd import ssd_chunked, ssd_quadratic, ssd_recurrent, ssd_step
 
 INPUTS = ("x", "dt", "A", "B", "C", "D", "initial_state")

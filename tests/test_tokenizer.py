@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mamba2_min.data.tokenizer import MAX_WORD_LENGTH, StreamDecoder, WordTokenizer
 from mamba2_min.errors import UserError
-from mamba2_min.tokenizer import MAX_WORD_LENGTH, StreamDecoder, WordTokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEXT = """Anna's cat didn't see the cat. "It's 1984," said the old cat…

@@ -13,12 +13,13 @@ import pytest
 import torch
 from small_runs import ROOT, SHAPE, load_script, write_documents
 
-from mamba2_min import checkpoint, devices
+from mamba2_min import devices
+from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
-from mamba2_min.runs import plan_run, read_plan
 from mamba2_min.settings import PRESETS, Settings
-from mamba2_min.trainer import Trainer
+from mamba2_min.training.runs import plan_run, read_plan
+from mamba2_min.training.trainer import Trainer
 
 FLAGS = [str(word) for name, value in SHAPE.items() for word in ("--" + name.replace("_", "-"), value)] + [
     "--min-count", "1", "--context", "16", "--batch-size", "3", "--threads", "1", "--device", "cpu",
@@ -321,11 +322,11 @@ import re, sys, tempfile
 import torch
 from mamba2_min import devices
 from mamba2_min.config import Mamba2Config
-from mamba2_min.corpus import Corpus
-from mamba2_min.model import Mamba2LM
+from mamba2_min.data.corpus import Corpus
+from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.settings import Settings
-from mamba2_min.tokenizer import WordTokenizer
-from mamba2_min.trainer import Trainer
+from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.training.trainer import Trainer
 
 def status(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])

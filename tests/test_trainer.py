@@ -11,16 +11,16 @@ import torch
 from small_runs import SHAPE, assert_same_run, make_trainer, same, write_documents
 from torch.nn import functional as F
 
-from mamba2_min import checkpoint
+from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.corpus import Windows, load_corpus
+from mamba2_min.data.corpus import Windows, load_corpus
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import evaluate
-from mamba2_min.guards import JUMPED, NOT_FINITE, LossGuard
-from mamba2_min.metrics import MetricsLog, read_metrics
-from mamba2_min.model import Mamba2LM
+from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.settings import Settings, learning_rate
-from mamba2_min.trainer import Trainer, decay_groups
+from mamba2_min.training.guards import JUMPED, NOT_FINITE, LossGuard
+from mamba2_min.training.metrics import MetricsLog, read_metrics
+from mamba2_min.training.trainer import Trainer, decay_groups
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_another_run_cannot_be_gone_on_with(tmp_path, data):
     other = write_documents(tmp_path / "other", seed=9)
     refused("the documents are not those .* --accept documents", data=other)
     words = json.loads(before["tokenizer.json"])["words"]
-    from mamba2_min.tokenizer import WordTokenizer
+    from mamba2_min.data.tokenizer import WordTokenizer
 
     WordTokenizer(words[::-1]).save(out / "tokenizer.json")
     before["tokenizer.json"] = (out / "tokenizer.json").read_bytes()

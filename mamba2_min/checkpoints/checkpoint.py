@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from mamba2_min import interop
+from mamba2_min.checkpoints import layouts
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 
@@ -143,22 +143,22 @@ def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tens
     reads. Raises UserError where a layout cannot say what the weights need, where the folder holds a model in another
     layout, or where it cannot be written; ValueError for any other format.
     """
-    if format not in interop.WEIGHT_FILES:
-        raise ValueError(f"format must be one of {', '.join(interop.WEIGHT_FILES)}, not {format!r}")
+    if format not in layouts.WEIGHT_FILES:
+        raise ValueError(f"format must be one of {', '.join(layouts.WEIGHT_FILES)}, not {format!r}")
     try:
-        values = interop.config_to(format, config)
+        values = layouts.config_to(format, config)
     except ValueError as error:
         raise UserError(f'the model cannot be saved in the layout "{format}": {error}') from error
     folder = make_folder(folder)
     if (folder / CONFIG).exists() and _read_config(folder)[0] != format:
         raise UserError(f"{folder} holds a model in another layout, which this one would break; choose another folder")
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    weights = interop.weights_to(format, config, on_cpu)
-    path = folder / interop.WEIGHT_FILES[format][0]
+    weights = layouts.weights_to(format, config, on_cpu)
+    path = folder / layouts.WEIGHT_FILES[format][0]
     if format == "hf":
         data = _safetensors(path).save(weights, metadata={"format": "pt"})
         write_atomically(path, lambda file: file.write(data))
-        save_json(folder / "generation_config.json", interop.hf_generation_config(config))
+        save_json(folder / "generation_config.json", layouts.hf_generation_config(config))
     else:
         save_tensors(path, weights)
     save_json(folder / CONFIG, values)  # last: without it a folder holds no model
@@ -178,18 +178,18 @@ def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
         raise UserError(f"{folder} holds no {CONFIG}: no model was saved there")
     layout, values = _read_config(folder)
     try:
-        config = interop.config_from(layout, values)
+        config = layouts.config_from(layout, values)
     except ValueError as error:
         raise UserError(f"{folder / CONFIG}: {_first_line(error)}") from error
-    files = interop.WEIGHT_FILES[layout]
+    files = layouts.WEIGHT_FILES[layout]
     path = next((folder / name for name in files if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"{folder} holds no {' or '.join(files)}: no model was saved there")
     weights = _read_weights(path)
     try:
-        weights = interop.with_tied_head(interop.weights_from(layout, weights), config.tie_embeddings)
-        interop.check_shapes(interop.parameter_shapes(config), weights)
-        interop.check_tensors(weights, config.tie_embeddings)
+        weights = layouts.with_tied_head(layouts.weights_from(layout, weights), config.tie_embeddings)
+        layouts.check_shapes(layouts.parameter_shapes(config), weights)
+        layouts.check_tensors(weights, config.tie_embeddings)
     except ValueError as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
     return config, weights
@@ -197,9 +197,9 @@ def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Copies weights into a model, whose dtype they take. Raises UserError for the first name or shape that differs."""
-    weights = interop.with_tied_head(weights, model.config.tie_embeddings)
+    weights = layouts.with_tied_head(weights, model.config.tie_embeddings)
     try:
-        interop.check_shapes(((name, tensor.shape) for name, tensor in model.state_dict().items()), weights)
+        layouts.check_shapes(((name, tensor.shape) for name, tensor in model.state_dict().items()), weights)
     except ValueError as error:
         raise UserError(f"{source}: {_first_line(error)}") from error
     model.load_state_dict(weights)
@@ -210,15 +210,15 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     values = load_json(folder / CONFIG)
     if not isinstance(values, dict):
         raise UserError(f"{folder / CONFIG} is not a JSON object: it describes no model")
-    return interop.layout_of(values), values
+    return layouts.layout_of(values), values
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of one file, or of the shards that an index names."""
     files = [path]
-    if path.name.endswith(interop.INDEX):
+    if path.name.endswith(layouts.INDEX):
         try:
-            files = [path.parent / name for name in interop.shards(load_json(path))]
+            files = [path.parent / name for name in layouts.shards(load_json(path))]
         except ValueError as error:
             raise UserError(f"{path}: {_first_line(error)}") from error
     weights: dict[str, Tensor] = {}

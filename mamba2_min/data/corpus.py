@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
-from mamba2_min.tokenizer import WordTokenizer
 
 SUFFIXES = (".md", ".txt")
 NOT_DOCUMENTS = ("readme.md", "readme.txt", "license.md", "license.txt")  # at the top of the folder, in any case

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import httpx
 import ollama
 
-from ..errors import UserError
+from mamba2_min.errors import UserError
 
 DEFAULT_HOST = "http://127.0.0.1:11434"
 CONNECT_SECONDS = 15.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from ..errors import printable
+from mamba2_min.errors import printable
 
 MOST_LAYERS = 20  # a text of nothing but titles is not worth more time
 

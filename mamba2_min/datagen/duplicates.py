@@ -17,7 +17,7 @@ import hashlib
 
 import numpy as np
 
-from .judging import words
+from mamba2_min.datagen.judging import words
 
 RUN_LENGTH = 3
 ORDERS = 128

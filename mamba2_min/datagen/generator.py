@@ -17,14 +17,14 @@ from datetime import datetime, timezone
 
 import numpy as np
 
-from ..errors import UserError
-from .asking import TOO_LONG, Answer, Asker, NoAnswer, Stopped
-from .cleaning import clean, clean_request
-from .duplicates import NearDuplicates, signature
-from .judging import Rules, judge, words
-from .kinds import Kind, Prompt, compose, compose_request, slug
-from .progress import Progress
-from .store import Store
+from mamba2_min.datagen.asking import TOO_LONG, Answer, Asker, NoAnswer, Stopped
+from mamba2_min.datagen.cleaning import clean, clean_request
+from mamba2_min.datagen.duplicates import NearDuplicates, signature
+from mamba2_min.datagen.judging import Rules, judge, words
+from mamba2_min.datagen.kinds import Kind, Prompt, compose, compose_request, slug
+from mamba2_min.datagen.progress import Progress
+from mamba2_min.datagen.store import Store
+from mamba2_min.errors import UserError
 
 DEFAULT_RULES = Rules()
 REQUEST_RULES = Rules(min_words=2, max_words=150)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .cleaning import MARKER
-from .languages import is_written_in
+from mamba2_min.datagen.cleaning import MARKER
+from mamba2_min.datagen.languages import is_written_in
 
 # Kana, Han, Thai, Lao, Khmer and Burmese are written without spaces: a character there counts as a word.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"

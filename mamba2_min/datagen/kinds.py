@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from ..errors import UserError
-from . import lists
+from mamba2_min.datagen import lists
+from mamba2_min.errors import UserError
 
 _ONLY_TEXT = "Write only the text itself: no title, no heading, no preface and no comment."
 

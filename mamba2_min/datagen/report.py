@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .judging import words
-from .store import REQUEST_END, Store, text_of
+from mamba2_min.datagen.judging import words
+from mamba2_min.datagen.store import REQUEST_END, Store, text_of
 
 OPENING_WORDS = 4
 VOCABULARY = 8192  # as train.py's default
@@ -52,7 +52,7 @@ def _tokens(contents: list[str]) -> int:
 
     `train.py` leaves a tenth of the documents out of its vocabulary, to validate with: its figure is a little higher.
     """
-    from ..tokenizer import WordTokenizer
+    from mamba2_min.data.tokenizer import WordTokenizer
 
     special = [REQUEST_END] if any(REQUEST_END in content for content in contents) else []
     tokenizer = WordTokenizer.train(contents, VOCABULARY, min_count=2, special_words=special)

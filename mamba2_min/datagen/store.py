@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows has no flock: there, nothing keeps two generators off one folder
     fcntl = None
 
-from ..errors import UserError
+from mamba2_min.errors import UserError
 
 MANIFEST, REJECTED, PENDING, LOCK = "manifest.jsonl", "rejected.jsonl", ".pending.json", ".lock"
 REQUEST_END = "<start>"  # between a request and the text that answers it, in a document's file

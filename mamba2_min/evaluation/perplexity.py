@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamba2_min.autograd import widest
-from mamba2_min.corpus import validation_windows
-from mamba2_min.loss import linear_cross_entropy
+from mamba2_min.data.corpus import validation_windows
+from mamba2_min.ops.autograd import widest
+from mamba2_min.ops.loss import linear_cross_entropy
 
 WINDOW = 2048  # tokens a forward pass; the state is carried across, so the figure does not depend on it
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mamba2_min.corpus import IGNORE
-from mamba2_min.trainer import decay_groups
+from mamba2_min.data.corpus import IGNORE
+from mamba2_min.training.trainer import decay_groups
 
 Batch = tuple[Tensor, Tensor]  # input_ids, targets
 

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba2_min import checkpoint
-from mamba2_min.decoding import lay_out_columns
+from mamba2_min.checkpoints import checkpoint
+from mamba2_min.data.tokenizer import StreamDecoder, WordTokenizer
 from mamba2_min.errors import UserError
-from mamba2_min.model import Mamba2LM, State
-from mamba2_min.quantize import load_quantized
-from mamba2_min.sampling import Sampler
-from mamba2_min.tokenizer import StreamDecoder, WordTokenizer
+from mamba2_min.inference.decoding import lay_out_columns
+from mamba2_min.inference.quantize import load_quantized
+from mamba2_min.models.mamba2 import Mamba2LM, State
+from mamba2_min.ops.sampling import Sampler
 
 
 @dataclass

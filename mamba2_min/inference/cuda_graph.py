@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import autocast_off, widen
-from mamba2_min.decoding import Decoder, Prepared, is_plain
+from mamba2_min.inference.decoding import Decoder, Prepared, is_plain
+from mamba2_min.ops.autograd import autocast_off, widen
 
 if TYPE_CHECKING:
-    from mamba2_min.model import Mamba2LM, State
+    from mamba2_min.models.mamba2 import Mamba2LM, State
 
 _FEW_ROWS = 2  # up to so many, a product is a sum over each weight row, which a compiler joins with what is around it
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba2_min.autograd import widen, without_autocast
+from mamba2_min.ops.autograd import widen, without_autocast
 
 if TYPE_CHECKING:
-    from mamba2_min.model import Block, Mamba2LM, State
+    from mamba2_min.models.mamba2 import Block, Mamba2LM, State
 
 
 class Prepared:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba2_min import checkpoint
+from mamba2_min.checkpoints import checkpoint
 from mamba2_min.errors import UserError
-from mamba2_min.model import Mamba2LM
+from mamba2_min.models.mamba2 import Mamba2LM
 
 KINDS = ("int8", "bf16")
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mamba2_min.loss import linear_cross_entropy
-from mamba2_min.sampling import Sampler
+from mamba2_min.ops.loss import linear_cross_entropy
+from mamba2_min.ops.sampling import Sampler
 
 _PREFILL_SLICE = 2048  # tokens of a prompt that are read at a time
 

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba2_min import checkpoint
-from mamba2_min.autograd import widen
+from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.conv import causal_conv_silu
-from mamba2_min.decoding import Decoder
-from mamba2_min.graph_decoding import GraphDecoder, is_recordable
-from mamba2_min.hippo import a_log_init, dt_bias_init
-from mamba2_min.language_model import LanguageModel
-from mamba2_min.norm import gated_rms_norm, rms_norm
+from mamba2_min.inference.cuda_graph import GraphDecoder, is_recordable
+from mamba2_min.inference.decoding import Decoder
+from mamba2_min.models.base import LanguageModel
+from mamba2_min.ops.autograd import widen
+from mamba2_min.ops.conv import causal_conv_silu
+from mamba2_min.ops.norm import gated_rms_norm, rms_norm
 from mamba2_min.ssd import ssd_chunked
+from mamba2_min.ssd.hippo import a_log_init, dt_bias_init
 
 
 @dataclass

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba2_min import checkpoint
-from mamba2_min.autograd import widest
+from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
-from mamba2_min.language_model import LanguageModel
-from mamba2_min.norm import rms_norm
+from mamba2_min.models.base import LanguageModel
+from mamba2_min.ops.autograd import widest
+from mamba2_min.ops.norm import rms_norm
 
 _ARCHITECTURE = "transformer"  # in a saved config, so that it is not taken for a Mamba-2's
 _FF_MULTIPLE = 8  # widths of the SwiGLU: a bfloat16 row then fills whole 16-byte loads
@@ -354,7 +354,7 @@ def _grow(state: KVCache) -> None:
 
 @torch.no_grad()
 def init_parameters(model: TransformerLM, generator: torch.Generator) -> None:
-    """Draws every parameter of a new model by the rules of `mamba2_min.model.init_parameters`.
+    """Draws every parameter of a new model by the rules of `mamba2_min.models.mamba2.init_parameters`.
 
     Embedding N(0, 0.02), projections U(+-1/sqrt(inputs)), norms 1; the projections that end on the residual stream, two
     a layer, are divided by sqrt(2 n_layer).

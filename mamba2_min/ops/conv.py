@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import as_bits, derivative, of_bits, uncompiled, unrounded, without_autocast, written_out
-from mamba2_min.ssd import document_numbers
+from mamba2_min.ops.autograd import as_bits, derivative, of_bits, uncompiled, unrounded, without_autocast, written_out
+from mamba2_min.ops.seq_idx import document_numbers
 
 _BLOCK_ELEMENTS = 1 << 18  # of a product that stays in a core's second-level cache until it is summed
 

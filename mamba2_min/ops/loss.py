@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import derivative, is_rounded
+from mamba2_min.ops.autograd import derivative, is_rounded
 
 IGNORE = -100  # a target that does not count
 

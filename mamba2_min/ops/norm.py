@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import as_bits, derivative, of_bits, written_out
+from mamba2_min.ops.autograd import as_bits, derivative, of_bits, written_out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

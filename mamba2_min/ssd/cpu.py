@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mamba2_min.autograd import derivative, uncompiled, widest
-from mamba2_min.bf16_scan import FORGOTTEN, BF16Scan
+from mamba2_min.ops.autograd import derivative, uncompiled, widest
+from mamba2_min.ssd.cuda import FORGOTTEN, BF16Scan
 
 # The most that a chunk, and one token, may decay by, as exponents, for decays to be separated: exp(60) is 1e26, which
 # leaves float32 and bf16 room for values up to 1e12; and the decays' gradient is then a difference of sums, which would

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamba2_min.autograd import derivative, written_out
+from mamba2_min.ops.autograd import derivative, written_out
 
 # exp(-88) is about the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps
 # the cumulative sums small enough to subtract exactly.

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.autograd import without_autocast
-from mamba2_min.chunked_scan import chunked_scan
+from mamba2_min.ops.autograd import without_autocast
+from mamba2_min.ops.seq_idx import document_numbers
+from mamba2_min.ssd.cpu import chunked_scan
 
 
 @without_autocast
@@ -161,16 +162,6 @@ def ssd_chunked(
     D = None if D is None else D.to(wide)
     y, state = chunked_scan(x, dt.to(wide), A.to(wide), B, C, D, state, segment, q)
     return y[:, :l], state
-
-
-def document_numbers(seq_idx: Tensor | None, b: int, l: int, device: torch.device) -> Tensor:
-    """Numbers the documents of each row 0, 1, 2... from left to right, by where seq_idx changes: (b, l).
-
-    The initial state belongs to document 0. Without seq_idx there is one document.
-    """
-    if seq_idx is None:
-        return torch.zeros(b, l, dtype=torch.int64, device=device)
-    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
 
 
 def _check(x, dt, A, B, C, D, initial_state, seq_idx) -> Tensor:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mamba2_min.checkpoint import write_atomically
+from mamba2_min.checkpoints.checkpoint import write_atomically
 from mamba2_min.errors import UserError
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from mamba2_min import checkpoint, devices
+from mamba2_min import devices
+from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.corpus import Corpus, load_corpus
+from mamba2_min.data.corpus import Corpus, load_corpus
+from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError, printable
 from mamba2_min.settings import ACCEPTABLE, DATA, PRESETS, Settings, check_data, defaults
-from mamba2_min.tokenizer import WordTokenizer
 
 DOCUMENTS = "documents"  # what --accept calls other documents than those that a run was begun with
 

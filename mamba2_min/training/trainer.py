@@ -25,14 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba2_min import checkpoint, devices
-from mamba2_min.autograd import widest
-from mamba2_min.corpus import IGNORE, Corpus, Windows
+from mamba2_min import devices
+from mamba2_min.checkpoints import checkpoint
+from mamba2_min.data.corpus import IGNORE, Corpus, Windows
 from mamba2_min.errors import UserError, printable
 from mamba2_min.evaluation.perplexity import Score, evaluate
-from mamba2_min.guards import LossGuard, deferred_signals
-from mamba2_min.metrics import MetricsLog, read_metrics
+from mamba2_min.ops.autograd import widest
 from mamba2_min.settings import ACCEPTABLE, Settings, defaults, learning_rate
+from mamba2_min.training.guards import LossGuard, deferred_signals
+from mamba2_min.training.metrics import MetricsLog, read_metrics
 
 __all__ = ["Result", "Settings", "Trainer", "decay_groups", "learning_rate"]
 
@@ -310,7 +311,7 @@ class Trainer:
         return better
 
     def _draw(self) -> None:
-        from mamba2_min.plots import plot_loss  # matplotlib takes a second to import: not before it is needed
+        from mamba2_min.training.plots import plot_loss  # matplotlib takes a second to import: not before it is needed
 
         title = printable(str(self.out)).replace("$", r"\$")  # between two of them would be a formula
         with warnings.catch_warnings():
