@@ -114,8 +114,17 @@ def main() -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for the first argument that makes no sense."""
-    for name, least in (("documents", 1), ("workers", 1), ("num_ctx", 1), ("num_predict", 1), ("min_words", 1),
-                        ("max_words", 1), ("max_rejections", 1), ("retries", 0), ("seed", 0)):  # fmt: skip
+    for name, least in (
+        ("documents", 1),
+        ("workers", 1),
+        ("num_ctx", 1),
+        ("num_predict", 1),
+        ("min_words", 1),
+        ("max_words", 1),
+        ("max_rejections", 1),
+        ("retries", 0),
+        ("seed", 0),
+    ):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} has to be {least} or more, not {value}")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Complete text with a trained model: once for --prompt or for standard input, otherwise in a dialogue.
 
-    python run.py                                          # the completer
-    python run.py --prompt "Once upon a time"
-    echo "Once upon a time" | python run.py > story.txt    # standard output holds the completion alone
+python run.py                                          # the completer
+python run.py --prompt "Once upon a time"
+echo "Once upon a time" | python run.py > story.txt    # standard output holds the completion alone
 """
 
 from __future__ import annotations
@@ -288,23 +288,27 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     model = parser.add_argument_group("the model")
     model.add_argument("--model", metavar="DIR", type=Path, help="a run's folder (default: runs/demo or the newest)")
     model.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
     model.add_argument(
-        "--quantize", choices=["none", "int8", "bf16"], default="none",
+        "--quantize",
+        choices=["none", "int8", "bf16"],
+        default="none",
         help="narrower weights, on a CPU: a quarter (int8) or half (bf16) of the memory, and faster (default: none)",
-    )  # fmt: skip
+    )
     text = parser.add_argument_group("the text")
     text.add_argument("--prompt", metavar="TEXT", type=_text, help='how it begins; "" lets the model begin a document')
     text.add_argument("--max-tokens", metavar="N", type=_count, default=200, help="at most this many (default: 200)")
     text.add_argument(
-        "--stop", metavar="TEXT", type=_stop, action="append", default=[],
+        "--stop",
+        metavar="TEXT",
+        type=_stop,
+        action="append",
+        default=[],
         help="stop before this text; may be given several times (the end of the document always stops)",
-    )  # fmt: skip
+    )
     sampling = parser.add_argument_group("which word comes next")
     sampling.add_argument(
         "--known-words", action="store_true", help="only words of the vocabulary; none spelled out byte by byte"
@@ -313,9 +317,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     for command, (name, read, what) in SETTINGS.items():
         if name in defaults:
             sampling.add_argument(
-                "-" + command.replace("/", "-"), metavar="N" if read is int else "X", type=read, default=defaults[name],
+                "-" + command.replace("/", "-"),
+                metavar="N" if read is int else "X",
+                type=read,
+                default=defaults[name],
                 help=f"{what} (default: {'off' if name in OFF else defaults[name]})",
-            )  # fmt: skip
+            )
     return parser.parse_args(arguments)
 
 

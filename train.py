@@ -1,6 +1,6 @@
 """Trains a Mamba-2 on the documents of a folder, with early stopping, and leaves all that run.py needs.
 
-    python train.py --data training_data --out runs/mine
+python train.py --data training_data --out runs/mine
 """
 
 from __future__ import annotations
@@ -18,28 +18,42 @@ from mamba2_min.errors import UserError, printable, run_script
 from mamba2_min.settings import DATA, PRECISIONS, PRESETS, Settings
 
 MODEL_FLAGS = {
-    "d_model": "width of the residual stream", "n_layer": "blocks", "d_state": "state a channel",
-    "headdim": "channels a head", "expand": "d_inner / d_model", "ngroups": "groups of heads that share B and C",
-    "chunk_size": "tokens a chunk of the scan: speed only", "dropout": "share of a block's output that is dropped",
-}  # fmt: skip
+    "d_model": "width of the residual stream",
+    "n_layer": "blocks",
+    "d_state": "state a channel",
+    "headdim": "channels a head",
+    "expand": "d_inner / d_model",
+    "ngroups": "groups of heads that share B and C",
+    "chunk_size": "tokens a chunk of the scan: speed only",
+    "dropout": "share of a block's output that is dropped",
+}
 TRAINING_FLAGS = {
-    "context": "tokens a window ({})", "batch_size": "windows a step, or auto ({})",
+    "context": "tokens a window ({})",
+    "batch_size": "windows a step, or auto ({})",
     "micro_batch": "windows at a time; their gradients add up to the batch's; or auto: what memory allows (all)",
-    "max_steps": "steps (10 passes over the data)", "max_minutes": "limit of time (none)",
-    "eval_every": "steps between validations ({})", "save_every": "steps between saves ({})",
+    "max_steps": "steps (10 passes over the data)",
+    "max_minutes": "limit of time (none)",
+    "eval_every": "steps between validations ({})",
+    "save_every": "steps between saves ({})",
     "patience": "validations without a better one, then stop; 0: never ({})",
-    "min_delta": "nats that count as better ({})", "lr": "peak learning rate ({})",
-    "min_lr": "final learning rate ({})", "warmup_steps": "steps of linear warm-up ({})",
-    "weight_decay": "on matrices only ({})", "beta1": "AdamW's mean of gradients ({})",
-    "beta2": "AdamW's mean of their squares ({})", "clip": "largest gradient norm; 0: none ({})",
+    "min_delta": "nats that count as better ({})",
+    "lr": "peak learning rate ({})",
+    "min_lr": "final learning rate ({})",
+    "warmup_steps": "steps of linear warm-up ({})",
+    "weight_decay": "on matrices only ({})",
+    "beta1": "AdamW's mean of gradients ({})",
+    "beta2": "AdamW's mean of their squares ({})",
+    "clip": "largest gradient norm; 0: none ({})",
     "spike": "deviations above recent losses that skip a step; 0: never ({})",
-    "max_bad_steps": "skipped steps in a row, then stop ({})", "log_every": "steps a line of metrics.jsonl ({})",
+    "max_bad_steps": "skipped steps in a row, then stop ({})",
+    "log_every": "steps a line of metrics.jsonl ({})",
     "seed": "of the weights, the order of data and dropout ({})",
-}  # fmt: skip
+}
 DATA_FLAGS = {
-    "vocab_size": "at most so many tokens ({})", "min_count": "a word seen less often becomes its bytes ({})",
+    "vocab_size": "at most so many tokens ({})",
+    "min_count": "a word seen less often becomes its bytes ({})",
     "val_fraction": "share of the documents to validate with ({})",
-}  # fmt: skip
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -124,9 +138,7 @@ def train(args: argparse.Namespace) -> int:
     plan = dataclasses.replace(plan, training=dataclasses.replace(plan.training, micro_batch=fitting.micro_batch))
     model = Mamba2LM(config, seed=plan.training.seed)
     screen = Screen(corpus, model)
-    trainer = Trainer(
-        model, corpus, plan.training, args.out, device, plan.resume, screen.report, plan.accept_documents
-    )
+    trainer = Trainer(model, corpus, plan.training, args.out, device, plan.resume, screen.report, plan.accept_documents)
     plan.save(args.out)
     show_training(config, trainer, f"needs about {needed}" + (f" of {free} free" if free else ""))
     if args.resume:
@@ -141,8 +153,19 @@ def train(args: argparse.Namespace) -> int:
 
 def wishes(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked for by name: data, model and training settings, without what was left to its default."""
-    names = (*DATA_FLAGS, *MODEL_FLAGS, *TRAINING_FLAGS, "data", "val_data", "pattern", "a_init", "precision",
-             "compile", "recompute", "deterministic")  # fmt: skip
+    names = (
+        *DATA_FLAGS,
+        *MODEL_FLAGS,
+        *TRAINING_FLAGS,
+        "data",
+        "val_data",
+        "pattern",
+        "a_init",
+        "precision",
+        "compile",
+        "recompute",
+        "deterministic",
+    )
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in ("batch_size", "micro_batch"):
         if asked.get(name) == "auto":
@@ -152,8 +175,7 @@ def wishes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Screen:
-    """A line and a sample of text at each evaluation, and between them a bar; in a file or a pipe a line now and then.
-    """
+    """A line and a sample of text at each evaluation, and a bar between them; in a file or a pipe, a line now and then."""
 
     def __init__(self, corpus, model):
         self.corpus, self.model = corpus, model
@@ -166,18 +188,24 @@ class Screen:
 
         self.trainer = trainer
         self.bar = tqdm(
-            total=trainer.settings.max_steps, initial=trainer.step, dynamic_ncols=True, mininterval=0.5,
-            bar_format="{n:>6,}/{total:,} |{bar}| {desc}", disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+            total=trainer.settings.max_steps,
+            initial=trainer.step,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            bar_format="{n:>6,}/{total:,} |{bar}| {desc}",
+            disable=not sys.stderr.isatty(),
+        )
         return self.bar
 
     def report(self, event: str, values: dict[str, Any]) -> None:
         if event == "step":
             self.progress(values)
         elif event == "skipped":
-            why = f"loss {values['loss']:.4g} {values['why']}" if values["why"] == "jumped" else (
-                f"loss {values['loss']:.4g}, gradient norm {values['norm']:.4g}"
-            )  # fmt: skip
+            why = (
+                f"loss {values['loss']:.4g} {values['why']}"
+                if values["why"] == "jumped"
+                else (f"loss {values['loss']:.4g}, gradient norm {values['norm']:.4g}")
+            )
             self.write(f"step {values['step']:>6,}  skipped: {why}")
         elif event == "compiled":
             why = values["why_not"]

@@ -46,10 +46,7 @@ SETTINGS = {
         "base-b64-after10000": Setting(peers.BASE, 64, 10_000, 128),
     },
 }
-QUICK = {
-    "tiny-b2-after10": Setting(peers.TINY, 2, 10, 4),
-    "tiny-b2-after700": Setting(peers.TINY, 2, 700, 4),
-}
+QUICK = {"tiny-b2-after10": Setting(peers.TINY, 2, 10, 4), "tiny-b2-after700": Setting(peers.TINY, 2, 700, 4)}
 
 
 @torch.inference_mode()

@@ -251,8 +251,7 @@ def compare(
 
 
 def _forget(options: Options) -> None:
-    """Frees what is not used any more, and compiled code too: of too many shapes a compiler would not compile the next.
-    """
+    """Frees unused memory, and compiled code: after too many shapes a compiler would not compile the next."""
     torch.compiler.reset()
     devices.release_memory(torch.device(options.device))
 

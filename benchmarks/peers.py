@@ -83,10 +83,18 @@ class TransformersMamba2:
             raise Unavailable('not installed: pip install "mamba2-min[bench]"') from None
         transformers.logging.set_verbosity_error()  # that its own kernels are missing is known
         sizes = transformers.Mamba2Config(
-            vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.n_layer,
-            state_size=config.d_state, num_heads=config.nheads, head_dim=config.headdim, n_groups=config.ngroups,
-            conv_kernel=config.d_conv, expand=config.expand, chunk_size=self._CHUNK, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            num_hidden_layers=config.n_layer,
+            state_size=config.d_state,
+            num_heads=config.nheads,
+            head_dim=config.headdim,
+            n_groups=config.ngroups,
+            conv_kernel=config.d_conv,
+            expand=config.expand,
+            chunk_size=self._CHUNK,
+            tie_word_embeddings=True,
+        )
         self.model = transformers.Mamba2ForCausalLM(sizes)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -127,13 +135,26 @@ class MambaSsm:
             fused = False
         else:
             fused = True
-        mixer = {"layer": "Mamba2", "d_state": config.d_state, "headdim": config.headdim, "ngroups": config.ngroups,
-                 "expand": config.expand, "d_conv": config.d_conv, "use_mem_eff_path": fused}  # fmt: skip
+        mixer = {
+            "layer": "Mamba2",
+            "d_state": config.d_state,
+            "headdim": config.headdim,
+            "ngroups": config.ngroups,
+            "expand": config.expand,
+            "d_conv": config.d_conv,
+            "use_mem_eff_path": fused,
+        }
         self.model = MambaLMHeadModel(
-            MambaConfig(d_model=config.d_model, d_intermediate=0, n_layer=config.n_layer, vocab_size=config.vocab_size,
-                        ssm_cfg=mixer, pad_vocab_size_multiple=1),
+            MambaConfig(
+                d_model=config.d_model,
+                d_intermediate=0,
+                n_layer=config.n_layer,
+                vocab_size=config.vocab_size,
+                ssm_cfg=mixer,
+                pad_vocab_size_multiple=1,
+            ),
             device="cuda",
-        )  # fmt: skip
+        )
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.model(ids).logits.flatten(0, 1), targets.flatten())

@@ -58,9 +58,14 @@ def measure(name: str, config: Mamba2Config, options: Options) -> harness.Measur
     shares = [s / (s + between * t) for s, t in zip(seconds["save"], seconds["step"], strict=True)]
     low, share, high = harness.spread(shares)
     about: dict[str, Any] = {
-        "batch": Settings().batch_size, "length": Settings().context, "save_every": Settings().save_every,
-        "bytes": size, "share": share, "share_quartiles": [low, high], "model": config.to_dict(),
-    }  # fmt: skip
+        "batch": Settings().batch_size,
+        "length": Settings().context,
+        "save_every": Settings().save_every,
+        "bytes": size,
+        "share": share,
+        "share_quartiles": [low, high],
+        "model": config.to_dict(),
+    }
     entries = {"step": harness.timed(seconds["step"], STEPS), "save": harness.timed(seconds["save"])}
     return harness.measurement("save_cost", name, about, options, entries)
 

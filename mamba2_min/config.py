@@ -47,8 +47,18 @@ class Mamba2Config:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand", "headdim", "ngroups",
-                     "chunk_size", "pad_vocab_size_multiple"):
+        for name in (
+            "vocab_size",
+            "d_model",
+            "n_layer",
+            "d_state",
+            "d_conv",
+            "expand",
+            "headdim",
+            "ngroups",
+            "chunk_size",
+            "pad_vocab_size_multiple",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
                 raise ValueError(f"{name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
@@ -56,8 +66,14 @@ class Mamba2Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{name} must be a finite number, not {value!r}")
-        for name in ("tie_embeddings", "norm_before_gate", "norm_per_group", "conv_bias", "proj_bias",
-                     "residual_in_fp32"):
+        for name in (
+            "tie_embeddings",
+            "norm_before_gate",
+            "norm_per_group",
+            "conv_bias",
+            "proj_bias",
+            "residual_in_fp32",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.d_inner % self.headdim:

@@ -20,12 +20,8 @@ from mamba2_min.settings import PRECISIONS, Settings
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """"auto" is the first of cuda, mps, cpu that is there. Raises UserError for one that is not."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """ "auto" is the first of cuda, mps, cpu that is there. Raises UserError for one that is not."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device for device, there in available.items() if there))
     kind = name.split(":")[0]
@@ -43,7 +39,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """"auto" is bf16 where matrix units make it faster (GPUs, CPUs with AMX) and float32 elsewhere."""
+    """ "auto" is bf16 where matrix units make it faster (GPUs, CPUs with AMX) and float32 elsewhere."""
     if name not in PRECISIONS:
         raise UserError(f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}")
     if name != "auto":

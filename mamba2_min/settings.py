@@ -50,10 +50,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("context", 1), ("batch_size", 1), ("micro_batch", 0), ("max_steps", 0), ("eval_every", 1),
-            ("save_every", 1), ("patience", 0), ("warmup_steps", 0), ("seed", 0), ("log_every", 1),
+            ("context", 1),
+            ("batch_size", 1),
+            ("micro_batch", 0),
+            ("max_steps", 0),
+            ("eval_every", 1),
+            ("save_every", 1),
+            ("patience", 0),
+            ("warmup_steps", 0),
+            ("seed", 0),
+            ("log_every", 1),
             ("max_bad_steps", 1),
-        ):  # fmt: skip
+        ):
             self._check_whole(name, least, 2**63 - 1 if name == "seed" else _LARGEST)
         for name in ("max_minutes", "min_delta", "lr", "min_lr", "weight_decay", "beta1", "beta2", "clip", "spike"):
             self._check_number(name)
@@ -86,9 +94,20 @@ PRECISIONS = ("auto", "float32", "bf16")
 # What may differ when a run goes on, where the user accepts it by name: when to stop, look and save, and how the work
 # of a step is divided. None of them changes what a step is meant to compute.
 ACCEPTABLE = (
-    "max_steps", "max_minutes", "eval_every", "save_every", "patience", "min_delta", "log_every", "spike",
-    "max_bad_steps", "micro_batch", "adapt_micro_batch", "compile", "recompute",
-)  # fmt: skip
+    "max_steps",
+    "max_minutes",
+    "eval_every",
+    "save_every",
+    "patience",
+    "min_delta",
+    "log_every",
+    "spike",
+    "max_bad_steps",
+    "micro_batch",
+    "adapt_micro_batch",
+    "compile",
+    "recompute",
+)
 
 # Shapes to start from: about 1, 4 and 135 million parameters with a vocabulary of 8,192.
 PRESETS = {
@@ -97,17 +116,25 @@ PRESETS = {
     "base": {"d_model": 768, "n_layer": 24, "d_state": 128, "chunk_size": 128},
 }
 DATA = {
-    "data": "training_data", "val_data": None, "vocab_size": 8192, "min_count": 2, "pattern": "words",
+    "data": "training_data",
+    "val_data": None,
+    "vocab_size": 8192,
+    "min_count": 2,
+    "pattern": "words",
     "val_fraction": 0.1,
-}  # fmt: skip
+}
 
 
 def check_data(data: dict[str, Any]) -> None:
     """Raises ValueError unless `data` has the names of DATA, each with a value of its kind."""
     kinds = {
-        "data": (str,), "val_data": (str, type(None)), "vocab_size": (int, type(None)), "min_count": (int,),
-        "pattern": (str,), "val_fraction": (int, float),
-    }  # fmt: skip
+        "data": (str,),
+        "val_data": (str, type(None)),
+        "vocab_size": (int, type(None)),
+        "min_count": (int,),
+        "pattern": (str,),
+        "val_fraction": (int, float),
+    }
     if data.keys() != DATA.keys():
         raise ValueError(f"its data settings are not {', '.join(DATA)}")
     for name, value in data.items():

@@ -26,12 +26,27 @@ from mamba2_min.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"d_model": 16, "n_layer": 1, "d_state": 4, "headdim": 8, "chunk_size": 8}
-STATE = ("model", "optimizer", "windows", "guard", "torch_rng", "step", "pending", "records", "best", "best_step",
-         "evaluated_step", "stale", "micro_batch")  # fmt: skip
+STATE = (
+    "model",
+    "optimizer",
+    "windows",
+    "guard",
+    "torch_rng",
+    "step",
+    "pending",
+    "records",
+    "best",
+    "best_step",
+    "evaluated_step",
+    "stale",
+    "micro_batch",
+)
 
 # AdamW imports torch._dynamo, which takes seconds, when it is first made.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["small_runs", "mamba2_min.training.plots", "mamba2_min.training.runs", "torch._dynamo"])
+_processes.set_forkserver_preload(
+    ["small_runs", "mamba2_min.training.plots", "mamba2_min.training.runs", "torch._dynamo"]
+)
 
 
 def write_documents(folder, count=12, words=60, seed=0):
@@ -45,8 +60,9 @@ def write_documents(folder, count=12, words=60, seed=0):
     return folder
 
 
-def make_trainer(out, data, dropout=0.1, resume=False, device="cpu", model=None, accept_documents=False, report=None,
-                 **settings):  # fmt: skip
+def make_trainer(
+    out, data, dropout=0.1, resume=False, device="cpu", model=None, accept_documents=False, report=None, **settings
+):
     """A Trainer of the smallest model; `settings` are Settings."""
     tokenizer = None
     if resume and (out / checkpoint.TOKENIZER).exists():
@@ -54,8 +70,17 @@ def make_trainer(out, data, dropout=0.1, resume=False, device="cpu", model=None,
     corpus = load_corpus(data, min_count=1, tokenizer=tokenizer)
     if model is None:
         model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), dropout=dropout, **SHAPE), seed=0)
-    asked = {"context": 16, "batch_size": 3, "max_steps": 12, "eval_every": 4, "save_every": 3, "lr": 0.01,
-             "log_every": 2, "precision": "float32", **settings}  # fmt: skip
+    asked = {
+        "context": 16,
+        "batch_size": 3,
+        "max_steps": 12,
+        "eval_every": 4,
+        "save_every": 3,
+        "lr": 0.01,
+        "log_every": 2,
+        "precision": "float32",
+        **settings,
+    }
     report = report or (lambda event, values: None)
     return Trainer(model, corpus, Settings(**asked), out, device, resume, report, accept_documents)
 

@@ -16,13 +16,7 @@ from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.inference.completer import Completer
 from mamba2_min.models.mamba2 import Mamba2LM
-from mamba2_min.models.transformer import (
-    KVCache,
-    TransformerConfig,
-    TransformerLM,
-    rotary_angles,
-    rotate,
-)
+from mamba2_min.models.transformer import KVCache, TransformerConfig, TransformerLM, rotary_angles, rotate
 from mamba2_min.ops.sampling import Sampler
 from mamba2_min.settings import Settings
 from mamba2_min.training.trainer import Trainer

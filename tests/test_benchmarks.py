@@ -303,8 +303,17 @@ def test_a_narrow_peer_decodes(capsys, monkeypatch):
     assert shown.count("mamba2_min+int8") == 2 and "nan" not in shown
 
 
-@pytest.mark.parametrize("name", ["nobody", "mamba2_min+fast", "mamba_ssm+compile", "transformer+int8",
-                                  "transformer+compile+bf16state", "mamba2_min+bf16state"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nobody",
+        "mamba2_min+fast",
+        "mamba_ssm+compile",
+        "transformer+int8",
+        "transformer+compile+bf16state",
+        "mamba2_min+bf16state",
+    ],
+)
 def test_unknown_peers_are_refused(name):
     with pytest.raises(ValueError, match=r"unknown|has no|no such suffix|steps that are compiled"):
         peers.build(name, peers.TINY, "cpu")

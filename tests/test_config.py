@@ -61,13 +61,19 @@ def test_the_advised_headdim_is_the_nearest_divisor(d_model, expand, headdim):
 
 
 WHOLE = (
-    "vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size",
+    "vocab_size",
+    "d_model",
+    "n_layer",
+    "d_state",
+    "d_conv",
+    "expand",
+    "headdim",
+    "ngroups",
+    "chunk_size",
     "pad_vocab_size_multiple",
-)  # fmt: skip
+)
 REAL = ("dt_min", "dt_max", "dt_init_floor", "dropout", "norm_eps")
-SWITCHES = (
-    "tie_embeddings", "norm_before_gate", "norm_per_group", "conv_bias", "proj_bias", "residual_in_fp32",
-)  # fmt: skip
+SWITCHES = ("tie_embeddings", "norm_before_gate", "norm_per_group", "conv_bias", "proj_bias", "residual_in_fp32")
 
 
 def test_every_field_is_checked():

@@ -71,9 +71,15 @@ def assert_close(got, expected, tolerance=1e-12):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    b=st.integers(1, 2), l=st.integers(1, 12), c=st.integers(1, 4), K=st.integers(1, 5), bias=st.booleans(),
-    start=st.booleans(), documents=st.booleans(), seed=st.integers(0, 2**32),
-)  # fmt: skip
+    b=st.integers(1, 2),
+    l=st.integers(1, 12),
+    c=st.integers(1, 4),
+    K=st.integers(1, 5),
+    bias=st.booleans(),
+    start=st.booleans(),
+    documents=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
 def test_it_is_the_definition_in_values_and_gradients(b, l, c, K, bias, start, documents, seed):
     case = make(b, l, c, K, bias, start, documents, seed)
     assert_close(run(causal_conv_silu, case), run(by_definition, case))
@@ -81,9 +87,13 @@ def test_it_is_the_definition_in_values_and_gradients(b, l, c, K, bias, start, d
 
 @settings(max_examples=40, deadline=None)
 @given(
-    b=st.integers(1, 2), l=st.integers(1, 12), c=st.integers(1, 4), K=st.integers(1, 5), bias=st.booleans(),
+    b=st.integers(1, 2),
+    l=st.integers(1, 12),
+    c=st.integers(1, 4),
+    K=st.integers(1, 5),
+    bias=st.booleans(),
     seed=st.integers(0, 2**32),
-)  # fmt: skip
+)
 def test_the_form_for_gpus_is_the_definition_too(b, l, c, K, bias, seed):
     case = make(b, l, c, K, bias, False, False, seed)
     with mock.patch.object(conv, "_is_cpu", return_value=False):

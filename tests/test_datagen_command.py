@@ -51,8 +51,11 @@ def check_complete(out: Path, count: int) -> list[str]:
     assert len(listed) == count
     assert sorted(entry["file"] for entry in listed) == sorted(path.name for path in out.glob("*.md"))
     assert {path.name for path in out.iterdir()} <= {
-        *(entry["file"] for entry in listed), "manifest.jsonl", "rejected.jsonl", ".lock"
-    }  # fmt: skip
+        *(entry["file"] for entry in listed),
+        "manifest.jsonl",
+        "rejected.jsonl",
+        ".lock",
+    }
     texts = []
     for entry in listed:
         content = (out / entry["file"]).read_bytes()

@@ -91,9 +91,29 @@ def test_nothing_unprintable_is_left_and_cleaning_again_changes_nothing(raw):
 
 @pytest.mark.parametrize(
     "unit",
-    [" ", "\n", "<", "< ", "<think>", "</think>", "<end> ", "---\n", "*", "**a**\n", "Sure! ", "Here is ", "\x1b[",
-     "\x1b]", "word count ", "would you like me to ", "I can't ", "as an ", "```\n", "Title: "],
-)  # fmt: skip
+    [
+        " ",
+        "\n",
+        "<",
+        "< ",
+        "<think>",
+        "</think>",
+        "<end> ",
+        "---\n",
+        "*",
+        "**a**\n",
+        "Sure! ",
+        "Here is ",
+        "\x1b[",
+        "\x1b]",
+        "word count ",
+        "would you like me to ",
+        "I can't ",
+        "as an ",
+        "```\n",
+        "Title: ",
+    ],
+)
 def test_no_text_takes_long(unit):
     """Patterns that try every way to share out a long run would take minutes."""
     for raw in (unit * (60_000 // len(unit)), "a\n" + unit + " " * 60_000 + "b\n" + unit, "x" * 60_000 + unit * 100):

@@ -21,9 +21,23 @@ from mamba2_min.training.metrics import read_metrics
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits as POSIX has them")
 FILES = {"config.json", "tokenizer.json", "settings.json", "model.pt", "last.pt", "metrics.jsonl", "loss.png"}
 FLAGS = [word for name, value in SHAPE.items() for word in ("--" + name.replace("_", "-"), value)] + [
-    "--min-count", 1, "--context", 16, "--batch-size", 3, "--micro-batch", 2, "--dropout", 0.1, "--lr", 0.01,
-    "--log-every", 2, "--patience", 0,
-]  # fmt: skip
+    "--min-count",
+    1,
+    "--context",
+    16,
+    "--batch-size",
+    3,
+    "--micro-batch",
+    2,
+    "--dropout",
+    0.1,
+    "--lr",
+    0.01,
+    "--log-every",
+    2,
+    "--patience",
+    0,
+]
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,35 @@ from mamba2_min.training.runs import Plan, read_plan
 from mamba2_min.training.trainer import Trainer
 
 # 10^12 heads, sizes that overflow, names that are nearly right: what a random value would seldom be.
-ODD = st.sampled_from([
-    -1, 0, 1, 2**31, 2**63, 10**12, 10**400, 0.5, 1e308, -1e308, float("nan"), float("inf"), True, None, "", "words",
-    "\x1b[2J", "../../etc/passwd", "\0", "é" * 50, [], {}, [[]], "1", "train",
-]).map(copy.deepcopy)  # fmt: skip
+ODD = st.sampled_from(
+    [
+        -1,
+        0,
+        1,
+        2**31,
+        2**63,
+        10**12,
+        10**400,
+        0.5,
+        1e308,
+        -1e308,
+        float("nan"),
+        float("inf"),
+        True,
+        None,
+        "",
+        "words",
+        "\x1b[2J",
+        "../../etc/passwd",
+        "\0",
+        "é" * 50,
+        [],
+        {},
+        [[]],
+        "1",
+        "train",
+    ]
+).map(copy.deepcopy)
 JSON = st.recursive(
     ODD | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
@@ -48,8 +73,14 @@ def run(tmp_path_factory):
         patch.setattr(Trainer, "_draw", lambda self: None)
         trainer = make_trainer(out, data, max_steps=4)
         trainer.train()
-    values = {"data": str(data), "val_data": None, "vocab_size": None, "min_count": 1, "pattern": "words",
-              "val_fraction": 0.1}  # fmt: skip
+    values = {
+        "data": str(data),
+        "val_data": None,
+        "vocab_size": None,
+        "min_count": 1,
+        "pattern": "words",
+        "val_fraction": 0.1,
+    }
     Plan(values, {**SHAPE, "dropout": 0.1}, trainer.asked).save(out)
     return out, data
 
@@ -98,8 +129,13 @@ def damaged(draw, content):
 def fuzz(strategy, try_one, examples):
     """Runs `try_one` on so many examples; of all exceptions only a UserError of one line will do."""
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 1000,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=examples < 1000,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def run_all(value):
         try:
@@ -218,9 +254,29 @@ def test_the_checkpoint_reader(run, tmp_path, examples):
     fuzz(st.binary(max_size=200) | damaged(content), try_one, examples)
 
 
-PARTS = st.sampled_from(["model", "optimizer", "windows", "guard", "torch_rng", "step", "seconds", "pending", "records",
-                         "best", "best_step", "evaluated_step", "stale", "micro_batch", "settings", "config",
-                         "documents", "tokenizer", "environment"])  # fmt: skip
+PARTS = st.sampled_from(
+    [
+        "model",
+        "optimizer",
+        "windows",
+        "guard",
+        "torch_rng",
+        "step",
+        "seconds",
+        "pending",
+        "records",
+        "best",
+        "best_step",
+        "evaluated_step",
+        "stale",
+        "micro_batch",
+        "settings",
+        "config",
+        "documents",
+        "tokenizer",
+        "environment",
+    ]
+)
 VALUES = JSON | st.sampled_from([torch.zeros(3), torch.zeros(0), {"state": {}, "param_groups": []}, {"nats": 1.0}])
 
 

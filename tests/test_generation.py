@@ -153,9 +153,7 @@ def test_a_character_is_shown_when_all_its_bytes_are_there(completer, tokenizer)
     ids=str,
 )
 @pytest.mark.parametrize("first", [50, 2, 0])
-def test_a_stop_text_is_found_over_several_tokens_and_nothing_is_lost(
-    completer, tokenizer, stop, shown, rest, first
-):
+def test_a_stop_text_is_found_over_several_tokens_and_nothing_is_lost(completer, tokenizer, stop, shown, rest, first):
     ids = [*tokenizer.encode("Once upon a time a small owl"), tokenizer.eos_id]
     text = "".join(completer.complete("", first, Script(ids), stop))
     if completer.stopped_by == "length":  # cut by the length: what looked like the beginning of a stop text is shown

@@ -166,10 +166,7 @@ def test_a_small_step_keeps_its_digits(dt):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.complex_numbers(max_magnitude=5, allow_subnormal=False), min_size=1, max_size=5),
-    st.floats(1e-6, 2),
-)
+@given(st.lists(st.complex_numbers(max_magnitude=5, allow_subnormal=False), min_size=1, max_size=5), st.floats(1e-6, 2))
 def test_diagonal_discretisations_equal_the_matrix_ones(diagonal, dt):
     A = torch.tensor([complex(-abs(a.real), a.imag) for a in diagonal], dtype=torch.complex128)
     B = torch.linspace(1, 2, len(A), dtype=torch.float64)

@@ -35,10 +35,17 @@ CONFIGS = {
         vocab_size=50, d_model=16, headdim=32, d_state=128, d_conv=5, norm_eps=1e-2, chunk_size=256, n_layer=1
     ),
     "untied, padded, one group a head": dict(
-        vocab_size=50, d_model=32, expand=2, headdim=32, ngroups=2, pad_vocab_size_multiple=8, tie_embeddings=False,
-        proj_bias=True, residual_in_fp32=False,
+        vocab_size=50,
+        d_model=32,
+        expand=2,
+        headdim=32,
+        ngroups=2,
+        pad_vocab_size_multiple=8,
+        tie_embeddings=False,
+        proj_bias=True,
+        residual_in_fp32=False,
     ),
-}  # fmt: skip
+}
 
 
 def lively(seed: int = 0, **values) -> Mamba2LM:
@@ -218,20 +225,34 @@ def test_a_padded_vocabulary_keeps_its_size_until_someone_resizes_it(transformer
 
 
 OFFICIAL = {  # as state-spaces publishes them
-    "d_model": 32, "d_intermediate": 0, "n_layer": 2, "vocab_size": 61, "ssm_cfg": {"layer": "Mamba2"},
-    "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
-    "pad_vocab_size_multiple": 16, "tie_embeddings": True,
-}  # fmt: skip
+    "d_model": 32,
+    "d_intermediate": 0,
+    "n_layer": 2,
+    "vocab_size": 61,
+    "ssm_cfg": {"layer": "Mamba2"},
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
+}
 
 
 def write_official(folder: Path, **ssm) -> Mamba2LM:
     """A folder in the official layout, written from the format and not by `save_pretrained`; returns what it holds."""
     values = {**OFFICIAL, "ssm_cfg": {"layer": "Mamba2", **ssm}}
     model = lively(
-        vocab_size=61, d_model=32, pad_vocab_size_multiple=16, d_state=ssm.get("d_state", 128),
-        headdim=ssm.get("headdim", 64), ngroups=ssm.get("ngroups", 1), chunk_size=256,
+        vocab_size=61,
+        d_model=32,
+        pad_vocab_size_multiple=16,
+        d_state=ssm.get("d_state", 128),
+        headdim=ssm.get("headdim", 64),
+        ngroups=ssm.get("ngroups", 1),
+        chunk_size=256,
         norm_before_gate=ssm.get("norm_before_gate", False),
-    )  # fmt: skip
+    )
     (folder / "config.json").write_text(json.dumps(values))
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     return model
@@ -356,7 +377,7 @@ def refusal(call) -> str:
 
 HF_CONFIGS = [
     ({"model_type": "llama"}, "model_type is 'llama'"),
-    ({"model_type": ["mamba2"]}, "only \"mamba2\""),
+    ({"model_type": ["mamba2"]}, 'only "mamba2"'),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"rms_norm": False}, "rms_norm must be true"),
     ({"time_step_limit": [0.0, 0.1]}, "does not clamp dt"),
@@ -639,11 +660,20 @@ class TestShards:
     @pytest.mark.parametrize(
         "name",
         [
-            "../outside.safetensors", "..", ".", "", "/etc/passwd", "sub/model-1.safetensors", "model.pt",
-            "..\\outside.safetensors", "C:\\outside.safetensors", "C:outside.safetensors", "a\0.safetensors",
+            "../outside.safetensors",
+            "..",
+            ".",
+            "",
+            "/etc/passwd",
+            "sub/model-1.safetensors",
+            "model.pt",
+            "..\\outside.safetensors",
+            "C:\\outside.safetensors",
+            "C:outside.safetensors",
+            "a\0.safetensors",
             "a\nb.safetensors",
         ],
-    )  # fmt: skip
+    )
     def test_names_that_lead_elsewhere(self, name):
         for path in (name, f"{self.folder.parent}/{name}"):
             self.index({"weight_map": {**self.map, "backbone.norm_f.weight": path}})

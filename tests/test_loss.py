@@ -39,10 +39,15 @@ def assert_close(got, expected, tolerance=1e-12):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    b=st.integers(1, 3), l=st.integers(1, 9), d=st.integers(1, 6), vocab_size=st.integers(1, 12),
-    padding=st.integers(0, 5), reduction=st.sampled_from(["mean", "sum"]), scale=st.sampled_from([1.0, -0.3, 1e3]),
+    b=st.integers(1, 3),
+    l=st.integers(1, 9),
+    d=st.integers(1, 6),
+    vocab_size=st.integers(1, 12),
+    padding=st.integers(0, 5),
+    reduction=st.sampled_from(["mean", "sum"]),
+    scale=st.sampled_from([1.0, -0.3, 1e3]),
     seed=st.integers(0, 2**32),
-)  # fmt: skip
+)
 def test_it_is_the_cross_entropy_in_values_and_gradients(b, l, d, vocab_size, padding, reduction, scale, seed):
     hidden, weight, targets = make((b, l), d, vocab_size + padding, vocab_size, seed=seed)
     targets[0, 0] = 0  # at least one counts

@@ -14,10 +14,10 @@ from instruments import Allocated, Recorded, relative_error
 from torch import nn
 from torch.nn import functional as F
 
-from mamba2_min.ssd import plain as ssd
 from mamba2_min.config import Mamba2Config
 from mamba2_min.models.mamba2 import Mamba2LM, State
 from mamba2_min.ops import conv
+from mamba2_min.ssd import plain as ssd
 from mamba2_min.ssd.cuda import BF16Scan
 
 V = 29
@@ -31,10 +31,14 @@ SHAPES = {
     "groups that share a norm": {"ngroups": 2, "norm_per_group": False},
     "gate after the norm": {"ngroups": 2, "norm_before_gate": True},
     "every switch turned": {
-        "ngroups": 2, "norm_per_group": False, "norm_before_gate": True, "proj_bias": True, "tie_embeddings": False,
+        "ngroups": 2,
+        "norm_per_group": False,
+        "norm_before_gate": True,
+        "proj_bias": True,
+        "tie_embeddings": False,
         "pad_vocab_size_multiple": 8,
     },
-}  # fmt: skip
+}
 each_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -712,19 +716,34 @@ def test_a_seeded_construction_leaves_torchs_own_random_numbers_alone():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    vocab_size=st.integers(1, 70), heads=st.sampled_from([(8, 1, 4, 2), (12, 2, 4, 3), (6, 3, 3, 6), (5, 1, 5, 1)]),
-    n_layer=st.integers(1, 3), d_state=st.integers(1, 9), d_conv=st.integers(1, 5), multiple=st.integers(1, 20),
-    tie=st.booleans(), conv_bias=st.booleans(), proj_bias=st.booleans(),
-)  # fmt: skip
+    vocab_size=st.integers(1, 70),
+    heads=st.sampled_from([(8, 1, 4, 2), (12, 2, 4, 3), (6, 3, 3, 6), (5, 1, 5, 1)]),
+    n_layer=st.integers(1, 3),
+    d_state=st.integers(1, 9),
+    d_conv=st.integers(1, 5),
+    multiple=st.integers(1, 20),
+    tie=st.booleans(),
+    conv_bias=st.booleans(),
+    proj_bias=st.booleans(),
+)
 def test_parameters_are_counted_before_they_are_made(
     vocab_size, heads, n_layer, d_state, d_conv, multiple, tie, conv_bias, proj_bias
 ):
     d_model, expand, headdim, ngroups = heads
     c = Mamba2Config(
-        vocab_size=vocab_size, d_model=d_model, expand=expand, headdim=headdim, ngroups=ngroups, n_layer=n_layer,
-        d_state=d_state, d_conv=d_conv, pad_vocab_size_multiple=multiple, tie_embeddings=tie, conv_bias=conv_bias,
+        vocab_size=vocab_size,
+        d_model=d_model,
+        expand=expand,
+        headdim=headdim,
+        ngroups=ngroups,
+        n_layer=n_layer,
+        d_state=d_state,
+        d_conv=d_conv,
+        pad_vocab_size_multiple=multiple,
+        tie_embeddings=tie,
+        conv_bias=conv_bias,
         proj_bias=proj_bias,
-    )  # fmt: skip
+    )
     assert c.num_parameters() == sum(p.numel() for p in Mamba2LM(c, seed=0).parameters())
 
 

@@ -61,8 +61,9 @@ def play_association(row, vocab_size=20):
     return answers
 
 
-@pytest.mark.parametrize("game, play", [(copying, play_copying), (induction, play_induction),
-                                        (association, play_association)])  # fmt: skip
+@pytest.mark.parametrize(
+    "game, play", [(copying, play_copying), (induction, play_induction), (association, play_association)]
+)
 @pytest.mark.parametrize("seed", range(20))
 def test_every_question_and_no_other_is_answered_by_what_was_read(game, play, seed):
     input_ids, targets = game(seeded(seed))
@@ -129,20 +130,23 @@ def test_the_smallest_games_there_are():
     assert input_ids[0, 0] == input_ids[0, 2] == 1 and targets[0, 2] == input_ids[0, 1]
 
 
-@pytest.mark.parametrize("call", [
-    lambda g: recall.selective_copying(2, 9, 5, g),
-    lambda g: recall.selective_copying(2, 10, 0, g),
-    lambda g: recall.selective_copying(2, 10, 3, g, vocab_size=3),
-    lambda g: recall.selective_copying(0, 10, 3, g),
-    lambda g: recall.selective_copying(2, 10.0, 3, g),
-    lambda g: recall.induction_heads(2, 2, g),
-    lambda g: recall.induction_heads(2, 10, g, vocab_size=2),
-    lambda g: recall.induction_heads(True, 10, g),
-    lambda g: recall.associative_recall(2, 11, 2, g),
-    lambda g: recall.associative_recall(2, 10, 3, g),
-    lambda g: recall.associative_recall(2, 40, 8, g, vocab_size=16),
-    lambda g: recall.associative_recall(2, 40, 1, g, vocab_size=1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda g: recall.selective_copying(2, 9, 5, g),
+        lambda g: recall.selective_copying(2, 10, 0, g),
+        lambda g: recall.selective_copying(2, 10, 3, g, vocab_size=3),
+        lambda g: recall.selective_copying(0, 10, 3, g),
+        lambda g: recall.selective_copying(2, 10.0, 3, g),
+        lambda g: recall.induction_heads(2, 2, g),
+        lambda g: recall.induction_heads(2, 10, g, vocab_size=2),
+        lambda g: recall.induction_heads(True, 10, g),
+        lambda g: recall.associative_recall(2, 11, 2, g),
+        lambda g: recall.associative_recall(2, 10, 3, g),
+        lambda g: recall.associative_recall(2, 40, 8, g, vocab_size=16),
+        lambda g: recall.associative_recall(2, 40, 1, g, vocab_size=1),
+    ],
+)
 def test_what_cannot_be_is_refused_in_one_line(call):
     with pytest.raises(ValueError) as refused:
         call(seeded())
@@ -175,10 +179,13 @@ def test_accuracy_counts_the_questions_alone():
     assert model.training
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Mamba2LM(Mamba2Config(8, d_model=16, n_layer=1, d_state=8, headdim=8, tie_embeddings=False), seed=0),
-    lambda: TransformerLM(TransformerConfig(8, d_model=16, n_layer=1, headdim=8, d_ff=16), seed=0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Mamba2LM(Mamba2Config(8, d_model=16, n_layer=1, d_state=8, headdim=8, tie_embeddings=False), seed=0),
+        lambda: TransformerLM(TransformerConfig(8, d_model=16, n_layer=1, headdim=8, d_ff=16), seed=0),
+    ],
+)
 def test_training_repeats_and_learns(make):
     def repeat_the_letter(generator):  # the easiest of all: a letter and at once a marker
         return recall.selective_copying(16, 2, 1, generator, vocab_size=8)

@@ -166,14 +166,31 @@ def test_a_penalty_counts_the_last_tokens_only():
 @pytest.mark.parametrize(
     "values",
     [
-        {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": "hot"},
-        {"temperature": None}, {"temperature": True}, {"top_k": -1}, {"top_k": 2.0}, {"top_k": 2**63}, {"top_p": 1.1},
-        {"top_p": -0.1}, {"top_p": math.nan}, {"min_p": 2}, {"min_p": -1}, {"repeat_penalty": 0},
-        {"repeat_penalty": math.inf}, {"repeat_penalty": -1}, {"seed": -1}, {"seed": 2**63}, {"seed": 1.5},
-        {"seed": "x"}, {"repeat_window": -1},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": "hot"},
+        {"temperature": None},
+        {"temperature": True},
+        {"top_k": -1},
+        {"top_k": 2.0},
+        {"top_k": 2**63},
+        {"top_p": 1.1},
+        {"top_p": -0.1},
+        {"top_p": math.nan},
+        {"min_p": 2},
+        {"min_p": -1},
+        {"repeat_penalty": 0},
+        {"repeat_penalty": math.inf},
+        {"repeat_penalty": -1},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": 1.5},
+        {"seed": "x"},
+        {"repeat_window": -1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_impossible_values_are_answered_in_one_line_that_names_them(values):
     with pytest.raises(ValueError, match=f"^{next(iter(values))} must be [^\n]+, not [^\n]+$"):
         Sampler(**values)

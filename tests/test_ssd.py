@@ -106,9 +106,13 @@ FORMS = {
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 # One of each kind, with a chunk that ends inside these tests' short sequences.
 KINDS = {
-    "recurrent": ssd_recurrent, "quadratic": ssd_quadratic, "chunked": chunked(8), "masked": masked(8),
-    "whole": whole(8), "steps": by_steps,
-}  # fmt: skip
+    "recurrent": ssd_recurrent,
+    "quadratic": ssd_quadratic,
+    "chunked": chunked(8),
+    "masked": masked(8),
+    "whole": whole(8),
+    "steps": by_steps,
+}
 each_kind = pytest.mark.parametrize("form", KINDS.values(), ids=KINDS)
 
 
@@ -238,10 +242,18 @@ def test_a_thousand_tokens(form):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    b=st.integers(1, 3), l=st.integers(1, 40), g=st.integers(1, 3), heads_a_group=st.integers(1, 3),
-    p=st.integers(1, 5), n=st.integers(1, 5), chunk_size=st.integers(1, 50), skip=st.booleans(),
-    start=st.booleans(), documents=st.booleans(), seed=st.integers(0, 2**32),
-)  # fmt: skip
+    b=st.integers(1, 3),
+    l=st.integers(1, 40),
+    g=st.integers(1, 3),
+    heads_a_group=st.integers(1, 3),
+    p=st.integers(1, 5),
+    n=st.integers(1, 5),
+    chunk_size=st.integers(1, 50),
+    skip=st.booleans(),
+    start=st.booleans(),
+    documents=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
 def test_any_shape(b, l, g, heads_a_group, p, n, chunk_size, skip, start, documents, seed):
     case = make(l, g, b, g * heads_a_group, p, n, skip, start, documents, seed)
     reference = run(by_definition, case)
@@ -703,10 +715,17 @@ def test_extremes_are_finite_at_4096_tokens(name):
         assert all(t.isfinite().all() for t in values.values())
 
 
-@pytest.mark.parametrize("decays, scan", [
-    ([59.9 / 64] * 64, "SeparableScan"), ([120.2 / 64] * 64, "MaskedScan"), ([7.9] + [1e-3] * 63, "SeparableScan"),
-    ([8.1] + [1e-3] * 63, "MaskedScan"), ([math.nan] * 64, "MaskedScan"), ([119.8 / 64] * 64, "SeparableScan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "decays, scan",
+    [
+        ([59.9 / 64] * 64, "SeparableScan"),
+        ([120.2 / 64] * 64, "MaskedScan"),
+        ([7.9] + [1e-3] * 63, "SeparableScan"),
+        ([8.1] + [1e-3] * 63, "MaskedScan"),
+        ([math.nan] * 64, "MaskedScan"),
+        ([119.8 / 64] * 64, "SeparableScan"),
+    ],
+)
 def test_decays_are_separated_only_where_that_is_safe(decays, scan):
     """The decay of half a chunk counts, and a single token's, of the one head and chunk where it is largest."""
     case = to(make(130, g=2, b=2, start=False, documents=False), torch.float32)

@@ -22,8 +22,17 @@ from mamba2_min.training.runs import plan_run, read_plan
 from mamba2_min.training.trainer import Trainer
 
 FLAGS = [str(word) for name, value in SHAPE.items() for word in ("--" + name.replace("_", "-"), value)] + [
-    "--min-count", "1", "--context", "16", "--batch-size", "3", "--threads", "1", "--device", "cpu",
-]  # fmt: skip
+    "--min-count",
+    "1",
+    "--context",
+    "16",
+    "--batch-size",
+    "3",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +77,13 @@ def test_a_run_says_what_it_does_and_what_to_do_next(train, tmp_path, data):
     assert lines[-1] == "saved       run; complete text with: python run.py --model run"
     assert "\r" not in text and "\x1b" not in text  # a pipe is no terminal
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "tokenizer.json", "settings.json", "model.pt", "last.pt", "metrics.jsonl",
-    }  # fmt: skip
+        "config.json",
+        "tokenizer.json",
+        "settings.json",
+        "model.pt",
+        "last.pt",
+        "metrics.jsonl",
+    }
 
 
 BAD = {
@@ -119,8 +133,17 @@ def test_a_folder_that_cannot_be_written(train, tmp_path):
     assert status == 2 and "cannot write run" in text
 
 
-@pytest.mark.parametrize("flags", [["--max-steps", "many"], ["--preset", "vast"], ["--frobnicate"], ["--pattern", "x"],
-                                   ["--batch-size", "1.5"], ["--resume", "--overwrite"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max-steps", "many"],
+        ["--preset", "vast"],
+        ["--frobnicate"],
+        ["--pattern", "x"],
+        ["--batch-size", "1.5"],
+        ["--resume", "--overwrite"],
+    ],
+)
 def test_an_unknown_flag_or_value_is_a_usage_error(train, capsys, flags):
     with pytest.raises(SystemExit) as error:
         train(*flags)
@@ -205,15 +228,31 @@ def test_a_folder_of_another_vocabulary(train, tmp_path):
 
 
 def test_settings_from_elsewhere_are_checked(tmp_path):
-    good = {"data": {"data": "d", "val_data": None, "vocab_size": 8, "min_count": 1, "pattern": "words",
-                     "val_fraction": 0.1}, "model": {}, "training": {}}  # fmt: skip
+    good = {
+        "data": {
+            "data": "d",
+            "val_data": None,
+            "vocab_size": 8,
+            "min_count": 1,
+            "pattern": "words",
+            "val_fraction": 0.1,
+        },
+        "model": {},
+        "training": {},
+    }
     path = tmp_path / "settings.json"
     checkpoint.save_json(path, good)
     assert read_plan(tmp_path).training == Settings()
     for part, change in (
-        ("data", {"data": 7}), ("data", {"more": 1}), ("data", {"val_fraction": "x"}), ("model", {"d_model": 10**12}),
-        ("model", {"vocab_size": 5}), ("training", {"lr": None}), ("training", {"unheard": 1}), ("training", []),
-    ):  # fmt: skip
+        ("data", {"data": 7}),
+        ("data", {"more": 1}),
+        ("data", {"val_fraction": "x"}),
+        ("model", {"d_model": 10**12}),
+        ("model", {"vocab_size": 5}),
+        ("training", {"lr": None}),
+        ("training", {"unheard": 1}),
+        ("training", []),
+    ):
         value = {**good[part], **change} if change else change
         checkpoint.save_json(path, {**good, part: value})
         with pytest.raises(UserError, match=r"settings.json cannot be understood"):
@@ -243,10 +282,14 @@ def test_batch_size_auto_is_kept(train, tmp_path, monkeypatch):
 
 
 HOSTILE = {
-    "nul": "one\0two " * 200, "right to left": "שלום عالم \u202e olleh " * 80, "marks": "e\u0301\u0300\u0323" * 300,
-    "escapes": "\x1b[31mred\x1b]0;title\x07 \x9b2J \x08\x08 " * 80, "one line": "word " * 4000,
-    "one word": "a" * 20_000, "emoji": "👩‍👩‍👧 " * 300,
-}  # fmt: skip
+    "nul": "one\0two " * 200,
+    "right to left": "שלום عالم \u202e olleh " * 80,
+    "marks": "e\u0301\u0300\u0323" * 300,
+    "escapes": "\x1b[31mred\x1b]0;title\x07 \x9b2J \x08\x08 " * 80,
+    "one line": "word " * 4000,
+    "one word": "a" * 20_000,
+    "emoji": "👩‍👩‍👧 " * 300,
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -289,8 +332,19 @@ def test_a_terminal_gets_a_bar_that_fits(tmp_path, data):
     import termios
 
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(data), "--out", str(tmp_path / "run"), *FLAGS,
-               "--max-steps", "30", "--eval-every", "15"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "run"),
+        *FLAGS,
+        "--max-steps",
+        "30",
+        "--eval-every",
+        "15",
+    ]
     with subprocess.Popen(command, stdout=side, stderr=side, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
         os.close(side)
         received = b""
@@ -346,9 +400,14 @@ print(status("VmHWM") - before, devices.training_memory(config, batch, context))
 """
 SHAPES = [(300, 64, 1, 16, 2, 32), (4000, 192, 3, 64, 8, 256)]
 MORE = [
-    (8192, 256, 4, 64, 8, 256), (8192, 256, 4, 64, 32, 256), (8192, 256, 4, 64, 2, 1024), (30000, 64, 2, 64, 16, 512),
-    (2000, 512, 8, 128, 4, 256), (1000, 256, 2, 256, 8, 1024), (1000, 128, 12, 64, 4, 512),
-]  # fmt: skip
+    (8192, 256, 4, 64, 8, 256),
+    (8192, 256, 4, 64, 32, 256),
+    (8192, 256, 4, 64, 2, 1024),
+    (30000, 64, 2, 64, 16, 512),
+    (2000, 512, 8, 128, 4, 256),
+    (1000, 256, 2, 256, 8, 1024),
+    (1000, 128, 12, 64, 4, 512),
+]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measured where the system keeps the peak")

@@ -45,13 +45,34 @@ def weights_of(folder):
 # What a step does
 
 
-@pytest.mark.parametrize("values", [
-    {"context": 0}, {"batch_size": 0}, {"micro_batch": -1}, {"context": 2.5}, {"context": True}, {"seed": 2**63},
-    {"max_steps": 10**12}, {"max_minutes": -1.0}, {"max_minutes": math.inf}, {"max_minutes": 10**400},
-    {"lr": 0.0}, {"lr": math.nan}, {"lr": "fast"}, {"lr": 1e-6, "min_lr": 1e-3}, {"beta1": 1.0}, {"beta2": "x"},
-    {"clip": -1.0}, {"patience": None}, {"precision": "int4"}, {"deterministic": 1}, {"max_bad_steps": 0},
-    {"compile": "yes"}, {"recompute": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"context": 0},
+        {"batch_size": 0},
+        {"micro_batch": -1},
+        {"context": 2.5},
+        {"context": True},
+        {"seed": 2**63},
+        {"max_steps": 10**12},
+        {"max_minutes": -1.0},
+        {"max_minutes": math.inf},
+        {"max_minutes": 10**400},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"lr": "fast"},
+        {"lr": 1e-6, "min_lr": 1e-3},
+        {"beta1": 1.0},
+        {"beta2": "x"},
+        {"clip": -1.0},
+        {"patience": None},
+        {"precision": "int4"},
+        {"deterministic": 1},
+        {"max_bad_steps": 0},
+        {"compile": "yes"},
+        {"recompute": 1},
+    ],
+)
 def test_impossible_settings_are_value_errors(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         Settings(**values)
@@ -440,9 +461,14 @@ def greedy(data, most):
 def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_batch_stays(tmp_path, data):
     said = []
     trainer = make_trainer(
-        tmp_path / "adapted", data, batch_size=8, adapt_micro_batch=True, model=greedy(data, 2), dropout=0.0,
+        tmp_path / "adapted",
+        data,
+        batch_size=8,
+        adapt_micro_batch=True,
+        model=greedy(data, 2),
+        dropout=0.0,
         report=lambda event, values: said.append(values) if event == "memory" else None,
-    )  # fmt: skip
+    )
     trainer.train()
     assert said == [{"step": 1, "micro_batch": 4}, {"step": 1, "micro_batch": 2}]
     make_trainer(tmp_path / "asked", data, batch_size=8, micro_batch=2, dropout=0.0).train()
@@ -451,10 +477,14 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_batch_stays(tmp
     assert again.micro_batch == 2
 
 
-@pytest.mark.parametrize(("micro", "most", "adapt", "advice"), [
-    (0, 2, False, "--micro-batch 4 .* or --batch-size auto"), (1, 0, False, "lower --context"),
-    (0, 0, True, "lower --context"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("micro", "most", "adapt", "advice"),
+    [
+        (0, 2, False, "--micro-batch 4 .* or --batch-size auto"),
+        (1, 0, False, "lower --context"),
+        (0, 0, True, "lower --context"),
+    ],
+)
 def test_out_of_memory_is_one_line_that_says_what_to_lower(tmp_path, data, micro, most, adapt, advice):
     trainer = make_trainer(
         tmp_path / "run", data, batch_size=8, micro_batch=micro, adapt_micro_batch=adapt, model=greedy(data, most)
@@ -497,9 +527,13 @@ def test_a_run_is_compiled_or_goes_on_without_and_says_so(tmp_path, data, monkey
     monkeypatch.setattr(torch, "compile", compiler := Compiler(fault))
     said = []
     trainer = make_trainer(
-        tmp_path / "run", data, compile=True, max_steps=4, dropout=0.1,
+        tmp_path / "run",
+        data,
+        compile=True,
+        max_steps=4,
+        dropout=0.1,
         report=lambda event, values: said.append(values) if event == "compiled" else None,
-    )  # fmt: skip
+    )
     trainer.train()
     make_trainer(tmp_path / "plain", data, max_steps=4, dropout=0.1).train()
     assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "plain"))
@@ -525,9 +559,13 @@ def test_parts_of_each_size_are_proved(tmp_path, data, monkeypatch):
 def test_compiled_with_the_real_compiler(tmp_path, data):
     said = []
     trainer = make_trainer(
-        tmp_path / "run", data, compile=True, max_steps=12, dropout=0.0,
+        tmp_path / "run",
+        data,
+        compile=True,
+        max_steps=12,
+        dropout=0.0,
         report=lambda event, values: said.append(values) if event == "compiled" else None,
-    )  # fmt: skip
+    )
     trainer.train()
     assert [values["why_not"] for values in said] == [""]
     make_trainer(tmp_path / "plain", data, max_steps=12, dropout=0.0).train()
@@ -560,12 +598,24 @@ def test_a_missing_metrics_file_holds_nothing(tmp_path):
     assert read_metrics(log.path) == [] and log.records == 0
 
 
-@pytest.mark.parametrize("line", [
-    b"nonsense", b"[]", b"{}", b'{"step": -1, "split": "train", "loss": 1, "lr": 1}', b"\xff", b"[" * 100_000,
-    b'{"step": 1, "split": "test", "loss": 1}', b'{"step": 1, "split": "train", "loss": 1}',
-    b'{"step": 1, "split": "validation", "loss": "low"}', b'{"step": 1, "split": "validation", "loss": 1e999}',
-    b'{"step": 1.5, "split": "validation", "loss": 1}', b'{"step": 1, "split": "validation"}', b"",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense",
+        b"[]",
+        b"{}",
+        b'{"step": -1, "split": "train", "loss": 1, "lr": 1}',
+        b"\xff",
+        b"[" * 100_000,
+        b'{"step": 1, "split": "test", "loss": 1}',
+        b'{"step": 1, "split": "train", "loss": 1}',
+        b'{"step": 1, "split": "validation", "loss": "low"}',
+        b'{"step": 1, "split": "validation", "loss": 1e999}',
+        b'{"step": 1.5, "split": "validation", "loss": 1}',
+        b'{"step": 1, "split": "validation"}',
+        b"",
+    ],
+)
 def test_a_line_that_is_no_measurement_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "split": "validation", "loss": 1}\n' + line + b"\n")
@@ -588,8 +638,15 @@ def test_windows_are_what_a_step_takes(tmp_path, data):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_going_on_on_a_gpu(tmp_path, data, deterministic):
     """Bit for bit with `deterministic`; without, within 1% of the loss."""
-    kwargs = {"device": "cuda", "precision": "auto", "deterministic": deterministic, "max_steps": 40, "context": 64,
-              "eval_every": 10, "save_every": 7}  # fmt: skip
+    kwargs = {
+        "device": "cuda",
+        "precision": "auto",
+        "deterministic": deterministic,
+        "max_steps": 40,
+        "context": 64,
+        "eval_every": 10,
+        "save_every": 7,
+    }
 
     def stop(event, values):
         if event == "step" and values["step"] == 25:

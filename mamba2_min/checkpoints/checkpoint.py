@@ -25,8 +25,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG, WEIGHTS, TOKENIZER, RESUME, METRICS, CURVE, SETTINGS = (
-    "config.json", "model.pt", "tokenizer.json", "last.pt", "metrics.jsonl", "loss.png", "settings.json",
-)  # fmt: skip
+    "config.json",
+    "model.pt",
+    "tokenizer.json",
+    "last.pt",
+    "metrics.jsonl",
+    "loss.png",
+    "settings.json",
+)
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -44,10 +44,8 @@ INDEX = ".index.json"
 WEIGHT_FILES = {
     "own": ("model.pt",),
     "official": ("pytorch_model.bin",),
-    "hf": (
-        "model.safetensors", "model.safetensors" + INDEX, "pytorch_model.bin", "pytorch_model.bin" + INDEX,
-    ),
-}  # fmt: skip
+    "hf": ("model.safetensors", "model.safetensors" + INDEX, "pytorch_model.bin", "pytorch_model.bin" + INDEX),
+}
 
 # ours: (theirs, its default there)
 _OFFICIAL_TOP = {
@@ -76,9 +74,16 @@ _OFFICIAL_SSM = {
 # parameters were drawn before training, how the work was spread.
 _OFFICIAL_TOP_OTHER = ("d_intermediate", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm", "fused_add_norm")
 _OFFICIAL_SSM_OTHER = (
-    "layer", "d_ssm", "D_has_hdim", "rmsnorm", "dt_limit", "conv_init", "A_init_range", "use_mem_eff_path",
+    "layer",
+    "d_ssm",
+    "D_has_hdim",
+    "rmsnorm",
+    "dt_limit",
+    "conv_init",
+    "A_init_range",
+    "use_mem_eff_path",
     "sequence_parallel",
-)  # fmt: skip
+)
 _OFFICIAL_NORM_EPS = 1e-5
 
 _HF = {
@@ -329,11 +334,11 @@ def hf_generation_config(config: Mamba2Config) -> dict[str, Any]:
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Mamba2Config]] = {
-    "own": _from_own, "official": _from_official, "hf": _from_hf,
-}  # fmt: skip
-_WRITERS: dict[str, Callable[[Mamba2Config], dict[str, Any]]] = {
-    "own": _to_own, "official": _to_official, "hf": _to_hf,
-}  # fmt: skip
+    "own": _from_own,
+    "official": _from_official,
+    "hf": _from_hf,
+}
+_WRITERS: dict[str, Callable[[Mamba2Config], dict[str, Any]]] = {"own": _to_own, "official": _to_official, "hf": _to_hf}
 
 
 def _translate(table: dict[str, tuple[str, Any]], values: dict[str, Any]) -> dict[str, Any]:

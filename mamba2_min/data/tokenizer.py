@@ -248,7 +248,7 @@ class WordTokenizer:
             raise ValueError(f"its version is {str(content.get('version'))[:20]!r}, this program reads {VERSION}")
         if content.keys() != fields.keys():
             odd = sorted(content.keys() ^ fields.keys())[0]
-            raise ValueError(f'field {odd[:40]!r} is {"missing" if odd in fields else "unknown"}')
+            raise ValueError(f"field {odd[:40]!r} is {'missing' if odd in fields else 'unknown'}")
         for name, kind in fields.items():
             if type(content[name]) is not kind:
                 raise ValueError(f'field "{name}" is not a {kind.__name__}')

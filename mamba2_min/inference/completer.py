@@ -82,9 +82,7 @@ class Completer:
         self._stream: Generator[str, None, None] | None = None
 
     @classmethod
-    def load(
-        cls, folder: str | Path, device: str | torch.device = "cpu", weights: str | None = None
-    ) -> Completer:
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu", weights: str | None = None) -> Completer:
         """The completer of a run's folder. Raises UserError for whatever is missing, broken or of another run.
 
         weights: "int8" or "bf16" for narrower ones (quantize.py), on a CPU.
@@ -220,9 +218,7 @@ class _Text:
     def add(self, piece: str, stop: Sequence[str]) -> bool:
         """Takes a piece; True where it completes a stop text, and then only what precedes that becomes ready."""
         self._tail += piece
-        found = [
-            (at, -len(s)) for s in stop if (at := self._tail.find(s, max(0, self._passed - len(s) + 1))) >= 0
-        ]
+        found = [(at, -len(s)) for s in stop if (at := self._tail.find(s, max(0, self._passed - len(s) + 1))) >= 0]
         if found:
             at, minus_length = min(found)  # the first, and the longest of those
             self._stop_end = at - minus_length

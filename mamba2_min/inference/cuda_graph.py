@@ -143,10 +143,18 @@ def _update(xBC: Tensor, dt: Tensor, ssm: Tensor, dt_bias: Tensor, A_log: Tensor
 
 
 def _join(
-    x: Tensor, y: Tensor, z: Tensor,
-    norm: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[float, int, bool],
-    next_norm: Tensor, next_eps: float, next_weight: Tensor, next_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    how: tuple[float, int, bool],
+    next_norm: Tensor,
+    next_eps: float,
+    next_weight: Tensor,
+    next_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """One layer's end and the next one's beginning: x + weight RMSNorm(y * silu(z)) + bias, which is (b, d_model) with
     y and z (b, d_inner), and what `_project` makes of it."""
     eps, groups, norm_before_gate = how

@@ -74,10 +74,16 @@ class TransformerConfig:
         if not even:
             raise ValueError(f"rotary positions need an even d_model, and {d} is odd")
         shape = cls(
-            vocab_size=mamba.vocab_size, d_model=d, n_layer=n_layer, d_ff=1, dropout=mamba.dropout,
-            headdim=min(even, key=lambda width: abs(width - 64)), tie_embeddings=mamba.tie_embeddings,
-            pad_vocab_size_multiple=mamba.pad_vocab_size_multiple, norm_eps=mamba.norm_eps,
-        )  # fmt: skip
+            vocab_size=mamba.vocab_size,
+            d_model=d,
+            n_layer=n_layer,
+            d_ff=1,
+            dropout=mamba.dropout,
+            headdim=min(even, key=lambda width: abs(width - 64)),
+            tie_embeddings=mamba.tie_embeddings,
+            pad_vocab_size_multiple=mamba.pad_vocab_size_multiple,
+            norm_eps=mamba.norm_eps,
+        )
         width = 1 + (mamba.num_parameters() - shape.num_parameters()) / (3 * d * n_layer)
         if width < 1:
             raise ValueError(f"attention alone, in {n_layer} layers, has more parameters than the whole Mamba-2")

@@ -13,8 +13,7 @@ from torch import Tensor
 
 
 def autocast_off(t: Tensor) -> contextlib.AbstractContextManager:
-    """A context without autocast on t's device: a state, a sum or a decay in bf16 would lose what it is there to keep.
-    """
+    """A context without autocast on the device of t: states, sums and decays must not be rounded to bf16."""
     device = t.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 

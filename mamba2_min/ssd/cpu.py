@@ -41,9 +41,16 @@ _COMPILED_CHUNKS = 16  # at a time: their recurrence is unrolled, and of 64 what
 
 
 def chunked_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor,
-    segment: Tensor | None, q: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor,
+    segment: Tensor | None,
+    q: int,
+) -> tuple[Tensor, Tensor]:
     """The scan in chunks of q tokens, of which l is a multiple: y (b, l, h, p) in x's dtype, the final state.
 
     x (b, l, h, p), B and C (b, l, g, n) of any type; dt (b, l, h), A, D (h,) or None, initial_state (b, h, p, n), of
@@ -163,9 +170,16 @@ class SeparableScan(torch.autograd.Function):
         dA = (da * f.dt).sum((0, 1, 3)).view(h)
         dD = None if D is None else skipped.sum((0, 1, 3)).view(h)
         return (
-            dx.view(b, l, h, p), ddt.transpose(2, 3).reshape(b, l, h), dA, dB.view(b, l, g, n), dC.view(b, l, g, n),
-            dD, _to_outer(dstate) if ctx.needs_input_grad[6] else None, None, None,
-        )  # fmt: skip
+            dx.view(b, l, h, p),
+            ddt.transpose(2, 3).reshape(b, l, h),
+            dA,
+            dB.view(b, l, g, n),
+            dC.view(b, l, g, n),
+            dD,
+            _to_outer(dstate) if ctx.needs_input_grad[6] else None,
+            None,
+            None,
+        )
 
 
 def separable_scan(
@@ -411,9 +425,16 @@ class MaskedScan(torch.autograd.Function):
         dA = (da * dtm).sum((0, 1)).view(h)
         dD = None if D is None else (dym * xm).sum(-1).sum((0, 1)).view(h)
         return (
-            dx.view(b, l, h, p), ddt.view(b, l, h), dA, dB.view(b, l, g, n), dC.view(b, l, g, n), dD,
-            _to_outer(dinitial), None, None,
-        )  # fmt: skip
+            dx.view(b, l, h, p),
+            ddt.view(b, l, h),
+            dA,
+            dB.view(b, l, g, n),
+            dC.view(b, l, g, n),
+            dD,
+            _to_outer(dinitial),
+            None,
+            None,
+        )
 
 
 def _chunks(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

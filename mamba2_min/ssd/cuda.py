@@ -106,10 +106,15 @@ class BF16Scan(torch.autograd.Function):
         dA = (da * dtm[..., 0]).sum((0, 1))
         dD = None if D is None else (dym * xm.float()).sum((0, 1, 3))
         return (
-            written_out(dx.to(x.dtype)).view(b, l, h, p), ddt.reshape(b, l, h), dA,
+            written_out(dx.to(x.dtype)).view(b, l, h, p),
+            ddt.reshape(b, l, h),
+            dA,
             *(written_out(t.to(B.dtype).view(m, g, q, n).transpose(1, 2)).view(b, l, g, n) for t in (dB, dC)),
-            dD, _to_outer(dstate), None, None,
-        )  # fmt: skip
+            dD,
+            _to_outer(dstate),
+            None,
+            None,
+        )
 
 
 def _decays(dt: Tensor, A: Tensor, segment: Tensor | None, b: int, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -172,8 +172,14 @@ def _check(x, dt, A, B, C, D, initial_state, seq_idx) -> Tensor:
     if B.dim() != 4 or B.shape[:2] != (b, l) or h % B.shape[2]:
         raise ValueError(f"B must be (b, l, g, n) = ({b}, {l}, g, n) with g a divisor of h = {h}, not {tuple(B.shape)}")
     n = B.shape[3]
-    expected = {"dt": (dt, (b, l, h)), "A": (A, (h,)), "C": (C, tuple(B.shape)), "D": (D, (h,)),
-                "initial_state": (initial_state, (b, h, p, n)), "seq_idx": (seq_idx, (b, l))}
+    expected = {
+        "dt": (dt, (b, l, h)),
+        "A": (A, (h,)),
+        "C": (C, tuple(B.shape)),
+        "D": (D, (h,)),
+        "initial_state": (initial_state, (b, h, p, n)),
+        "seq_idx": (seq_idx, (b, l)),
+    }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape}, not {tuple(tensor.shape)}")

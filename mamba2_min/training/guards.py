@@ -58,9 +58,7 @@ class LossGuard:
         return JUMPED if loss > limit else ""
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "recent": list(self.recent), "in_a_row": self.in_a_row, "skipped": self.skipped, "reason": self.reason,
-        }  # fmt: skip
+        return {"recent": list(self.recent), "in_a_row": self.in_a_row, "skipped": self.skipped, "reason": self.reason}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave. Raises ValueError for anything else."""

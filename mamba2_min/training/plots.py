@@ -21,11 +21,23 @@ from mamba2_min.checkpoints.checkpoint import write_atomically
 
 BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e07b39", "#4c9f70", "#7f8790"
 STYLE = {
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "savefig.dpi": 110,
-    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-    "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "font.size": 10,
-}  # fmt: skip
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "savefig.dpi": 110,
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.grid": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "font.size": 10,
+}
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
@@ -44,9 +56,13 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = 
         top.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
         top.plot(steps, _running_mean(losses), color=BLUE, label="training, running mean")
         top.plot(
-            [m["step"] for m in validation], [m["loss"] for m in validation], "o-", color=ORANGE, markersize=3.5,
+            [m["step"] for m in validation],
+            [m["loss"] for m in validation],
+            "o-",
+            color=ORANGE,
+            markersize=3.5,
             label="validation",
-        )  # fmt: skip
+        )
         if validation:
             best = min(validation, key=lambda m: m["loss"])
             top.axvline(best["step"], color=GREEN, linewidth=0.8, linestyle="--")
@@ -98,10 +114,16 @@ def use_notebook_style() -> None:
     plt.rcParams.update({name: CARD for name in ("figure.facecolor", "axes.facecolor", "savefig.facecolor")})
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     plt.rcParams.update({name: INK for name in names})
-    plt.rcParams.update({
-        "figure.dpi": 88, "figure.constrained_layout.use": True, "axes.titlesize": 10, "axes.titlelocation": "left",
-        "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, "#8e63b5", GREY]), "image.interpolation": "nearest",
-    })  # fmt: skip
+    plt.rcParams.update(
+        {
+            "figure.dpi": 88,
+            "figure.constrained_layout.use": True,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, "#8e63b5", GREY]),
+            "image.interpolation": "nearest",
+        }
+    )
 
 
 def draw_matrix(axes: Axes, matrix: Any, title: str = "", limit: float | None = None) -> AxesImage:

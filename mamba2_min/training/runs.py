@@ -39,9 +39,14 @@ class Plan:
             _check_room([d["data"], d["val_data"]])
         tokenizer = WordTokenizer.load(Path(out) / checkpoint.TOKENIZER) if self.resume else None
         return load_corpus(
-            d["data"], d["vocab_size"], d["min_count"], d["pattern"], d["val_fraction"], d["val_data"],
+            d["data"],
+            d["vocab_size"],
+            d["min_count"],
+            d["pattern"],
+            d["val_fraction"],
+            d["val_data"],
             tokenizer=tokenizer,
-        )  # fmt: skip
+        )
 
     def config(self, corpus: Corpus) -> Mamba2Config:
         try:

@@ -108,8 +108,10 @@ class Trainer:
         self.micro_batch = min(settings.micro_batch or settings.batch_size, settings.batch_size)
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.model, settings.weight_decay),
-            lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=self.device.type in ("cpu", "cuda"),
-        )  # fmt: skip
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            fused=self.device.type in ("cpu", "cuda"),
+        )
         self.guard = LossGuard(settings.spike)
         self.log = MetricsLog(self.out / checkpoint.METRICS)
         self.step = 0
@@ -211,18 +213,29 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.step % s.log_every == 0:
             self._log_training(lr, norm)
-        self.report("step", {
-            "step": self.step, "loss": loss, "lr": lr, "tokens": input_ids.numel(),
-            "seconds": time.perf_counter() - began,
-        })  # fmt: skip
+        self.report(
+            "step",
+            {
+                "step": self.step,
+                "loss": loss,
+                "lr": lr,
+                "tokens": input_ids.numel(),
+                "seconds": time.perf_counter() - began,
+            },
+        )
 
     def _log_training(self, lr: float, norm: float) -> None:
         """One line for the steps since the last: the mean loss of those that were taken."""
         loss = sum(self.pending) / len(self.pending) if self.pending else math.nan
         self.log.append(
-            step=self.step, split="train", loss=loss, lr=lr, norm=norm, epoch=self.windows.epochs,
+            step=self.step,
+            split="train",
+            loss=loss,
+            lr=lr,
+            norm=norm,
+            epoch=self.windows.epochs,
             skipped=self.guard.skipped,
-        )  # fmt: skip
+        )
         self.pending = []
 
     def _compile(self, input_ids: Tensor, targets: Tensor) -> None:
@@ -289,18 +302,25 @@ class Trainer:
     def _evaluate(self) -> bool:
         """The exact validation loss, and whether it is the best so far: then the model goes to model.pt at once."""
         score = evaluate(
-            self.model, self.corpus.validation, self.corpus.validation_bytes, self.corpus.tokenizer.eos_id,
+            self.model,
+            self.corpus.validation,
+            self.corpus.validation_bytes,
+            self.corpus.tokenizer.eos_id,
             autocast=self.autocast,
-        )  # fmt: skip
+        )
         better = math.isfinite(score.loss) and (
             self.best is None or score.loss < self.best.loss - self.settings.min_delta
         )
         self.evaluated_step = self.step
         self.stale = 0 if better else self.stale + 1
         self.log.append(
-            step=self.step, split="validation", loss=score.loss, perplexity=score.perplexity,
-            bits_per_byte=score.bits_per_byte, best=better,
-        )  # fmt: skip
+            step=self.step,
+            split="validation",
+            loss=score.loss,
+            perplexity=score.perplexity,
+            bits_per_byte=score.bits_per_byte,
+            best=better,
+        )
         if better:
             self.best, self.best_step = score, self.step
             self.save()  # before model.pt, which is thus never of a step that a resumed run has not reached
@@ -328,25 +348,40 @@ class Trainer:
         """Writes last.pt: everything that the next step depends on. The lines of metrics.jsonl are on disk before."""
         self._count_time()
         self.log.flush()
-        checkpoint.save_tensors(self.out / checkpoint.RESUME, {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "windows": self.windows.state_dict(), "guard": self.guard.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "step": self.step, "seconds": self.seconds, "pending": self.pending, "records": self.log.records,
-            "best": dataclasses.asdict(self.best) if self.best else None, "best_step": self.best_step,
-            "evaluated_step": self.evaluated_step, "stale": self.stale, "micro_batch": self.micro_batch,
-            "settings": dataclasses.asdict(self.asked), "config": self.model.config.to_dict(),
-            "documents": self.corpus.digest, "tokenizer": self.corpus.tokenizer.digest(),
-            "environment": self._environment(),
-        })  # fmt: skip
+        checkpoint.save_tensors(
+            self.out / checkpoint.RESUME,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "windows": self.windows.state_dict(),
+                "guard": self.guard.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "step": self.step,
+                "seconds": self.seconds,
+                "pending": self.pending,
+                "records": self.log.records,
+                "best": dataclasses.asdict(self.best) if self.best else None,
+                "best_step": self.best_step,
+                "evaluated_step": self.evaluated_step,
+                "stale": self.stale,
+                "micro_batch": self.micro_batch,
+                "settings": dataclasses.asdict(self.asked),
+                "config": self.model.config.to_dict(),
+                "documents": self.corpus.digest,
+                "tokenizer": self.corpus.tokenizer.digest(),
+                "environment": self._environment(),
+            },
+        )
 
     def _environment(self) -> dict[str, Any]:
         """What the last bit of a sum depends on, beside the numbers."""
         return {
-            "torch": str(torch.__version__), "device": self.device.type, "precision": self.precision,
+            "torch": str(torch.__version__),
+            "device": self.device.type,
+            "precision": self.precision,
             "threads": torch.get_num_threads(),
-        }  # fmt: skip
+        }
 
     def _begin(self) -> None:
         """Leaves the folder as the next step expects it: of a new run, or of the saved one at its saved step."""
