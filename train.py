@@ -175,7 +175,7 @@ def wishes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Screen:
-    """A line and a sample of text at each evaluation, and a bar between them; in a file or a pipe, a line now and then."""
+    """A line and a sample of text at each evaluation and a bar between them; in a file or pipe, a line now and then."""
 
     def __init__(self, corpus, model):
         self.corpus, self.model = corpus, model

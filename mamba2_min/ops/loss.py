@@ -136,7 +136,7 @@ def _on_cpu(
 
 
 def _on_gpu(logits: Tensor, index: Tensor, weigh: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """The same for a compiler, in two passes over the logits; the softmax is float32, the result is given as it came."""
+    """The same for a compiler, in two passes over the logits; the softmax is float32, the result as it came."""
     token = torch.arange(logits.shape[1], device=logits.device)
     wide = logits.to(weigh.dtype).masked_fill(token >= vocab_size, -torch.inf)
     total = wide.logsumexp(dim=-1, keepdim=True)
