@@ -30,7 +30,7 @@ from mamba2_min.datagen.store import Store
 from mamba2_min.errors import UserError, printable, run_script
 
 if TYPE_CHECKING:
-    from mamba2_min.datagen.asking import Asker, Manner
+    from mamba2_min.datagen.asking import Asker, RequestOptions
 
 DRY_RUN_PROMPTS = 10
 MOST_OPENINGS = 5  # in the table at the end
@@ -204,10 +204,10 @@ def rules_of(kind: Kind, args: argparse.Namespace) -> Rules:
     return Rules(least, most, args.language)
 
 
-def manner_of(args: argparse.Namespace, rules: Rules) -> Manner:
-    from mamba2_min.datagen.asking import Manner
+def manner_of(args: argparse.Namespace, rules: Rules) -> RequestOptions:
+    from mamba2_min.datagen.asking import RequestOptions
 
-    return Manner(
+    return RequestOptions(
         options={name: getattr(args, name) for name in ("temperature", "top_p", "num_ctx", "num_predict")},
         keep_alive=int(args.keep_alive) if re.fullmatch(r"-?\d+", args.keep_alive) else args.keep_alive,
         timeout=args.timeout,
@@ -286,7 +286,7 @@ class Bar(Progress):
         self._bar.close()
 
 
-def show_settings(kind: Kind, args: argparse.Namespace, rules: Rules, manner: Manner, address: str) -> None:
+def show_settings(kind: Kind, args: argparse.Namespace, rules: Rules, manner: RequestOptions, address: str) -> None:
     """The settings as resolved, before anything is done."""
     options = ", ".join(f"{name} {value:g}" for name, value in manner.options.items())
     topics = f", topics of {args.topics}" if args.topics else ""

@@ -109,9 +109,10 @@ def main() -> int:
         raise UserError("--threads must be at least 1")
     if not args.out:
         raise UserError("--out needs the name of a folder")
-    from mamba2_min.checkpoints import checkpoint  # torch takes seconds to import: not for --help
+    from mamba2_min import files  # torch takes seconds to import: not for --help
+    from mamba2_min.checkpoints import checkpoint
 
-    with checkpoint.locked(args.out):
+    with files.locked(args.out, checkpoint.RUN_FILES):
         return train(args)
 
 
@@ -124,7 +125,7 @@ def train(args: argparse.Namespace) -> int:
     from mamba2_min.training.trainer import Trainer
 
     accept = tuple(name.strip().replace("-", "_") for name in args.accept.split(",") if name.strip())
-    plan = plan_run(args.out, wishes(args), args.preset, args.resume, args.overwrite, accept)
+    plan = plan_run(args.out, overrides(args), args.preset, args.resume, args.overwrite, accept)
     device = devices.pick_device(args.device)
     torch.set_num_threads(args.threads or devices.cpu_threads())
     devices.keep_freed_memory()
@@ -151,7 +152,7 @@ def train(args: argparse.Namespace) -> int:
     return show_result(result, trainer, args)
 
 
-def wishes(args: argparse.Namespace) -> dict[str, Any]:
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked for by name: data, model and training settings, without what was left to its default."""
     names = (
         *DATA_FLAGS,

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks import harness, peers
 from benchmarks.harness import FLOOR, MemoryMeter, Options
 from mamba2_min.config import Mamba2Config
-from mamba2_min.training.trainer import decay_groups
+from mamba2_min.models.base import decay_groups
 
 
 @dataclass(frozen=True)

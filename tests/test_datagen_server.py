@@ -9,14 +9,14 @@ import time
 import pytest
 from ollama_server import HARMLESS, LASTING, PASSING, OllamaServer, request_for, story
 
-from mamba2_min.datagen.asking import Asker, Manner, NoAnswer, Stopped
+from mamba2_min.datagen.asking import Asker, NoAnswer, RequestOptions, Stopped
 from mamba2_min.datagen.generator import Job, Rejection, generate, write_draft
 from mamba2_min.datagen.judging import Rules
 from mamba2_min.datagen.kinds import INSTRUCTIONS, STORIES, compose
 from mamba2_min.datagen.store import Store
 from mamba2_min.errors import UserError
 
-QUICK = Manner(
+QUICK = RequestOptions(
     {"temperature": 0.9, "num_ctx": 4096}, timeout=0.3, first_timeout=2.0, max_seconds=5.0, retries=3, backoff=0.01
 )
 
@@ -27,7 +27,7 @@ def server():
         yield server
 
 
-def asker(server: OllamaServer, manner: Manner = QUICK, model: str = "llama3.1") -> Asker:
+def asker(server: OllamaServer, manner: RequestOptions = QUICK, model: str = "llama3.1") -> Asker:
     return Asker(model, server.url, manner, threading.Event())
 
 
@@ -81,7 +81,7 @@ def test_a_server_that_stalls_before_its_first_word(server):
     server.misbehave = always("stall before")
     begun = time.monotonic()
     with pytest.raises(NoAnswer, match="stalled"):
-        asker(server, Manner(first_timeout=0.2, timeout=5, retries=1, backoff=0.01)).ask("Write.", 1)
+        asker(server, RequestOptions(first_timeout=0.2, timeout=5, retries=1, backoff=0.01)).ask("Write.", 1)
     assert time.monotonic() - begun < 2
 
 
@@ -89,7 +89,7 @@ def test_a_silence_in_the_middle_is_bounded_by_its_own_timeout(server):
     server.misbehave = lambda seed: "stall"
     begun = time.monotonic()
     with pytest.raises(NoAnswer, match="stalled"):
-        asker(server, Manner(first_timeout=30, timeout=0.2, retries=0)).ask("Write.", 1)
+        asker(server, RequestOptions(first_timeout=30, timeout=0.2, retries=0)).ask("Write.", 1)
     assert time.monotonic() - begun < 2
 
 
@@ -97,12 +97,12 @@ def test_an_answer_that_trickles_in_is_bounded_as_a_whole(server):
     server.pace, server.words_a_piece = 0.05, 1
     begun = time.monotonic()
     with pytest.raises(NoAnswer, match="took too long"):
-        asker(server, Manner(max_seconds=0.5, retries=5, backoff=5)).ask("Write.", 1)
+        asker(server, RequestOptions(max_seconds=0.5, retries=5, backoff=5)).ask("Write.", 1)
     assert time.monotonic() - begun < 2  # and it is not asked again
 
 
 def test_pauses_double_and_are_bounded(server, monkeypatch):
-    ask, pauses = asker(server, Manner(retries=8, backoff=1.0)), []
+    ask, pauses = asker(server, RequestOptions(retries=8, backoff=1.0)), []
     monkeypatch.setattr(ask._stop, "wait", lambda seconds: pauses.append(seconds))
     server.misbehave = always("busy")
     monkeypatch.setattr(server, "asked", dict.fromkeys([(1, "Write.")], -100))
@@ -242,7 +242,7 @@ def test_what_can_be_cleaned_is_kept(server, fault):
 
 def test_huge_answers_are_not_read_to_their_end(server):
     server.misbehave = always("huge")
-    ask = asker(server, Manner(max_characters=10_000))
+    ask = asker(server, RequestOptions(max_characters=10_000))
     assert ask.ask("Write.", 1).done_reason == "too long"
 
 
@@ -295,7 +295,7 @@ def test_a_server_that_never_gives_a_whole_answer(server, tmp_path):
     server.misbehave = always("cut")
     with Store(tmp_path) as store:
         with pytest.raises(UserError, match="5 requests in a row"):
-            generate(Job(STORIES, 50), asker(server, Manner(retries=0)), store, threading.Event())
+            generate(Job(STORIES, 50), asker(server, RequestOptions(retries=0)), store, threading.Event())
         assert store.rejected == {"no answer: cut off by the connection": 5}
 
 

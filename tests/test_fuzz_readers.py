@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_runs import SHAPE, make_trainer, write_documents
 
+from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import load_corpus
@@ -24,7 +25,7 @@ from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.training.metrics import MetricsLog, read_metrics
-from mamba2_min.training.runs import Plan, read_plan
+from mamba2_min.training.runs import RunSpec, read_plan
 from mamba2_min.training.trainer import Trainer
 
 # 10^12 heads, sizes that overflow, names that are nearly right: what a random value would seldom be.
@@ -81,7 +82,7 @@ def run(tmp_path_factory):
         "pattern": "words",
         "val_fraction": 0.1,
     }
-    Plan(values, {**SHAPE, "dropout": 0.1}, trainer.asked).save(out)
+    RunSpec(values, {**SHAPE, "dropout": 0.1}, trainer.asked).save(out)
     return out, data
 
 
@@ -287,7 +288,7 @@ def test_what_a_training_goes_on_from(run, tmp_path, examples):
     whole = checkpoint.load_tensors(out / "last.pt")
     corpus = load_corpus(data, tokenizer=WordTokenizer.load(out / "tokenizer.json"))
     model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), dropout=0.1, **SHAPE), seed=0)
-    asked = Plan({}, {}, read_plan(out).training).training
+    asked = RunSpec({}, {}, read_plan(out).training).training
     rng = torch.get_rng_state()
 
     def try_one(changes):
@@ -357,7 +358,7 @@ def test_a_config_of_too_many_heads(tmp_path, run):
     values = json.loads((run[0] / "config.json").read_text())
     (tmp_path / "model.pt").write_bytes((run[0] / "model.pt").read_bytes())
     for change in ({"d_model": 8 * 10**12}, {"expand": 10**12}, {"n_layer": 1 << 24}, {"vocab_size": 1 << 24}):
-        checkpoint.save_json(tmp_path / "config.json", {**values, **change})
+        files.save_json(tmp_path / "config.json", {**values, **change})
         refused("config.json|model.pt", Mamba2LM.from_pretrained, tmp_path)
 
 
@@ -372,7 +373,7 @@ def test_a_tokenizer_with_words_twice_or_missing(tmp_path, run):
 
 def test_a_path_with_dots_writes_where_it_says(tmp_path, run):
     (tmp_path / "a").mkdir()
-    Plan({}, {}, read_plan(run[0]).training).save(tmp_path / "a" / ".." / "b")
+    RunSpec({}, {}, read_plan(run[0]).training).save(tmp_path / "a" / ".." / "b")
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b"} and not list((tmp_path / "a").iterdir())
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint, layouts
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
@@ -599,7 +600,7 @@ class TestFilesThatAreWrong:
         """A few kilobytes that claim to be a model of 4 TB, as the config does."""
         config = Mamba2Config(vocab_size=2**20, d_model=2**20, n_layer=1, headdim=64)
         monkeypatch.setattr(Mamba2LM, "__init__", lambda *_: pytest.fail("built"))
-        checkpoint.save_json(tmp_path / "config.json", config.to_dict())
+        files.save_json(tmp_path / "config.json", config.to_dict())
         for one in (torch.zeros(1), torch.zeros(1, device="meta")):
             weights = {name: one.expand(shape) for name, shape in layouts.parameter_shapes(config)}
             torch.save(weights, tmp_path / "model.pt")
@@ -619,7 +620,7 @@ class TestFilesThatAreWrong:
         weights = dict(model.state_dict())
         for i in range(1, 50):
             weights |= {n.replace(".0.", f".{i}.", 1): t for n, t in layer.items()}
-        checkpoint.save_json(tmp_path / "config.json", {**model.config.to_dict(), "n_layer": 50})
+        files.save_json(tmp_path / "config.json", {**model.config.to_dict(), "n_layer": 50})
         torch.save(weights, tmp_path / "model.pt")
         assert "bytes and hold" in self.refused(tmp_path)
 

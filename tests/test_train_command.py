@@ -13,8 +13,7 @@ import pytest
 import torch
 from small_runs import ROOT, SHAPE, load_script, write_documents
 
-from mamba2_min import devices
-from mamba2_min.checkpoints import checkpoint
+from mamba2_min import devices, files
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 from mamba2_min.settings import PRESETS, Settings
@@ -241,7 +240,7 @@ def test_settings_from_elsewhere_are_checked(tmp_path):
         "training": {},
     }
     path = tmp_path / "settings.json"
-    checkpoint.save_json(path, good)
+    files.save_json(path, good)
     assert read_plan(tmp_path).training == Settings()
     for part, change in (
         ("data", {"data": 7}),
@@ -254,7 +253,7 @@ def test_settings_from_elsewhere_are_checked(tmp_path):
         ("training", []),
     ):
         value = {**good[part], **change} if change else change
-        checkpoint.save_json(path, {**good, part: value})
+        files.save_json(path, {**good, part: value})
         with pytest.raises(UserError, match=r"settings.json cannot be understood"):
             read_plan(tmp_path)
 

@@ -11,16 +11,18 @@ import torch
 from small_runs import SHAPE, assert_same_run, make_trainer, same, write_documents
 from torch.nn import functional as F
 
+from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import Windows, load_corpus
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import evaluate
+from mamba2_min.models.base import decay_groups
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.settings import Settings, learning_rate
 from mamba2_min.training.guards import JUMPED, NOT_FINITE, LossGuard
 from mamba2_min.training.metrics import MetricsLog, read_metrics
-from mamba2_min.training.trainer import Trainer, decay_groups
+from mamba2_min.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +254,7 @@ def sitting(out, data, at=None):
         try:
             trainer.train()
         except Killed:
-            with checkpoint.locked(out):  # as the next process will: takes half-written files away
+            with files.locked(out, checkpoint.RUN_FILES):  # as the next process will: takes half-written files away
                 return crash.moments
         return crash.moments
 

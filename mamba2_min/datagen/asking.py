@@ -41,7 +41,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Manner:
+class RequestOptions:
     """How to ask; see the head of this file. Times in seconds; `options` go to the model as they are."""
 
     options: Mapping[str, float] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Asker:
     Attributes: `model`; `address`, as the user knows it; `tokens`, pieces of text received so far, for the screen.
     """
 
-    def __init__(self, model: str, host: str | None, manner: Manner, stop: threading.Event):
+    def __init__(self, model: str, host: str | None, manner: RequestOptions, stop: threading.Event):
         """`host` None: OLLAMA_HOST, or the client's default. Raises UserError where that is no address."""
         self.model, self.manner, self.tokens = model, manner, 0
         self.address = host or os.environ.get("OLLAMA_HOST") or DEFAULT_HOST

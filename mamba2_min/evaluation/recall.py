@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_min.data.corpus import IGNORE
-from mamba2_min.training.trainer import decay_groups
+from mamba2_min.models.base import decay_groups
 
 Batch = tuple[Tensor, Tensor]  # input_ids, targets
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.inference.decoding import Decoder, Prepared, is_plain
+from mamba2_min.inference.decoding import Decoder, StepBuffers, is_plain
 from mamba2_min.ops.autograd import autocast_off, widen
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def is_recordable(model: Mamba2LM) -> bool:
     return all(map(is_plain, [model.lm_head, *(p for mixer in mixers for p in (mixer.in_proj, mixer.out_proj))]))
 
 
-class CompiledDecoder(Prepared):
+class CompiledDecoder(StepBuffers):
     """Token after token by four compiled functions.
 
     They end where something should be in memory: a compiler would work the convolution out anew for every number of the

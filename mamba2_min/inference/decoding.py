@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mamba2_min.models.mamba2 import Block, Mamba2LM, State
 
 
-class Prepared:
+class StepBuffers:
     """What belongs to one model and one state, and must be made anew where either is not what it was."""
 
     turns = 1  # steps after which the same memory is read and written again
@@ -68,7 +68,7 @@ class Prepared:
         raise NotImplementedError
 
 
-class Decoder(Prepared):
+class Decoder(StepBuffers):
     """Token after token by single operators, the state changed where it lies."""
 
     def __init__(self, model: Mamba2LM, state: State):

@@ -21,6 +21,16 @@ from mamba2_min.ops.sampling import Sampler
 _PREFILL_SLICE = 2048  # tokens of a prompt that are read at a time
 
 
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's two groups of parameters: matrices are decayed; vectors (A_log, D, dt_bias, norms, biases) and the
+    convolution's taps, one vector per channel, never are."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() != 2], "weight_decay": 0.0},
+    ]
+
+
 class LanguageModel(nn.Module, ABC):
     """Token ids in, logits and a state out. A subclass sets `config`, with a `vocab_size`, and `lm_head`."""
 

@@ -18,9 +18,9 @@ Parameters have the names and shapes of the official checkpoints.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,29 +28,23 @@ from torch.nn import functional as F
 
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.inference.cuda_graph import GraphDecoder, is_recordable
-from mamba2_min.inference.decoding import Decoder
 from mamba2_min.models.base import LanguageModel
 from mamba2_min.ops.autograd import widen
 from mamba2_min.ops.conv import causal_conv_silu
 from mamba2_min.ops.norm import gated_rms_norm, rms_norm
-from mamba2_min.ssd import ssd_chunked
+from mamba2_min.ssd import ssd_chunked, ssd_step
 from mamba2_min.ssd.hippo import a_log_init, dt_bias_init
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """What a model remembers of the tokens so far: of constant size, however many there were.
 
-    conv: a tensor (b, d_conv - 1, conv_dim) a layer, the convolution's last inputs; ssm: one (b, h, p, n) a layer.
+    conv: a tensor (b, d_conv - 1, conv_dim) per layer, the convolution's last inputs; ssm: one (b, h, p, n) per layer.
     """
 
     conv: list[Tensor]
     ssm: list[Tensor]
-    _decoder: Decoder | GraphDecoder | None = field(default=None, init=False, repr=False, compare=False)
-
-    def __getstate__(self) -> dict[str, Any]:  # what a copy or a file gets: the decoder would bring the model with it
-        return {**self.__dict__, "_decoder": None}
 
     @property
     def nbytes(self) -> int:
@@ -111,9 +105,12 @@ class Mamba2Mixer(nn.Module):
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
         xBC, conv_state = causal_conv_silu(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state, seq_idx)
         x, B, C = self._split_heads(xBC)
-        y, ssm_state = ssd_chunked(
-            x, self._dt(dt), self._A(), B, C, self.D, ssm_state, seq_idx, chunk_size=c.chunk_size
-        )
+        dt, A = self._dt(dt), self._A()
+        if u.shape[1] == 1 and ssm_state is not None:
+            y, ssm_state = ssd_step(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
+            y = y[:, None]
+        else:
+            y, ssm_state = ssd_chunked(x, dt, A, B, C, self.D, ssm_state, seq_idx, chunk_size=c.chunk_size)
         return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
 
     def _split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,24 +190,29 @@ class Mamba2LM(LanguageModel):
 
     @torch.inference_mode()
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
-        if state._decoder is None or not state._decoder.fits(self, state):
-            recorded = ids.is_cuda and is_recordable(self)
-            state._decoder = GraphDecoder(self, state, *self._steps) if recorded else Decoder(self, state)
-        logits = state._decoder(ids)
-        state.conv[:] = state._decoder.conv
-        return logits[:, : self.config.vocab_size], state
+        """One token per row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned.
 
-    _steps: tuple[bool, torch.dtype | None] = (False, None)
+        Computed by the stepper that `mamba2_min.inference` has registered, where it takes this model; otherwise by the
+        ordinary forward with l = 1.
+        """
+        if _stepper is not None and (logits := _stepper(self, ids, state)) is not None:
+            return logits[:, : self.config.vocab_size], state
+        if len(ids) != len(state.ssm[0]):
+            raise ValueError(f"the state is of {len(state.ssm[0])} rows, and ids of {len(ids)}")
+        logits, new = self(ids[:, None], state)
+        state.conv[:], state.ssm[:] = new.conv, new.ssm
+        return logits[:, 0], state
+
+    compiled_steps: tuple[bool, torch.dtype | None] = (False, None)  # what `compile_steps` was asked for
 
     def compile_steps(self, on: bool = True, state_dtype: torch.dtype | None = None) -> None:
-        """Has `step` compiled on a GPU, for every text that is begun from now on: half a minute once, then more than
-        twice the speed.
+        """Compiles `step` on a GPU, for every text begun from now on: half a minute once, then over twice the speed.
 
-        state_dtype: in which such a step keeps State.ssm, float32 if None. What 64 texts write takes half of the time
-        to read and write that, so that bfloat16 is faster: on a trained small model for 1.0001 times the perplexity.
+        state_dtype: the dtype in which such a step keeps State.ssm in memory, float32 if None. Reading and writing the
+        state is half the time of a step of 64 texts, so bfloat16 is faster; a trained small model then has 1.0001 times
+        the perplexity.
         """
-        self._steps = (on, state_dtype)
+        self.compiled_steps = (on, state_dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Mamba2LM:
@@ -230,6 +232,18 @@ class Mamba2LM(LanguageModel):
         Raises UserError where that layout has no words for this model, or the folder cannot be written.
         """
         checkpoint.save_model(folder, self.config, self.state_dict(), format)
+
+
+# A faster `Mamba2LM.step`: (model, ids (b,), state) -> logits (b, padded_vocab_size), with the state changed in place; or
+# None where it does not take the model.
+Stepper = Callable[[Mamba2LM, Tensor, State], Tensor | None]
+_stepper: Stepper | None = None
+
+
+def register_stepper(stepper: Stepper | None) -> None:
+    """Has every `Mamba2LM.step` ask `stepper` first; None takes it away again."""
+    global _stepper
+    _stepper = stepper
 
 
 @torch.no_grad()

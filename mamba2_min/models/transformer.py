@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
@@ -308,7 +309,7 @@ class TransformerLM(LanguageModel):
         """The model that `save_pretrained` or `train.py` left in a folder. Raises UserError where it cannot be read."""
         folder = Path(folder)
         try:
-            config = TransformerConfig.from_dict(checkpoint.load_json(folder / checkpoint.CONFIG))
+            config = TransformerConfig.from_dict(files.load_json(folder / checkpoint.CONFIG))
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / checkpoint.CONFIG}: {error}") from error
         model = cls(config)

@@ -30,7 +30,7 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
-def derivative(backward: Callable) -> Callable:
+def handwritten_backward(backward: Callable) -> Callable:
     """What each hand-written `backward` here is: without autocast, which would round its products and convolutions, and
     without a derivative of its own. Where that is asked for (create_graph=True) it says so instead of giving it wrong:
     PyTorch's `once_differentiable` says it to `backward()` only, and `torch.autograd.grad` goes around it.
@@ -46,7 +46,7 @@ def derivative(backward: Callable) -> Callable:
     return run
 
 
-def uncompiled(function: Callable) -> Callable:
+def no_compile(function: Callable) -> Callable:
     """Keeps `torch.compile` out of `function`: what is laid out by hand for a CPU's caches, and writes where it is told
     to, gains nothing from it (and the compiler of PyTorch 2.11 loses gradients of results that are changed in place).
     """
@@ -96,7 +96,7 @@ def of_bits(t: Tensor, dtype: torch.dtype) -> Tensor:
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def written_out(t: Tensor) -> Tensor:
+def materialize(t: Tensor) -> Tensor:
     """t, contiguous. A compiler writes it to memory here, instead of working it out anew wherever it is used."""
     return t.contiguous().as_strided(t.shape, [math.prod(t.shape[i + 1 :]) for i in range(t.dim())])
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.ops.autograd import as_bits, derivative, of_bits, uncompiled, unrounded, without_autocast, written_out
+from mamba2_min.ops.autograd import (
+    as_bits,
+    handwritten_backward,
+    materialize,
+    no_compile,
+    of_bits,
+    unrounded,
+    without_autocast,
+)
 from mamba2_min.ops.seq_idx import document_numbers
 
 _BLOCK_ELEMENTS = 1 << 18  # of a product that stays in a core's second-level cache until it is summed
@@ -64,15 +72,15 @@ class _ShiftedConvSiLU(torch.autograd.Function):
     def forward(ctx, u, weight, bias):
         ctx.save_for_backward(as_bits(u), weight, bias)
         ctx.dtype = u.dtype
-        return F.silu(_shifted(u, written_out(weight.t()), bias))
+        return F.silu(_shifted(u, materialize(weight.t()), bias))
 
     @staticmethod
-    @derivative
+    @handwritten_backward
     def backward(ctx, dy):
         bits, weight, bias = ctx.saved_tensors
-        u, taps = of_bits(bits, ctx.dtype), written_out(weight.t())
+        u, taps = of_bits(bits, ctx.dtype), materialize(weight.t())
         K, l = weight.shape[1], u.shape[1]
-        dv = written_out(torch.ops.aten.silu_backward(dy, _shifted(u, taps, bias)))
+        dv = materialize(torch.ops.aten.silu_backward(dy, _shifted(u, taps, bias)))
         du = dv * taps[-1]
         for s in range(1, K):
             du = du + F.pad(dv, (0, 0, 0, s))[:, s:] * taps[K - 1 - s]
@@ -92,7 +100,7 @@ def _shifted(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-@uncompiled
+@no_compile
 def _on_cpu(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _ConvSiLU.apply(padded, weight, bias)
 
@@ -106,7 +114,7 @@ class _ConvSiLU(torch.autograd.Function):
         return F.silu(_convolved(padded, weight, bias), inplace=True)
 
     @staticmethod
-    @derivative
+    @handwritten_backward
     def backward(ctx, dy):
         padded, weight, bias = ctx.saved_tensors
         K, l = weight.shape[1], dy.shape[1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.ops.autograd import derivative, is_rounded
+from mamba2_min.ops.autograd import handwritten_backward, is_rounded
 
 IGNORE = -100  # a target that does not count
 
@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @derivative
+    @handwritten_backward
     def backward(ctx, dtotal):
         if ctx.gradients is None:
             raise RuntimeError("this loss has been through backward() already, and its gradients are gone")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.ops.autograd import as_bits, derivative, of_bits, written_out
+from mamba2_min.ops.autograd import as_bits, handwritten_backward, materialize, of_bits
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         return _scaled(wide, scale) * weight
 
     @staticmethod
-    @derivative
+    @handwritten_backward
     def backward(ctx, dout):
         x, weight, scale = ctx.saved_tensors
         dx, dweight = _normed_backward(x.to(weight.dtype), weight, scale, dout)
@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, z, weight, eps, groups):
-        y = written_out(y)
+        y = materialize(y)
         u = F.silu(z.to(weight.dtype)).mul_(y)
         scale = _inverse_rms(u, eps, groups)
         ctx.save_for_backward(y, as_bits(z), weight, scale)
@@ -61,14 +61,14 @@ class _GatedRMSNorm(torch.autograd.Function):
         return _scaled(u, scale) * weight
 
     @staticmethod
-    @derivative
+    @handwritten_backward
     def backward(ctx, dout):
         y, bits, weight, scale = ctx.saved_tensors
         wide_z = of_bits(bits, ctx.dtype).to(weight.dtype)
         gate = F.silu(wide_z)
         du, dweight = _normed_backward(gate * y, weight, scale, dout)
         dz = torch.ops.aten.silu_backward(du * y, wide_z)
-        return written_out(du.mul_(gate).to(y.dtype)), written_out(dz.to(ctx.dtype)), dweight, None, None
+        return materialize(du.mul_(gate).to(y.dtype)), materialize(dz.to(ctx.dtype)), dweight, None, None
 
 
 def _inverse_rms(u: Tensor, eps: float, groups: int) -> Tensor:

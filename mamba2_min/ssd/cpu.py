@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mamba2_min.ops.autograd import derivative, uncompiled, widest
+from mamba2_min.ops.autograd import handwritten_backward, no_compile, widest
 from mamba2_min.ssd.cuda import FORGOTTEN, BF16Scan
 
 # The most that a chunk, and one token, may decay by, as exponents, for decays to be separated: exp(60) is 1e26, which
@@ -60,11 +60,11 @@ def chunked_scan(
     """
     if x.is_cuda and x.dtype == B.dtype == C.dtype == torch.bfloat16 and dt.dtype == torch.float32:
         return BF16Scan.apply(x, dt, A, B, C, D, initial_state, segment, q)
-    return _by_decays(x, dt, A, B, C, D, initial_state, segment, q, torch.compiler.is_compiling())
+    return pick_scan(x, dt, A, B, C, D, initial_state, segment, q, torch.compiler.is_compiling())
 
 
-@uncompiled  # for which form it is to be depends on the numbers
-def _by_decays(x, dt, A, B, C, D, initial_state, segment, q, compiled):
+@no_compile  # for which form it is to be depends on the numbers
+def pick_scan(x, dt, A, B, C, D, initial_state, segment, q, compiled):
     if dt.device.type == "cpu":
         for shorter in (q, q // 2):
             if shorter and q % shorter == 0 and _is_separable(dt, A, shorter):
@@ -96,7 +96,7 @@ class SeparableScan(torch.autograd.Function):
         b, l, h, p = x.shape
         g, n = B.shape[2:]
         c = l // q
-        f = _Factors(x, dt, A, B, C, D, segment, q)
+        f = ChunkTerms(x, dt, A, B, C, D, segment, q)
         states = x.new_empty(b, c, g, n, h // g, p, dtype=dt.dtype)  # before each chunk
         states[:, 0] = _to_inner(initial_state, g)
         final = torch.empty_like(states[:, 0])
@@ -115,14 +115,14 @@ class SeparableScan(torch.autograd.Function):
         return y.view(b, l, h, p), _to_outer(final)
 
     @staticmethod
-    @derivative
+    @handwritten_backward
     def backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, final, segment = ctx.saved_tensors
         b, l, h, p = x.shape
         g, n = B.shape[2:]
         q = ctx.q
         c = l // q
-        f = _Factors(x, dt, A, B, C, D, segment, q)
+        f = ChunkTerms(x, dt, A, B, C, D, segment, q)
         dys = _by_group(dy, q, g)
         # Of what leaves a chunk, from the last chunk to the first; a copy always, as it is written to.
         dstate = _to_inner(dfinal, g).clone(memory_format=torch.contiguous_format)
@@ -230,7 +230,7 @@ def _add_skipped(y: Tensor, x: Tensor, D: Tensor | None, out: Tensor) -> None:
         torch.addcmul(y, x, D, out=out)
 
 
-class _Factors:
+class ChunkTerms:
     """What a chunk's products are made of. Tensors are (b, c, g, q, ...); a `part` of them is (rows, run of chunks)."""
 
     def __init__(self, x, dt, A, B, C, D, segment, q):
@@ -363,7 +363,7 @@ class MaskedScan(torch.autograd.Function):
         return y.view(b, l, h, p), _to_outer(final)
 
     @staticmethod
-    @derivative
+    @handwritten_backward
     def backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamba2_min.ops.autograd import derivative, written_out
+from mamba2_min.ops.autograd import handwritten_backward, materialize
 
 # exp(-88) is about the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps
 # the cumulative sums small enough to subtract exactly.
@@ -53,7 +53,7 @@ class BF16Scan(torch.autograd.Function):
         return y.to(x.dtype), _to_outer(state).clone()
 
     @staticmethod
-    @derivative
+    @handwritten_backward
     def backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states, segment = ctx.saved_tensors
         b, l, h, p = x.shape
@@ -106,10 +106,10 @@ class BF16Scan(torch.autograd.Function):
         dA = (da * dtm[..., 0]).sum((0, 1))
         dD = None if D is None else (dym * xm.float()).sum((0, 1, 3))
         return (
-            written_out(dx.to(x.dtype)).view(b, l, h, p),
+            materialize(dx.to(x.dtype)).view(b, l, h, p),
             ddt.reshape(b, l, h),
             dA,
-            *(written_out(t.to(B.dtype).view(m, g, q, n).transpose(1, 2)).view(b, l, g, n) for t in (dB, dC)),
+            *(materialize(t.to(B.dtype).view(m, g, q, n).transpose(1, 2)).view(b, l, g, n) for t in (dB, dC)),
             dD,
             _to_outer(dstate),
             None,

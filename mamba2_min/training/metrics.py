@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mamba2_min.checkpoints.checkpoint import write_atomically
 from mamba2_min.errors import UserError
+from mamba2_min.files import write_atomically
 
 
 class MetricsLog:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.image import AxesImage
 
-from mamba2_min.checkpoints.checkpoint import write_atomically
+from mamba2_min.files import write_atomically
 
 BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e07b39", "#4c9f70", "#7f8790"
 STYLE = {

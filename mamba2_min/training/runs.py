@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mamba2_min import devices
+from mamba2_min import devices, files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import Corpus, load_corpus
@@ -22,7 +22,7 @@ DOCUMENTS = "documents"  # what --accept calls other documents than those that a
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSpec:
     """`data`: where the documents are and how the vocabulary is made; `model`: Mamba2Config without the vocabulary;
     `training`: how to train; `resume`: whether a saved run goes on; `accept_documents`: with others than before."""
 
@@ -57,21 +57,21 @@ class Plan:
     def save(self, out: str | Path) -> None:
         """Writes settings.json, from which the next `--resume` makes its plan."""
         values = {"data": self.data, "model": self.model, "training": dataclasses.asdict(self.training)}
-        path = checkpoint.make_folder(out) / checkpoint.SETTINGS
+        path = files.make_folder(out) / checkpoint.SETTINGS
         with contextlib.suppress(UserError):  # what cannot be read is written anew
-            if checkpoint.load_json(path) == values:
+            if files.load_json(path) == values:
                 return
-        checkpoint.save_json(path, values)
+        files.save_json(path, values)
 
 
 def plan_run(
     out: str | Path,
-    wishes: dict[str, Any],
+    overrides: dict[str, Any],
     preset: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     accept: tuple[str, ...] = (),
-) -> Plan:
+) -> RunSpec:
     """The plan for the run in `out`. `wishes` are the values asked for by name; what is not in it takes its default.
 
     A new run in a folder that holds one is refused unless `overwrite`. With `resume`, a saved run goes on with what it
@@ -84,38 +84,40 @@ def plan_run(
             known = ", ".join(_flag(n)[2:] for n in (*ACCEPTABLE, DOCUMENTS))
             raise UserError(f"--accept takes {known}, not {_flag(name)[2:]}")
     if resume and (out / checkpoint.RESUME).is_file():
-        return _saved_plan(out, wishes, preset, accept)
+        return _saved_plan(out, overrides, preset, accept)
     model, begun = (out / checkpoint.WEIGHTS).exists(), (out / checkpoint.SETTINGS).is_file()
     if resume and model:
         raise UserError(f"{out} holds a model but no {checkpoint.RESUME} to go on from; --overwrite replaces it")
     if resume and begun:  # it was ended before its first save: the same run, from its beginning
-        return dataclasses.replace(_saved_plan(out, wishes, preset, accept), resume=False)
+        return dataclasses.replace(_saved_plan(out, overrides, preset, accept), resume=False)
     if not (resume or overwrite):
         holds = [name for name in (checkpoint.RESUME, checkpoint.WEIGHTS, checkpoint.CONFIG) if (out / name).exists()]
         if holds:
             raise UserError(f"{out} holds a run already ({holds[0]}): --resume goes on, --overwrite replaces it")
-    return _new_plan(wishes, preset)
+    return _new_plan(overrides, preset)
 
 
-def _new_plan(wishes: dict[str, Any], preset: str | None) -> Plan:
-    data = {name: wishes.get(name, default) for name, default in DATA.items()}
+def _new_plan(overrides: dict[str, Any], preset: str | None) -> RunSpec:
+    data = {name: overrides.get(name, default) for name, default in DATA.items()}
     model = dict(PRESETS[preset or "small"])
-    model.update({name: wishes[name] for name in _names(Mamba2Config) & wishes.keys() if name not in DATA})
-    training = {name: wishes[name] for name in _names(Settings) & wishes.keys()}
+    model.update({name: overrides[name] for name in _names(Mamba2Config) & overrides.keys() if name not in DATA})
+    training = {name: overrides[name] for name in _names(Settings) & overrides.keys()}
     try:
         check_data(data)
-        return Plan(data, model, Settings(**training))
+        return RunSpec(data, model, Settings(**training))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _saved_plan(out: Path, wishes: dict[str, Any], preset: str | None, accept: tuple[str, ...]) -> Plan:
+def _saved_plan(out: Path, overrides: dict[str, Any], preset: str | None, accept: tuple[str, ...]) -> RunSpec:
     plan = dataclasses.replace(read_plan(out), accept_documents=DOCUMENTS in accept)
-    if preset and any(plan.model.get(name) != value for name, value in PRESETS[preset].items() if name not in wishes):
+    if preset and any(
+        plan.model.get(name) != value for name, value in PRESETS[preset].items() if name not in overrides
+    ):
         raise UserError(f"the run in {out} was not begun with --preset {preset}; leave the flag out, or train anew")
     before = {**plan.data, **defaults(Mamba2Config), **plan.model, **dataclasses.asdict(plan.training)}
     accepted = {}
-    for name, value in wishes.items():
+    for name, value in overrides.items():
         if name in ("data", "val_data"):  # the same documents may lie elsewhere: what is in them is checked instead
             plan.data[name] = value
         elif before[name] != value:
@@ -131,10 +133,10 @@ def _saved_plan(out: Path, wishes: dict[str, Any], preset: str | None, accept: t
         raise UserError(str(error)) from error
 
 
-def read_plan(out: str | Path) -> Plan:
+def read_plan(out: str | Path) -> RunSpec:
     """The plan that a run was begun with, from its settings.json. Raises UserError where that is not whole."""
     path = Path(out) / checkpoint.SETTINGS
-    saved = checkpoint.load_json(path)
+    saved = files.load_json(path)
     try:
         if not isinstance(saved, dict) or saved.keys() != {"data", "model", "training"}:
             raise ValueError("it does not hold data, model and training")
@@ -142,7 +144,7 @@ def read_plan(out: str | Path) -> Plan:
             raise ValueError("data, model and training are not objects")
         check_data(saved["data"])
         Mamba2Config(vocab_size=1, **saved["model"])
-        return Plan(saved["data"], saved["model"], Settings(**saved["training"]), resume=True)
+        return RunSpec(saved["data"], saved["model"], Settings(**saved["training"]), resume=True)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be understood: {printable(str(error))[:300]}") from error
 

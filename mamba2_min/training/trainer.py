@@ -25,17 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba2_min import devices
+from mamba2_min import devices, files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.data.corpus import IGNORE, Corpus, Windows
 from mamba2_min.errors import UserError, printable
 from mamba2_min.evaluation.perplexity import Score, evaluate
+from mamba2_min.models.base import decay_groups
 from mamba2_min.ops.autograd import widest
 from mamba2_min.settings import ACCEPTABLE, Settings, defaults, learning_rate
 from mamba2_min.training.guards import LossGuard, deferred_signals
 from mamba2_min.training.metrics import MetricsLog, read_metrics
 
-__all__ = ["Result", "Settings", "Trainer", "decay_groups", "learning_rate"]
+__all__ = ["Result", "Settings", "Trainer", "learning_rate"]
 
 _SECONDS_BETWEEN_PICTURES = 30  # drawing takes a good part of a second, which short evaluations would feel
 
@@ -49,16 +50,6 @@ class Result:
     best_step: int
     best: Score | None  # None where no evaluation was finite
     signal: int = 0  # the signal that ended it, if one did
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups of parameters: matrices are decayed; vectors (A_log, D, dt_bias, norms, biases) and the
-    convolution's taps, which are a vector a channel, never are."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() != 2], "weight_decay": 0.0},
-    ]
 
 
 def _resolved(settings: Settings, windows: Windows) -> Settings:
@@ -389,12 +380,12 @@ class Trainer:
             self.log.rewind(self._records)
             self._mend_best()
             return
-        checkpoint.make_folder(self.out)
+        files.make_folder(self.out)
         for name in (checkpoint.RESUME, checkpoint.WEIGHTS, checkpoint.METRICS, checkpoint.CURVE):
-            checkpoint.remove(self.out / name)
+            files.remove(self.out / name)
         self.corpus.tokenizer.save(self.out / checkpoint.TOKENIZER)
-        checkpoint.flush(self.out / checkpoint.TOKENIZER)
-        checkpoint.save_json(self.out / checkpoint.CONFIG, self.model.config.to_dict())
+        files.flush(self.out / checkpoint.TOKENIZER)
+        files.save_json(self.out / checkpoint.CONFIG, self.model.config.to_dict())
 
     def _load(self, accept_documents: bool) -> None:
         path = self.out / checkpoint.RESUME

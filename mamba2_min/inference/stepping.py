@@ -1,0 +1,26 @@
+"""Which form of a model's step runs: prepared for one text on a CPU, recorded as a CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from mamba2_min.inference.cuda_graph import GraphDecoder, is_recordable
+from mamba2_min.inference.decoding import Decoder
+from mamba2_min.models.mamba2 import Mamba2LM, State
+
+# A text's decoder ends with its state. It lies outside of the state, so that a copy or a file of that stays small.
+_decoders: WeakKeyDictionary[State, Decoder | GraphDecoder] = WeakKeyDictionary()
+
+
+def step(model: Mamba2LM, ids: Tensor, state: State) -> Tensor | None:
+    """A `Stepper` (models/mamba2.py): the next logits (b, padded_vocab_size), the state changed in place."""
+    decoder = _decoders.get(state)
+    if decoder is None or not decoder.fits(model, state):
+        recorded = ids.is_cuda and is_recordable(model)
+        decoder = GraphDecoder(model, state, *model.compiled_steps) if recorded else Decoder(model, state)
+        _decoders[state] = decoder
+    logits = decoder(ids)
+    state.conv[:] = decoder.conv
+    return logits
