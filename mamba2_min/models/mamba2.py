@@ -234,8 +234,8 @@ class Mamba2LM(LanguageModel):
         checkpoint.save_model(folder, self.config, self.state_dict(), format)
 
 
-# A faster `Mamba2LM.step`: (model, ids (b,), state) -> logits (b, padded_vocab_size), with the state changed in place; or
-# None where it does not take the model.
+# A faster `Mamba2LM.step`: (model, ids (b,), state) -> logits (b, padded_vocab_size), with the state changed in place;
+# or None where it does not take the model.
 Stepper = Callable[[Mamba2LM, Tensor, State], Tensor | None]
 _stepper: Stepper | None = None
 
