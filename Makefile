@@ -29,7 +29,7 @@ notebooks: .venv/installed-notebooks  ## run every notebook from scratch; a fail
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(INSTALL) --editable ".[dev]"
+	$(INSTALL) --editable ".[dev,eval]"
 	@touch $@
 
 .venv/installed-notebooks: .venv/installed

@@ -1,0 +1,213 @@
+"""The lm-evaluation-harness on our models: its figures are sums that one can do by hand, and those of `--model hf`."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mamba2_min.config import Mamba2Config
+from mamba2_min.data.corpus import Document
+from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.evaluation import task_files
+from mamba2_min.models.mamba2 import Mamba2LM
+
+ROOT = Path(__file__).parent.parent
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+
+TEXT = "The cat sat on the mat . The dog sat on the cat . A bird sang in the tree , and the cat heard it ."
+
+
+@pytest.fixture(scope="module")
+def mamba():
+    tokenizer = WordTokenizer.train([TEXT], min_count=1)
+    config = Mamba2Config(len(tokenizer), d_model=32, n_layer=2, d_state=8, headdim=16, chunk_size=16)
+    model = Mamba2LM(config, seed=0).eval()
+    with torch.no_grad():
+        model.backbone.embedding.weight.mul_(40)  # a random model is nearly sure of nothing; this one is of something
+    return model, tokenizer
+
+
+def requests(*pairs):
+    return [SimpleNamespace(args=pair) for pair in pairs]
+
+
+def by_hand(model, tokenizer, context, continuation):
+    """One forward pass over everything, and the sum of the continuation's log-probabilities."""
+    whole = [tokenizer.eos_id, *tokenizer.encode(context + continuation)]
+    start = 1 + len(tokenizer.encode(context))
+    with torch.no_grad():
+        logs = model(torch.tensor([whole[:-1]]))[0][0].log_softmax(-1)
+    picked = [(float(logs[i - 1, whole[i]]), int(logs[i - 1].argmax()) == whole[i]) for i in range(start, len(whole))]
+    return sum(p for p, _ in picked), all(same for _, same in picked)
+
+
+PAIRS = [
+    ("The cat", " sat on the mat ."),
+    ("The cat", " sang"),
+    ("The cat", " sat on the mat . The dog sat on the cat . A bird"),
+    ("", "The dog sat"),
+    ("A bird sang in", " the tree"),
+    ("A word unseen: xyzzy", " plugh"),
+    (TEXT * 3, " The"),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_log_likelihoods_are_the_sum_by_hand_whatever_the_batch(mamba, batch_size):
+    from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
+
+    found = Mamba2Eval(*mamba, batch_size).loglikelihood(requests(*PAIRS), disable_tqdm=True)
+    for (value, greedy), pair in zip(found, PAIRS, strict=True):
+        wanted, same = by_hand(*mamba, *pair)
+        assert value == pytest.approx(wanted, abs=1e-4) and greedy == same
+
+
+def test_a_space_before_the_border_belongs_to_the_continuation(mamba):
+    from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
+
+    evaluated = Mamba2Eval(*mamba)
+    pairs = requests(("The cat ", "sat"), ("The cat", " sat"))
+    (first, _), (second, _) = evaluated.loglikelihood(pairs, disable_tqdm=True)
+    assert first == pytest.approx(second, abs=1e-6)
+
+
+def test_what_greedy_writing_gives_is_called_greedy(mamba):
+    from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
+
+    evaluated = Mamba2Eval(*mamba)
+    (text,) = evaluated.generate_until(requests(("The cat", {"until": [], "max_gen_toks": 6})), disable_tqdm=True)
+    if text and mamba[1].encode("The cat" + text)[: len(mamba[1].encode("The cat"))] == mamba[1].encode("The cat"):
+        ((_, greedy),) = evaluated.loglikelihood(requests(("The cat", text)), disable_tqdm=True)
+        assert greedy
+
+
+def test_writing_stops_before_a_stop_text(mamba):
+    from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
+
+    evaluated = Mamba2Eval(*mamba)
+    (text,) = evaluated.generate_until(requests(("The", {"until": [], "max_gen_toks": 20})), disable_tqdm=True)
+    assert len(text) > 8
+    stop = text[5:8]
+    (cut,) = evaluated.generate_until(requests(("The", {"until": [stop], "max_gen_toks": 20})), disable_tqdm=True)
+    assert cut == text[: text.index(stop)]
+
+
+def test_a_long_text_goes_through_the_state(mamba):
+    """Longer than any slice: equal to one pass over all of it."""
+    from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
+
+    text = (TEXT + " ") * 40
+    (found,) = Mamba2Eval(*mamba).loglikelihood_rolling(requests((text,)), disable_tqdm=True)
+    wanted, _ = by_hand(*mamba, "", text)
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_same_figures_as_hf(mamba, tmp_path):
+    """`lm_eval --model hf` on the same weights and words, with the end token first as here: equal to 1e-4."""
+    transformers = pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
+
+    tokenizer = WordTokenizer.train([TEXT], min_count=1, pattern="whitespace")
+    config = Mamba2Config(len(tokenizer), d_model=32, n_layer=2, d_state=8, headdim=16, chunk_size=16)
+    ours = Mamba2LM(config, seed=1).eval()
+    ours.save_pretrained(tmp_path / "hf", format="hf")
+    vocabulary = {tokenizer.decode([i]).strip() or f"<{i}>": i for i in range(len(tokenizer))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    end = next(word for word, i in vocabulary.items() if i == tokenizer.eos_id)
+    theirs = HFLM(
+        transformers.Mamba2ForCausalLM.from_pretrained(tmp_path / "hf"),
+        tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token=end, eos_token=end),
+        device="cpu",
+        batch_size=1,
+    )
+    pairs = [("The cat", " sat on the mat ."), ("A bird sang", " in the tree"), ("The dog sat on", " the cat .")]
+    plain = [(0, (pair, theirs.tok_encode(pair[0]), theirs.tok_encode(pair[1]))) for pair in pairs]
+    with_end = [(p, [tokenizer.eos_id, *c], t) for _, (p, c, t) in plain]
+    assert [(c, t) for _, c, t in with_end] == [
+        (Mamba2Eval(ours, tokenizer).tok_encode(p[0]), tokenizer.encode(p[1].strip())) for p, _, _ in with_end
+    ]
+    wanted = theirs._loglikelihood_tokens(with_end, disable_tqdm=True)
+    found = Mamba2Eval(ours, tokenizer)._loglikelihood_tokens(with_end, disable_tqdm=True)
+    for (a, same_a), (b, same_b) in zip(wanted, found, strict=True):
+        assert a == pytest.approx(b, abs=1e-4) and same_a == same_b
+
+
+@pytest.fixture
+def run_folder(mamba, tmp_path):
+    model, tokenizer = mamba
+    model.save_pretrained(tmp_path / "run")
+    tokenizer.save(tmp_path / "run" / "tokenizer.json")
+    return tmp_path / "run"
+
+
+def command(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "mamba2_min.evaluation.harness", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_the_bundled_tasks_run_offline_and_agree_with_evaluate(run_folder, mamba, tmp_path):
+    done = command("--model", run_folder, "--limit", 10, "--out", tmp_path / "results.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"stories_cloze", "stories_choice", "stories_perplexity"}
+    assert 0 <= results["stories_choice"]["acc,none"] <= 1
+    lines = (ROOT / "mamba2_min/evaluation/tasks/perplexity.jsonl").read_text(encoding="utf-8").splitlines()[:10]
+    texts = [json.loads(line)["text"] for line in lines]
+    nats = -sum(by_hand(*mamba, "", text)[0] for text in texts)
+    bits = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    assert results["stories_perplexity"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
+    assert "stories_choice" in done.stdout and "acc_norm" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "lambada"], "no task lambada is bundled"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--include", "nowhere", "--tasks", "x"], "nowhere is not a folder"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(run_folder, tmp_path, arguments, message):
+    done = command("--model", run_folder, *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+DOCUMENTS = [
+    Document(
+        f"The cat number {k} sat down. It looked at the river again. A bird flew over the river. "
+        "It was a long day for the cat. Then it went home to the river. Everybody was glad about the bird.",
+        f"x#{k}",
+    )
+    for k in range(6)
+]
+
+
+def test_items_are_what_they_say():
+    for item in task_files.cloze(DOCUMENTS, 50):
+        assert any(item["text"] + item["word"] in " ".join(task_files.sentences(d.text)) for d in DOCUMENTS)
+        assert item["word"].strip() in item["text"]
+    items = task_files.multiple_choice(DOCUMENTS, 50)
+    assert items and items == task_files.multiple_choice(DOCUMENTS, 50)
+    for item in items:
+        whole = item["context"] + item["choices"][item["label"]]
+        assert any(whole in " ".join(task_files.sentences(d.text)) for d in DOCUMENTS)
+        assert len(item["choices"]) == 4
