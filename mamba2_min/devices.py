@@ -1,11 +1,9 @@
-"""Where the work runs and in what precision, how much memory there is, and how much a training will need."""
+"""Where the work runs and in what precision, and how much memory is free there."""
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import os
 import sys
@@ -14,34 +12,33 @@ from pathlib import Path
 
 import torch
 
-from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
-from mamba2_min.settings import PRECISIONS, Settings
+from mamba2_min.settings import PRECISIONS
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """ "auto" is the first of cuda, mps, cpu that is there. Raises UserError for one that is not."""
+    """The device of this name; "auto" is the first available of cuda, mps, cpu. Raises UserError for any other."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device for device, there in available.items() if there))
     kind = name.split(":")[0]
     if kind not in available:
-        raise UserError(f"unknown device {name!r}; there are auto, cpu, cuda and mps")
+        raise UserError(f"unknown device {name!r}; choose auto, cpu, cuda or mps")
     if not available[kind]:
         raise UserError(f"this machine has no {kind} device that torch can use; try --device cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"{name!r} is no device; a number may follow, as in cuda:1") from error
+        raise UserError(f"{name!r} is not a device; only a number may follow the name, as in cuda:1") from error
     if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"there is no {name}: this machine has {torch.cuda.device_count()} of them, counted from 0")
+        raise UserError(f"there is no {name}: this machine has {torch.cuda.device_count()}, counted from 0")
     return device
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "auto" is bf16 where matrix units make it faster (GPUs, CPUs with AMX) and float32 elsewhere."""
+    """The precision of this name; "auto" is bf16 where it is faster (GPUs, CPUs with AMX) and float32 elsewhere."""
     if name not in PRECISIONS:
-        raise UserError(f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}")
+        raise UserError(f"unknown precision {name!r}; choose {', '.join(PRECISIONS)}")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -50,13 +47,13 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def has_amx() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware; where it does not, bf16 is slower than float32."""
+    """Whether the CPU multiplies bf16 matrices in hardware; without it, bf16 is slower than float32."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(supported and supported())
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """What a forward pass runs in: on a GPU in bf16, projections and their results; states and sums stay float32."""
+    """The context of a forward pass: on a GPU, projections and their results are bf16; states and sums stay float32."""
     if precision == "float32" or device.type == "cpu":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -64,9 +61,9 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def matmul_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """What forward and backward run in: how products of float32 matrices are rounded on their way in.
+    """The context of forward and backward pass: how the operands of float32 matrix products are rounded.
 
-    With "bf16" a CPU rounds the operands to bf16, all else stays float32, and a GPU rounds what autocast leaves in
+    With "bf16" a CPU rounds them to bf16, and everything else stays float32; a GPU rounds what autocast leaves in
     float32 to TF32. With "float32" nothing is rounded.
     """
     before = torch.get_float32_matmul_precision()
@@ -79,107 +76,60 @@ def matmul_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on the device, or None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Bytes that can still be allocated on the device, or None where the system does not tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
+
+
+def free_host_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still allocate, or None where the system does not tell.
+
+    It is what Linux calls available, or less where a container or another control group has a limit. Page cache counts
+    as free: the kernel gives it up when memory is needed. `root` is where proc and sys are mounted.
+    """
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    for limit, used in _CGROUPS:  # a container may be allowed less than the machine has
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    for folder, (limit, used, cache) in _control_groups(root):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit here
+            room = int((folder / limit).read_text()) - int((folder / used).read_text())
+            free = min(free, room + _cached(folder / "memory.stat", cache))
     return max(free, 0)
 
 
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+# Of each version of control groups: the files of the limit and of what is used, and the cache in memory.stat.
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_V2 = ("memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable"))
 
 
-def training_memory(
-    config: Mamba2Config,
-    batch_size: int,
-    context: int,
-    device: torch.device | str = "cpu",
-    recompute: bool = False,
-    precision: str = "float32",
-) -> int:
-    """An estimate of the bytes that a training adds to the process: a bit more than it takes, within a half.
-
-    Weights, gradients and AdamW's two moments are four float32 copies of the parameters, and while the head's gradient
-    is made there is one more of the embedding. A token keeps, for each layer, the residual stream and the outputs and
-    inputs of its projections, convolution, scan and norms until the backward pass; with `recompute`, of one layer only.
-    With `precision` "bf16" a GPU keeps all but the stream in half of the bytes.
-    """
-    tokens = batch_size * context
-    on_cpu = torch.device(device).type == "cpu"
-    head = config.padded_vocab_size * config.d_model
-    a_layer = (
-        3 * config.d_model
-        + 2 * config.d_in_proj
-        + 2 * config.conv_dim
-        + 4 * config.d_inner
-        + 2 * config.d_inner * config.d_state // config.chunk_size  # a state and its gradient a chunk
-    )
-    width = 2 if precision == "bf16" and not on_cpu else 4
-    layers = width * a_layer * (1 if recompute else config.n_layer) + 4 * config.d_model * (config.n_layer + 4)
-    logits = tokens * config.vocab_size
-    most = (1 << 23 if precision == "bf16" else 1 << 22) if on_cpu else 1 << 27  # as in loss.py
-    slices = min(most, logits) * (1 if on_cpu else 3)
-    libraries = 192 << 20 if on_cpu else 0  # what the optimiser and the picture import
-    return 4 * (4 * config.num_parameters() + head + slices) + tokens * layers + libraries
+def _control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, tuple[str, ...]]]]:
+    """The folder of each control group that may limit this process's memory, its own and those around it."""
+    mounts = {"": (root / "sys/fs/cgroup", _V2), "memory": (root / "sys/fs/cgroup/memory", _V1)}
+    for mount, files in mounts.values():
+        yield mount, files
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:  # "0::/user.slice" or "4:memory:/docker/7c2"
+        controllers, _, path = line.partition(":")[2].partition(":")
+        for controller in controllers.split(","):
+            if controller in mounts:
+                mount, files = mounts[controller]
+                inner = Path(path.strip("/"))
+                yield from ((mount / part, files) for part in (inner, *inner.parents) if part != Path("."))
 
 
-def _needed(config: Mamba2Config, settings: Settings, device: torch.device, batch: int, context: int) -> int:
-    precision = pick_precision(settings.precision, device)
-    return training_memory(config, batch, context, device, settings.recompute, precision)
-
-
-def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device) -> Settings:
-    """The settings with a micro-batch that fits what is free, where they leave it to the machine: the batch, halved
-    until it does. Once chosen it is kept, or a run that goes on would add its gradients up in another order."""
-    if not settings.adapt_micro_batch or settings.micro_batch:
-        return settings
-    micro, free = settings.batch_size, free_memory(device)
-    while micro > 1 and free is not None and _needed(config, settings, device, micro, settings.context) > free:
-        micro = -(-micro // 2)
-    return dataclasses.replace(settings, micro_batch=micro)
-
-
-def check_memory(
-    config: Mamba2Config, settings: Settings, device: torch.device, ignore: bool = False
-) -> tuple[str, str]:
-    """What a step will need and what is free, for people ("" where the system does not tell).
-
-    Raises UserError that says what to lower, and to what, where it is too much, unless that is to be ignored.
-    """
-    micro, context = settings.micro_batch or settings.batch_size, settings.context
-    needed, free = _needed(config, settings, device, micro, context), free_memory(device)
-    if free is None or needed <= free or ignore:
-        return size(needed), "" if free is None else size(free)
-    says = f"training needs about {size(needed)}, and {size(free)} is free"
-
-    def fits(batch: int, length: int) -> bool:
-        return _needed(config, settings, device, batch, length) <= free
-
-    if not fits(1, 1):
-        raise UserError(f"{says}: the model alone is too large; lower --d-model, --n-layer or --vocab-size")
-    flag = "--micro-batch" if settings.micro_batch else "--batch-size"
-    # The most of each that fits beside the other, or 0.
-    batch = bisect.bisect_left(range(micro), True, key=lambda b: not fits(b + 1, context))
-    length = bisect.bisect_left(range(context), True, key=lambda n: not fits(micro, n + 1))
-    options = [f"{flag} from {micro} to {batch}"] if batch else []
-    options += [f"--context from {context} to {length}"] if length else []
-    lower = " or ".join(options) or f"both {flag} and --context"
-    auto = "" if settings.adapt_micro_batch else "; --batch-size auto computes the same batch in parts"
-    raise UserError(f"{says}: lower {lower}{auto} (--ignore-memory starts all the same)")
+def _cached(statistics: Path, names: tuple[str, ...]) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        lines = [line.split() for line in statistics.read_text().splitlines()]
+        return sum(int(line[1]) for line in lines if len(line) == 2 and line[0] in names)
+    return 0
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for people: 4.2 GB."""
+    """A number of bytes for people: 4.2 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if n_bytes < 1000 or unit == "GB":
             return f"{n_bytes:.0f} {unit}" if n_bytes >= 100 or unit == "bytes" else f"{n_bytes:.1f} {unit}"
@@ -188,7 +138,7 @@ def size(n_bytes: float) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no room for a tensor: torch has one type for GPUs and none for the CPU."""
+    """Whether an error means that memory ran out. Torch has a type for it on GPUs; on a CPU only the text tells."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_ROOM)
@@ -198,23 +148,22 @@ _NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory", "bad_
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives what was freed back to the device, so that smaller pieces can be cut from it."""
+    """Returns freed blocks to the device, so that they can be split."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def make_deterministic() -> None:
-    """Asks CUDA for the same bits every time, for the rest of the process; before anything is computed on it."""
+    """Makes CUDA compute the same bits every time, for the rest of the process. Call it before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed blocks instead of giving them back to the system.
+    """Makes glibc keep freed blocks instead of returning them to the system. Does nothing without glibc.
 
-    A training step frees and asks for the same large tensors again and again, and by default each of them costs page
-    faults anew. Elsewhere than on Linux with glibc nothing is done.
+    Every training step frees and allocates the same large tensors, and by default each costs its page faults again.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -229,7 +178,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def cpu_threads() -> int:
-    """CPU cores that this process may use, or as many as OMP_NUM_THREADS says."""
+    """The value of OMP_NUM_THREADS, or the number of CPU cores that this process may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted):
         return int(wanted)

@@ -1,6 +1,6 @@
-"""How a training is to go: its settings, the presets of shapes, and what may change when a run goes on.
+"""How to train and on what: the settings of a run, presets of the model's shape, what may change when a run resumes.
 
-Plain Python without torch, so that `train.py --help` can show the true defaults at once.
+Plain Python without torch: `train.py --help` makes its flags from the fields' metadata (flags.py), at once.
 """
 
 from __future__ import annotations
@@ -10,136 +10,147 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-_LARGEST = 2**31 - 1  # of every whole number but the seed: beyond it stands a slip, or a file that means harm
+from mamba2_min import validate
+
+LARGEST = 2**31 - 1  # of every integer but the seed: a larger one is a slip, or a file that means harm
+PRECISIONS = ("auto", "float32", "bf16")
+PATTERNS = ("words", "whitespace")  # as in data/tokenizer.py
+
+
+def setting(
+    default: Any, help: str = "", low: float = 0, high: float = LARGEST, group: str = "training", **more: Any
+) -> Any:
+    """A field of a settings class. `help` makes it a flag of train.py, in `group`; numbers must lie in [low, high].
+
+    In `more`: `choices`; `metavar`; `shown`, what the help prints in place of the default; `auto`, the field that the
+    word "auto" switches on; `acceptable`, see ACCEPTABLE.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "group": group, **more})
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to train. Unknown names raise TypeError, impossible values ValueError.
 
-    The optimiser's defaults are for what this project is for, a small model that sees a small corpus several times: a
-    strong decay and a long memory of the gradients' size are worth 0.08 bits per byte on a thousand stories over the
+    The optimizer's defaults fit what this project is for, a small model that sees a small corpus several times: a
+    strong decay and a long memory of the gradients' size gain 0.08 bits per byte on a thousand stories over the
     papers' recipe (lr 3e-3, weight_decay 0.1, beta2 0.95), which is meant for text that is seen once (docs/LOG.md).
     """
 
-    context: int = 256  # tokens a window; what is remembered from before a window is not trained
-    batch_size: int = 8  # windows a step
-    micro_batch: int = 0  # windows at a time; their gradients add up to those of the whole batch; 0: all at once
-    adapt_micro_batch: bool = False  # where memory runs out: halve micro_batch and go on, instead of ending
-    max_steps: int = 0  # 0: as many as make 10 passes over the training part, at least 200
-    max_minutes: float = 0.0  # 0: no limit. The learning rate then also falls with the clock
-    eval_every: int = 100  # steps
-    save_every: int = 100  # steps; also at every evaluation that is the best, at the end and on a signal
-    patience: int = 5  # evaluations without a better one, then it stops; 0: never
-    min_delta: float = 0.0  # nats by which the loss must fall to count as better
-    lr: float = 5e-3  # the peak
-    min_lr: float = 1e-5
-    warmup_steps: int = 100
-    weight_decay: float = 1.0  # on matrices only
-    beta1: float = 0.9
-    beta2: float = 0.99
-    clip: float = 1.0  # largest norm of the gradient; 0: none
-    seed: int = 0
-    precision: str = "auto"
-    compile: bool = False  # the blocks by torch.compile; where that fails the run goes on without it, and says so
-    recompute: bool = False  # each block again in the backward pass: less memory, a third more work
-    deterministic: bool = False  # on CUDA only: the same bits every time, at some cost; a CPU gives them anyway
-    log_every: int = 10  # steps a training line of metrics.jsonl is the mean of
-    spike: float = 10.0  # usual deviations above the recent losses from which a step is skipped (guards.py); 0: never
-    max_bad_steps: int = 10  # skipped steps in a row, then it stops
+    context: int = setting(256, "tokens per window", low=1)  # each window starts with an empty state
+    batch_size: int = setting(8, "windows per step, or auto", low=1, auto="adapt_micro_batch")
+    micro_batch: int = setting(
+        0,
+        "windows at a time; their gradients add up to the batch's; or auto: what memory allows",
+        shown="all",
+        auto="adapt_micro_batch",
+        acceptable=True,
+    )
+    adapt_micro_batch: bool = setting(False, acceptable=True)  # out of memory: halve micro_batch instead of ending
+    max_steps: int = setting(0, "steps", shown="10 passes over the data, at least 200", acceptable=True)
+    max_minutes: float = setting(  # the learning rate then also falls with the clock
+        0.0, "time limit", high=1e12, shown="none", acceptable=True
+    )
+    eval_every: int = setting(100, "steps between validations", low=1, acceptable=True)
+    save_every: int = setting(  # it also saves at every best validation, at the end and on a signal
+        100, "steps between saves", low=1, acceptable=True
+    )
+    patience: int = setting(5, "validations without a better one, then stop; 0: never", acceptable=True)
+    min_delta: float = setting(0.0, "nats that count as better", high=1e12, acceptable=True)
+    lr: float = setting(5e-3, "peak learning rate", high=1e12)
+    min_lr: float = setting(1e-5, "final learning rate", high=1e12)
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+    weight_decay: float = setting(1.0, "on matrices only", high=1e12)
+    beta1: float = setting(0.9, "AdamW's mean of gradients", high=1)
+    beta2: float = setting(0.99, "AdamW's mean of their squares", high=1)
+    clip: float = setting(1.0, "largest gradient norm; 0: none", high=1e12)
+    seed: int = setting(0, "of the weights, the order of data and dropout", high=2**63 - 1)
+    precision: str = setting(
+        "auto", "of matrix products", choices=PRECISIONS, shown="auto: the faster", group="machine"
+    )
+    compile: bool = setting(  # where that fails, the run goes on without it and says so
+        False, "torch.compile the blocks: much faster on a GPU", group="machine", acceptable=True
+    )
+    recompute: bool = setting(
+        False, "compute blocks again in the backward pass: less memory", group="machine", acceptable=True
+    )
+    deterministic: bool = setting(  # a CPU gives the same bits anyway
+        False, "the same bits on CUDA every time; slower", group="machine"
+    )
+    log_every: int = setting(10, "steps per training line of metrics.jsonl", low=1, acceptable=True)
+    spike: float = setting(  # see guards.py
+        10.0, "skip a step whose loss is this many deviations above recent ones; 0: never", high=1e12, acceptable=True
+    )
+    max_bad_steps: int = setting(10, "skipped steps in a row, then stop", low=1, acceptable=True)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("context", 1),
-            ("batch_size", 1),
-            ("micro_batch", 0),
-            ("max_steps", 0),
-            ("eval_every", 1),
-            ("save_every", 1),
-            ("patience", 0),
-            ("warmup_steps", 0),
-            ("seed", 0),
-            ("log_every", 1),
-            ("max_bad_steps", 1),
-        ):
-            self._check_whole(name, least, 2**63 - 1 if name == "seed" else _LARGEST)
-        for name in ("max_minutes", "min_delta", "lr", "min_lr", "weight_decay", "beta1", "beta2", "clip", "spike"):
-            self._check_number(name)
-        for name in ("adapt_micro_batch", "compile", "recompute", "deterministic"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        check_fields(self)
         for name in ("beta1", "beta2"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}")
-        if self.lr <= 0:
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name} must be below 1")
+        if self.lr == 0:
             raise ValueError("lr must be above 0")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr must not exceed lr, and {self.min_lr} is above {self.lr}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {str(self.precision)[:40]!r}")
-
-    def _check_whole(self, name: str, least: int, most: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} must be a whole number from {least} to {most}, not {str(value)[:40]}")
-
-    def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e12:
-            raise ValueError(f"{name} must be a number from 0 to 1e12, not {str(value)[:40]}")
 
 
-PRECISIONS = ("auto", "float32", "bf16")
+# What may differ when a run resumes, if the user accepts it by name: when to stop, validate and save, and how the work
+# of a step is divided. None of it changes what a step is meant to compute.
+ACCEPTABLE = tuple(field.name for field in dataclasses.fields(Settings) if field.metadata.get("acceptable"))
 
-# What may differ when a run goes on, where the user accepts it by name: when to stop, look and save, and how the work
-# of a step is divided. None of them changes what a step is meant to compute.
-ACCEPTABLE = (
-    "max_steps",
-    "max_minutes",
-    "eval_every",
-    "save_every",
-    "patience",
-    "min_delta",
-    "log_every",
-    "spike",
-    "max_bad_steps",
-    "micro_batch",
-    "adapt_micro_batch",
-    "compile",
-    "recompute",
-)
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the documents are and how the vocabulary is made. Impossible values raise ValueError."""
+
+    data: str = setting("training_data", "documents to train on: .md and .txt", metavar="DIR|FILE")
+    val_data: str | None = setting(None, "documents to validate with", metavar="DIR|FILE", shown="a tenth of --data")
+    val_fraction: float = setting(0.1, "share of the documents to validate with", high=1)
+    vocab_size: int | None = setting(8192, "tokens in the vocabulary, at most", low=1)
+    min_count: int = setting(2, "a word seen less often becomes its bytes", low=1)
+    pattern: str = setting("words", "what a word is; whitespace: the WikiText convention", choices=PATTERNS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def check_fields(settings: Any) -> None:
+    """Raises ValueError unless each field's value is of its type and within the bounds that its metadata names."""
+    for field in dataclasses.fields(settings):
+        name, value, bounds = field.name, getattr(settings, field.name), field.metadata
+        kind, _, optional = str(field.type).partition(" | ")
+        if optional and value is None:
+            continue
+        if "choices" in bounds:
+            validate.one_of(name, value, bounds["choices"])
+        elif kind == "int":
+            validate.integer(name, value, bounds["low"], bounds["high"])
+        elif kind == "float":
+            validate.number(name, value, bounds["low"], bounds["high"])
+        elif kind == "bool":
+            validate.boolean(name, value)
+        elif not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, not {str(value)[:40]}")
+
 
 # Shapes to start from: about 1, 4 and 135 million parameters with a vocabulary of 8,192.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 128, "n_layer": 3, "d_state": 32, "headdim": 32, "dropout": 0.1},
     "small": {"d_model": 256, "n_layer": 4, "dropout": 0.1},
     "base": {"d_model": 768, "n_layer": 24, "d_state": 128, "chunk_size": 128},
 }
-DATA = {
-    "data": "training_data",
-    "val_data": None,
-    "vocab_size": 8192,
-    "min_count": 2,
-    "pattern": "words",
-    "val_fraction": 0.1,
+# The fields of Mamba2Config that are flags.
+MODEL_FLAGS: dict[str, dict[str, Any]] = {
+    "d_model": {"help": "width of the residual stream"},
+    "n_layer": {"help": "number of blocks"},
+    "d_state": {"help": "size of the state per channel"},
+    "headdim": {"help": "channels per head"},
+    "expand": {"help": "d_inner / d_model"},
+    "ngroups": {"help": "groups of heads that share B and C"},
+    "chunk_size": {"help": "tokens per chunk of the scan: speed only"},
+    "a_init": {"help": "how the decay rates A start", "choices": ("hippo", "uniform")},
+    "dropout": {"help": "share of each block's output that is dropped", "shown": PRESETS["small"]["dropout"]},
 }
-
-
-def check_data(data: dict[str, Any]) -> None:
-    """Raises ValueError unless `data` has the names of DATA, each with a value of its kind."""
-    kinds = {
-        "data": (str,),
-        "val_data": (str, type(None)),
-        "vocab_size": (int, type(None)),
-        "min_count": (int,),
-        "pattern": (str,),
-        "val_fraction": (int, float),
-    }
-    if data.keys() != DATA.keys():
-        raise ValueError(f"its data settings are not {', '.join(DATA)}")
-    for name, value in data.items():
-        if type(value) not in kinds[name]:
-            raise ValueError(f"{name} cannot be {str(value)[:40]!r}")
 
 
 def defaults(cls: type) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mamba2_min.data.corpus import load_corpus
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.settings import DataSettings
 from mamba2_min.training.metrics import MetricsLog, read_metrics
 from mamba2_min.training.runs import RunSpec, read_plan
 from mamba2_min.training.trainer import Trainer
@@ -74,14 +75,7 @@ def run(tmp_path_factory):
         patch.setattr(Trainer, "_draw", lambda self: None)
         trainer = make_trainer(out, data, max_steps=4)
         trainer.train()
-    values = {
-        "data": str(data),
-        "val_data": None,
-        "vocab_size": None,
-        "min_count": 1,
-        "pattern": "words",
-        "val_fraction": 0.1,
-    }
+    values = DataSettings(str(data), vocab_size=None, min_count=1)
     RunSpec(values, {**SHAPE, "dropout": 0.1}, trainer.asked).save(out)
     return out, data
 
@@ -219,7 +213,7 @@ def test_the_settings_reader(run, tmp_path, examples):
     def try_one(value):
         (tmp_path / "settings.json").write_bytes(as_bytes(value))
         plan = read_plan(tmp_path)
-        assert plan.training.batch_size >= 1 and isinstance(plan.data["data"], str)
+        assert plan.training.batch_size >= 1 and isinstance(plan.data.data, str)
 
     fuzz(inputs(run[0] / "settings.json"), try_one, examples)
 
@@ -288,7 +282,7 @@ def test_what_a_training_goes_on_from(run, tmp_path, examples):
     whole = checkpoint.load_tensors(out / "last.pt")
     corpus = load_corpus(data, tokenizer=WordTokenizer.load(out / "tokenizer.json"))
     model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), dropout=0.1, **SHAPE), seed=0)
-    asked = RunSpec({}, {}, read_plan(out).training).training
+    asked = RunSpec(DataSettings(), {}, read_plan(out).training).training
     rng = torch.get_rng_state()
 
     def try_one(changes):
@@ -373,7 +367,7 @@ def test_a_tokenizer_with_words_twice_or_missing(tmp_path, run):
 
 def test_a_path_with_dots_writes_where_it_says(tmp_path, run):
     (tmp_path / "a").mkdir()
-    RunSpec({}, {}, read_plan(run[0]).training).save(tmp_path / "a" / ".." / "b")
+    RunSpec(DataSettings(), {}, read_plan(run[0]).training).save(tmp_path / "a" / ".." / "b")
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b"} and not list((tmp_path / "a").iterdir())
 
 

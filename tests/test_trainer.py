@@ -337,7 +337,7 @@ def test_another_run_cannot_be_gone_on_with(tmp_path, data):
 
     WordTokenizer(words[::-1]).save(out / "tokenizer.json")
     before["tokenizer.json"] = (out / "tokenizer.json").read_bytes()
-    refused("the vocabulary in .*tokenizer.json is not that with which the run was begun")
+    refused("the vocabulary in .*tokenizer.json is not the one that the run began with")
 
 
 def test_more_documents_can_be_accepted(tmp_path, data):
@@ -621,9 +621,9 @@ def test_a_missing_metrics_file_holds_nothing(tmp_path):
 def test_a_line_that_is_no_measurement_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "split": "validation", "loss": 1}\n' + line + b"\n")
-    with pytest.raises(UserError, match="line 2 is no measurement"):
+    with pytest.raises(UserError, match="line 2 is not a measurement"):
         read_metrics(path)
-    with pytest.raises(UserError, match="line 2 is no measurement"):
+    with pytest.raises(UserError, match="line 2 is not a measurement"):
         MetricsLog(path).rewind(2)
 
 

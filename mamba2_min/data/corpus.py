@@ -61,7 +61,7 @@ def read_documents(path: str | os.PathLike, strip: bool = True, notes: list[str]
     read, a file that cannot be read or is not UTF-8.
     """
     path, notes = Path(path), [] if notes is None else notes
-    files = _document_files(path, notes)
+    files = document_files(path, notes)
     documents, empty = [], 0
     for file in files:
         name = file.relative_to(path).as_posix() if file != path else path.name
@@ -330,7 +330,7 @@ def _in_order(tokens: torch.Tensor, context: int) -> Iterator[tuple[torch.Tensor
         yield piece[:, :-1], piece[:, 1:]
 
 
-def _document_files(path: Path, notes: list[str]) -> list[Path]:
+def document_files(path: Path, notes: list[str]) -> list[Path]:
     """The files to read, in order. Raises UserError where `path` or a folder below it cannot be read."""
     if os.path.isfile(path):
         return [path]

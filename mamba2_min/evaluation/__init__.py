@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, bits per byte, and what it can recall."""
+"""How good a model is: perplexity, bits per byte, and recall."""

@@ -1,4 +1,4 @@
-"""The exact perplexity of a model on a text: every token counts once, each with everything before it as context."""
+"""The exact perplexity of a model on a text: each token counts once, with everything before it as its context."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mamba2_min.data.corpus import validation_windows
+from mamba2_min.models.base import LanguageModel
 from mamba2_min.ops.autograd import widest
 from mamba2_min.ops.loss import linear_cross_entropy
 
-WINDOW = 2048  # tokens a forward pass; the state is carried across, so the figure does not depend on it
+WINDOW = 2048  # tokens per forward pass; the state is carried over, so the result does not depend on it
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,36 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return math.exp(min(self.loss, 700.0))  # e^710 overflows
 
     @property
     def bits_per_byte(self) -> float:
         """The only one of the three that compares models with different tokenizers."""
         return self.nats / math.log(2) / self.n_bytes
 
+    def measures(self) -> dict[str, float]:
+        """What a line of metrics.jsonl holds of it."""
+        return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
 
 @torch.no_grad()
-def evaluate(model, tokens: Tensor, n_bytes: int, start_id: int, window: int = WINDOW, autocast=None) -> Score:
-    """Scores `tokens` (l,), read in order as one stream after `start_id`, with the state carried from window to window.
+def evaluate(
+    model: LanguageModel,
+    tokens: Tensor,
+    n_bytes: int,
+    start_id: int,
+    window: int = WINDOW,
+    autocast: contextlib.AbstractContextManager | None = None,
+) -> Score:
+    """Scores `tokens` (l,), one stream that is read in order after the token `start_id`; the state is carried over.
 
-    `n_bytes` is what the tokens stand for (`Corpus.validation_bytes`); `autocast` a context to run the model in. The
-    model's training mode is put back as it was. Raises UserError for no tokens.
+    n_bytes: the bytes of text that the tokens stand for (`Corpus.validation_bytes`); window: tokens per forward pass;
+    autocast: a context to run the model in. The model's training mode is restored. Raises UserError for no tokens.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    state, nats, count = None, torch.zeros((), dtype=widest(device), device=device), 0
+    state, count = None, 0
+    nats = torch.zeros((), dtype=widest(device), device=device)
     try:
         for input_ids, targets in validation_windows(tokens, window, start_id):
             input_ids, targets = input_ids.to(device), targets.to(device)

@@ -1,13 +1,13 @@
-"""Three games of recall: what a model can find again in what it has read. No text and no knowledge helps.
+"""Three synthetic tasks of recall: what a model can find in the tokens it has read. Knowledge of text does not help.
 
-    selective copying   say again the letters that stood between blanks            (Mamba, arXiv:2312.00752, 4.1.1)
-    induction heads     what followed the sign when it last came?                  (Mamba, 4.1.2)
-    associative recall  a list of pairs, then its keys: which value had each?      (Zoology, arXiv:2312.04927;
+    selective copying   repeat the letters that stood between blanks               (Mamba, arXiv:2312.00752, 4.1.1)
+    induction heads     which token followed the marker the last time?             (Mamba, 4.1.2)
+    associative recall  a list of pairs, then its keys: which value has each?      (Zoology, arXiv:2312.04927;
                                                                                     Mamba-2, arXiv:2405.21060, 9.1)
 
-A game is a function that draws a batch: input_ids (b, l), and targets (b, l), which hold the answer where one is asked
-for and -100 elsewhere. As for `LanguageModel.loss`, a target stands at the token after which it has to be known, and it
-always follows from the tokens up to there. A generator in the same state gives the same batch.
+A task is a function that draws a batch: input_ids (b, l), and targets (b, l), which hold the answer at each question
+and -100 elsewhere. As in `LanguageModel.loss`, a target stands at the token after which it must be known, and it always
+follows from the tokens up to there. A generator in the same state draws the same batch.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mamba2_min.data.corpus import IGNORE
-from mamba2_min.models.base import decay_groups
+from mamba2_min import validate
+from mamba2_min.models.base import LanguageModel, decay_groups
+from mamba2_min.ops.loss import IGNORE
 
 Batch = tuple[Tensor, Tensor]  # input_ids, targets
 
-BLANK = 0  # what stands between the letters to be copied, and between the questions of associative recall
+BLANK = 0  # between the letters to be copied, and between the questions of associative recall
+_LARGEST = 2**31 - 1
 
 
 def selective_copying(batch: int, length: int, n_data: int, generator: torch.Generator, vocab_size: int = 16) -> Batch:
-    """Letters at random places among blanks; at the end a marker for each, at which it is to be said again, in order.
+    """Letters at random places among blanks; at the end one marker per letter, to be answered by the letters in order.
 
-    Returns input_ids and targets (batch, length). `n_data` letters, of ids 1 to vocab_size - 2, stand among the first
+    Returns input_ids and targets (batch, length). `n_data` letters, ids 1 to vocab_size - 2, stand among the first
     length - n_data tokens, the rest of which are 0; then come n_data markers, vocab_size - 1, and the k-th marker's
-    target is the k-th letter. Guessing is right once in vocab_size - 2 times. The distances between letters are
-    random, so no fixed filter can do it (Mamba, figure 2). The paper: length 4096, n_data 16, vocab_size 16.
+    target is the k-th letter. A guess is right once in vocab_size - 2 times. The distances between letters are random,
+    so no fixed filter can solve it (Mamba, figure 2). The paper: length 4096, n_data 16, vocab_size 16.
     Raises ValueError where the letters do not fit or the vocabulary leaves fewer than two.
     """
     _check(batch=batch, length=length, n_data=n_data, vocab_size=vocab_size)
@@ -50,18 +52,18 @@ def selective_copying(batch: int, length: int, n_data: int, generator: torch.Gen
 
 
 def induction_heads(batch: int, length: int, generator: torch.Generator, vocab_size: int = 16) -> Batch:
-    """A sign comes once, somewhere in random letters, and once more at the very end: what followed it the first time?
+    """A marker stands once among random letters, and again at the end: which letter followed it the first time?
 
-    Returns input_ids and targets (batch, length). The sign is vocab_size - 1, all other tokens are drawn from 0 to
-    vocab_size - 2; the only target is the last. Guessing is right once in vocab_size - 1 times.
+    Returns input_ids and targets (batch, length). The marker is vocab_size - 1, the other tokens are drawn from 0 to
+    vocab_size - 2; the only target is the last. A guess is right once in vocab_size - 1 times.
     The paper: length 256, vocab_size 16, tested up to 2^20.
     Raises ValueError for a length under 3 or fewer than two letters.
     """
     _check(batch=batch, length=length, vocab_size=vocab_size)
     if length < 3:
-        raise ValueError(f"the sign, what follows it and the sign again need a length of 3, not {length}")
+        raise ValueError(f"a marker, a letter and the marker again need a length of 3, not {length}")
     if vocab_size < 3:
-        raise ValueError(f"a sign and two letters need a vocab_size of 3, not {vocab_size}")
+        raise ValueError(f"a marker and two letters need a vocab_size of 3, not {vocab_size}")
     input_ids = torch.randint(0, vocab_size - 1, (batch, length), generator=generator)
     place = torch.randint(0, length - 2, (batch, 1), generator=generator)
     targets = torch.full((batch, length), IGNORE)
@@ -73,16 +75,15 @@ def induction_heads(batch: int, length: int, generator: torch.Generator, vocab_s
 def associative_recall(
     batch: int, length: int, n_pairs: int, generator: torch.Generator, vocab_size: int = 64, power: float = 0.01
 ) -> Batch:
-    """Multi-query associative recall (MQAR): pairs of key and value, then each key once more, at which its value is
-    asked for.
+    """Multi-query associative recall (MQAR): pairs of key and value, then each key again, to be answered by its value.
 
     Returns input_ids and targets (batch, length). Keys are drawn from 1 to vocab_size // 2 - 1, values from
     vocab_size // 2 to vocab_size - 1, both without repetition in a row. The first 2 n_pairs tokens are key, value, key,
-    value ...; the questions stand at even places after them, the others are 0. The gap g between the pairs and a
+    value ...; the questions stand at even places after them, the other tokens are 0. The gap g between the pairs and a
     question has a probability of about (g + 1)^(power - 1), as in Zoology: mostly short, sometimes long.
-    Who knows which values came, but not whose they are, is right once in n_pairs times.
-    The papers: vocab_size 8192, up to 64 pairs in a length of 512 (Zoology); a quarter of the length (Mamba-2), which
-    is all that fits, and random tokens in place of the zeros.
+    A model that knows the values but not their keys is right once in n_pairs times.
+    The papers: vocab_size 8192, up to 64 pairs in a length of 512 (Zoology); as many pairs as fit, a quarter of the
+    length, and random tokens in place of the zeros (Mamba-2).
     Raises ValueError for an odd length, or where the pairs do not fit into a quarter of it or into the vocabulary.
     """
     _check(batch=batch, length=length, n_pairs=n_pairs, vocab_size=vocab_size)
@@ -105,17 +106,17 @@ def associative_recall(
 
 
 def train_on_task(
-    model: nn.Module,
+    model: LanguageModel,
     make_batch: Callable[[torch.Generator], Batch],
     steps: int,
     lr: float = 5e-3,
     weight_decay: float = 0.0,
     seed: int = 0,
 ) -> list[float]:
-    """Trains a model on fresh batches, one a step, and returns the loss of each step in nats per answer.
+    """Trains a model on a fresh batch per step, and returns the loss of each step in nats per answer.
 
     `make_batch(generator)` draws a batch. AdamW with betas (0.9, 0.95), gradients clipped at 1; the learning rate rises
-    to `lr` in the first tenth of the steps, at most 50, and falls to a tenth of it along a straight line.
+    to `lr` in the first tenth of the steps, at most 50, and falls linearly to a tenth of it.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -140,7 +141,7 @@ def train_on_task(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batch: Batch) -> float:
-    """The share of a batch's targets that the model finds likeliest. Its training mode is put back as it was."""
+    """The share of a batch's targets that the model finds likeliest. The model's training mode is restored."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     input_ids, targets = (t.to(device) for t in batch)
@@ -151,11 +152,10 @@ def accuracy(model: nn.Module, batch: Batch) -> float:
 
 
 def _distinct(batch: int, n: int, k: int, generator: torch.Generator) -> Tensor:
-    """k different numbers below n a row, in random order: (batch, k)."""
+    """k different integers below n for each row, in random order: (batch, k)."""
     return torch.rand(batch, n, generator=generator).argsort(1)[:, :k]
 
 
 def _check(**sizes: int) -> None:
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}")
+        validate.integer(name, size, 1, _LARGEST)

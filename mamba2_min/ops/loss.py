@@ -60,7 +60,8 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(flat, weight, targets, weights, size, dtype, compiled)
 
 
-def _slice_elements(device: torch.device) -> int:
+def slice_elements(device: torch.device) -> int:
+    """How many logits are held at a time on a device, at the present precision of matrix products."""
     if device.type != "cpu":
         return _SLICE_ELEMENTS_GPU
     return _SLICE_ELEMENTS_ROUNDED if is_rounded() else _SLICE_ELEMENTS
@@ -78,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(w, dtype=torch.promote_types(dtype, torch.float32)) if need_weight else None
         total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
-        most = max(1, _slice_elements(hidden.device) // len(w))
+        most = max(1, slice_elements(hidden.device) // len(w))
         rows = -(-len(hidden) // -(-len(hidden) // most)) if len(hidden) else 1  # slices of one size
         # One buffer for all slices' logits, their softmax and their gradient: fresh memory costs a CPU as much as the
         # arithmetic.

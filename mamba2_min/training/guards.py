@@ -1,4 +1,4 @@
-"""What may come between two steps of a training, and what is done about it: signals, and losses that go wrong."""
+"""What may disturb a training between two steps, and what is done about it: bad losses, and signals."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 NOT_FINITE, JUMPED = "not finite", "jumped"
 
-_REMEMBERED = 64  # accepted losses that a new one is held against
-_ENOUGH = 16  # of them, before anything is held against them
-_LEAST_SPREAD = 0.1  # nats: a curve smoother than that is no reason to call a small rise a jump
+_REMEMBERED = 64  # accepted losses that a new one is compared with
+_ENOUGH = 16  # of them, before anything is compared
+_LEAST_SPREAD = 0.1  # nats: on a very smooth curve a small rise is not a jump
 
 
 class LossGuard:
     """Judges every step's loss and gradient, and counts the steps that were skipped.
 
-    A step is bad where its loss or the norm of its gradient is not finite, or where the loss has jumped: it exceeds the
-    median of the last 64 accepted losses by more than `spike` times their usual deviation, which is 1.4826 times the
-    median distance from that median (the standard deviation, were they normal) and at least 0.1 nats. Medians do not
-    move for the one loss that is wrong. Nothing has jumped before 16 were accepted, nor where `spike` is 0.
+    A step is bad if its loss or the norm of its gradient is not finite, or if the loss jumps: if it exceeds the median
+    of the last 64 accepted losses by more than `spike` times their spread. The spread is 1.4826 times the median
+    distance from that median (the standard deviation of a normal distribution), and at least 0.1 nats; one wrong loss
+    does not move a median. No loss counts as a jump before 16 were accepted, or if `spike` is 0.
     """
 
     def __init__(self, spike: float):
@@ -33,9 +33,9 @@ class LossGuard:
         self.reason = ""  # why the last bad step was bad
 
     def judge(self, loss: float, norm: float, share: float = 1.0) -> str:
-        """Why the step must not be taken, or "". `share`: of a batch's positions, those that have a target.
+        """Why the step must be skipped, or "". `share`: the share of the batch's positions that have a target.
 
-        The mean over fewer targets scatters more, by the root of their number.
+        The mean over fewer targets scatters more, by the square root of their number.
         """
         why = self._fault(loss, norm, share)
         if why:
@@ -61,7 +61,7 @@ class LossGuard:
         return {"recent": list(self.recent), "in_a_row": self.in_a_row, "skipped": self.skipped, "reason": self.reason}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave. Raises ValueError for anything else."""
+        """Continues from what `state_dict` returned. Raises ValueError for anything else."""
         recent = state["recent"]
         if not isinstance(recent, list) or not all(isinstance(loss, float) and math.isfinite(loss) for loss in recent):
             raise ValueError("its recent losses are not numbers")
@@ -73,10 +73,15 @@ class LossGuard:
 
 @contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Within, the first SIGINT or SIGTERM is noted in the list that it yields, for a loop to end at a whole step; the
-    next of either ends the process at once. Outside of the main thread nothing is changed."""
+    """Within, the first SIGINT, SIGTERM or SIGHUP is noted in the list that it yields: a loop can finish its step.
+
+    The next one ends the process at once. A SIGHUP that is ignored, as under nohup, stays ignored. Outside of the main
+    thread nothing changes.
+    """
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line of JSON for each thing measured in a run, in order of steps, without gap or repeat."""
+"""metrics.jsonl: one line of JSON per measurement of a run, in the order of steps, without gap or repeat."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mamba2_min.files import write_atomically
 
 
 class MetricsLog:
-    """Appends records to a file and knows how many it holds, so that a run that goes on drops those it will make again.
+    """Appends records to a file and counts them, so that a resumed run can drop those that it will make again.
 
-    `records` is how many were appended, or kept by `rewind`.
+    `records` is the number of lines that were appended, or kept by `rewind`.
     """
 
     def __init__(self, path: str | Path):
@@ -27,7 +27,7 @@ class MetricsLog:
         """Writes one line, whole or not at all. Raises UserError where that fails, as on a full disk."""
         line = json.dumps({k: _plain(v) for k, v in values.items()}, allow_nan=False) + "\n"
         try:
-            with open(self.path, "ab", buffering=0) as file:  # a buffer would write what is left of a torn line later
+            with open(self.path, "ab", buffering=0) as file:  # a buffer would write the rest of a torn line later
                 before = file.tell()
                 try:
                     rest = line.encode()
@@ -52,7 +52,7 @@ class MetricsLog:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
     def rewind(self, records: int) -> None:
-        """Keeps the first `records` lines alone. Raises UserError where one of them was changed to something else."""
+        """Keeps only the first `records` lines. Raises UserError where one of them is damaged."""
         lines = _whole_lines(self.path)
         kept = lines[:records]
         for number, line in enumerate(kept, start=1):
@@ -66,8 +66,8 @@ class MetricsLog:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics file, without a torn last line; none where there is no file.
 
-    Each has `step`, a whole number, `split`, "train" or "validation", and `loss`, a number or None where it was not
-    finite; one of "train" has `lr`, a number. Raises UserError, one line, where that is not so.
+    Each has `step`, an integer, `split`, "train" or "validation", and `loss`, a number, or None where it was not
+    finite; a record of "train" has `lr`, a number. Raises UserError, one line, for anything else.
     """
     return [_parse(line, Path(path), number) for number, line in enumerate(_whole_lines(Path(path)), start=1)]
 
@@ -86,7 +86,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
         record = json.loads(line)
         _check(record)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number} is no measurement: {str(error)[:200]}") from error
+        raise UserError(f"{path}, line {number} is not a measurement: {str(error)[:200]}") from error
     return record
 
 
@@ -94,7 +94,7 @@ def _check(record: Any) -> None:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if type(record.get("step")) is not int or not 0 <= record["step"] < 2**31:
-        raise ValueError("its step is not a whole number")
+        raise ValueError("its step is not an integer")
     if record.get("split") not in ("train", "validation"):
         raise ValueError("its split is neither train nor validation")
     if "loss" not in record or not (record["loss"] is None or _is_number(record["loss"])):
@@ -110,7 +110,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can say it: seven digits are enough of a measurement, and what is not finite is null."""
+    """A value for JSON: a float with seven digits, or None where it is not finite."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.7g}") if math.isfinite(value) else None

@@ -1,8 +1,9 @@
-"""Pictures, readable on light and dark pages."""
+"""Plots that are readable on light and dark pages."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.image import AxesImage
 
+from mamba2_min.checkpoints import checkpoint
+from mamba2_min.errors import printable
 from mamba2_min.files import write_atomically
+from mamba2_min.training.metrics import read_metrics
 
+# Neutral grey on a transparent page: text stays readable whatever lies behind it.
 BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e07b39", "#4c9f70", "#7f8790"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -40,11 +45,19 @@ STYLE = {
 }
 
 
-def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draws a run's curve: training and validation loss, the best marked, the learning rate beneath.
+def plot_run(folder: Path) -> None:
+    """Draws the metrics.jsonl of a run's folder into its loss.png. Raises UserError where that cannot be done."""
+    title = printable(str(folder)).replace("$", r"\$")  # between two of them would be a formula
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a folder's name may have letters that the font lacks
+        plot_loss(read_metrics(folder / checkpoint.METRICS), folder / checkpoint.CURVE, title=title)
 
-    `metrics` are the records of metrics.jsonl (`read_metrics`). The training loss is drawn faintly as it was and firmly
-    as a running mean. Raises UserError where the picture cannot be written.
+
+def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draws the training and validation loss, with the best marked, and the learning rate below.
+
+    `metrics` are the records of metrics.jsonl (`read_metrics`). The training loss is drawn twice: faintly as it was,
+    and clearly as a running mean. Raises UserError where the file cannot be written.
     """
     train = [m for m in metrics if m["split"] == "train" and _is_number(m["loss"])]
     validation = [m for m in metrics if m["split"] == "validation" and _is_number(m["loss"])]
@@ -68,7 +81,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = 
             top.axvline(best["step"], color=GREEN, linewidth=0.8, linestyle="--")
             top.plot(best["step"], best["loss"], "*", color=GREEN, markersize=14, label=_describe(best))
         shown = sorted(losses[len(losses) // 50 :] + [m["loss"] for m in validation])
-        if shown and shown[-1] > shown[0]:  # the first steps of a training would squeeze all others flat
+        if shown and shown[-1] > shown[0]:  # without the first steps, which would flatten all others
             margin = 0.05 * (shown[-1] - shown[0])
             top.set_ylim(shown[0] - margin, shown[-1] + margin)
         top.set_ylabel("loss, nats per token")
@@ -78,7 +91,6 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = 
         bottom.set_ylabel("learning rate")
         bottom.set_xlabel("step")
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
-        # Neutral grey on a transparent page: lines of text stay readable whatever lies behind them.
         write_atomically(path, lambda file: figure.savefig(file, format="png"))
         plt.close(figure)
 
@@ -89,11 +101,11 @@ def _describe(best: dict[str, Any]) -> str:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """An exponential mean that follows about a thirtieth of the curve."""
-    keep, mean, out = 1 - 1 / max(1, len(values) / 30), None, []
+    """An exponential mean over about a thirtieth of the curve."""
+    keep = 1 - 1 / max(1, len(values) / 30)
+    out: list[float] = []
     for value in values:
-        mean = value if mean is None else keep * mean + (1 - keep) * value
-        out.append(mean)
+        out.append(keep * out[-1] + (1 - keep) * value if out else value)
     return out
 
 
@@ -101,14 +113,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-CARD, INK = "#f4f2ec", "#454b54"  # a sheet of paper of its own: the same picture on a light and on a dark page
+CARD, INK = "#f4f2ec", "#454b54"  # an opaque sheet: the same picture on a light and on a dark page
 DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#1f5c99", BLUE, CARD, ORANGE, "#a04a14"])
 
 
 def use_notebook_style() -> None:
-    """Sets the defaults of every figure that a notebook draws from now on: the house colours on an opaque sheet.
+    """Sets the defaults of every later figure of a notebook: these colours on an opaque sheet.
 
-    Call it after `%matplotlib inline`, which resets what it finds.
+    Call it after `%matplotlib inline`, which resets them.
     """
     plt.rcParams.update(STYLE)
     plt.rcParams.update({name: CARD for name in ("figure.facecolor", "axes.facecolor", "savefig.facecolor")})
@@ -127,9 +139,9 @@ def use_notebook_style() -> None:
 
 
 def draw_matrix(axes: Axes, matrix: Any, title: str = "", limit: float | None = None) -> AxesImage:
-    """Draws a matrix (rows, columns) as coloured cells: orange above zero, blue below, paper where it is zero.
+    """Draws a matrix (rows, columns), a tensor or array, as coloured cells: orange above zero, blue below, nan empty.
 
-    `limit` is the value of the full colour, the largest absolute value if None. A tensor or array, nan for no cell.
+    `limit` is the value of the full colour; None is the largest absolute value.
     """
     matrix = np.asarray(matrix, dtype=float)
     if limit is None:
@@ -146,14 +158,14 @@ def draw_matrix(axes: Axes, matrix: Any, title: str = "", limit: float | None = 
 
 
 def draw_chunks(axes: Axes, length: int, chunk_size: int) -> None:
-    """Rules a matrix (length, length) that `draw_matrix` drew into blocks of `chunk_size`."""
+    """Rules lines between the chunks of a matrix (length, length) that `draw_matrix` drew."""
     for edge in range(chunk_size, length, chunk_size):
         axes.axhline(edge - 0.5, color=INK, linewidth=0.8)
         axes.axvline(edge - 0.5, color=INK, linewidth=0.8)
 
 
 def label_tokens(axes: Axes, words: Sequence[str], rows: bool = False) -> None:
-    """Writes a word under each column, or with `rows` before each row; spaces are trimmed, a line end is ¶."""
+    """Labels each column, or with `rows` each row, with a word; spaces are trimmed, a line end is ¶."""
     shown = [word.replace("\n", "¶").strip() or "␣" for word in words]
     if rows:
         axes.set_yticks(range(len(shown)), shown, fontsize=8)

@@ -1,0 +1,65 @@
+"""Command-line flags made from the fields of settings classes: each setting is described in one place, its field."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def add_flags(
+    group: argparse._ArgumentGroup,
+    fields: Iterable[dataclasses.Field[Any]],
+    metadata: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Adds a flag for each field whose metadata has a `help` text; a flag that is left out is None.
+
+    The flag's type is the field's annotation. Further metadata: `choices`, `metavar`, `shown` (printed in place of the
+    default) and `auto` (the flag takes the word "auto" too). `metadata` adds to that of the fields it names.
+    """
+    for field in fields:
+        about = {**field.metadata, **(metadata or {}).get(field.name, {})}
+        if not about.get("help"):
+            continue
+        kind = str(field.type).partition(" | ")[0]
+        options: dict[str, Any] = {"help": f"{about['help']} ({about.get('shown', _shown(field.default))})"}
+        if kind == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        elif "choices" in about:
+            options["choices"] = about["choices"]
+        else:
+            options["type"] = _integer_or_auto if "auto" in about else _TYPES[kind]
+            options["metavar"] = about.get("metavar", {"int": "N", "float": "X"}.get(kind, "TEXT"))
+        group.add_argument(flag(field.name), default=None, **options)
+
+
+def asked_for(args: argparse.Namespace, *classes: type) -> dict[str, Any]:
+    """{field name: value} of the flags that were given, for the fields of these classes."""
+    asked = {}
+    for field in (field for cls in classes for field in dataclasses.fields(cls)):
+        value = getattr(args, field.name, None)
+        if value == "auto" and "auto" in field.metadata:
+            asked[field.metadata["auto"]] = True
+        elif value is not None:
+            asked[field.name] = value
+    return asked
+
+
+def flag(name: str) -> str:
+    """How a field is called on the command line: --batch-size for batch_size."""
+    return "--" + name.replace("_", "-")
+
+
+def _integer_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_integer_or_auto.__name__ = "integer"  # argparse shows it: "invalid integer value"
+_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return f"{default:g}" if isinstance(default, float) else str(default)

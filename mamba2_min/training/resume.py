@@ -1,0 +1,157 @@
+"""What a training needs to resume: it is captured in last.pt, restored from it, and checked to be the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mamba2_min import files, validate
+from mamba2_min.checkpoints import checkpoint
+from mamba2_min.errors import UserError
+from mamba2_min.evaluation.perplexity import Score
+from mamba2_min.settings import ACCEPTABLE, LARGEST, Settings, defaults
+
+if TYPE_CHECKING:
+    from mamba2_min.training.trainer import Trainer
+
+
+def capture(trainer: Trainer) -> dict[str, Any]:
+    """Everything that the next step depends on, and what tells one run from another."""
+    return {
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "windows": trainer.windows.state_dict(),
+        "guard": trainer.guard.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else [],
+        "step": trainer.step,
+        "seconds": trainer.seconds,
+        "pending": trainer.pending,
+        "records": trainer.log.records,
+        "best": dataclasses.asdict(trainer.best) if trainer.best else None,
+        "best_step": trainer.best_step,
+        "evaluated_step": trainer.evaluated_step,
+        "stale": trainer.stale,
+        "micro_batch": trainer.micro_batch,
+        "settings": dataclasses.asdict(trainer.asked),
+        "config": trainer.model.config.to_dict(),
+        "documents": trainer.corpus.digest,
+        "tokenizer": trainer.corpus.tokenizer.digest(),
+        "environment": _environment(trainer),
+    }
+
+
+def restore(trainer: Trainer, accept_documents: bool) -> None:
+    """Puts what `capture` saved into a new trainer. Raises UserError where the file is damaged or of another run."""
+    path = trainer.out / checkpoint.RESUME
+    saved = checkpoint.load_tensors(path)
+    try:
+        _check_same_run(trainer, saved, accept_documents)
+        checkpoint.load_weights(trainer.model, saved["model"], path)
+        _restore_optimizer(trainer.optimizer, saved["optimizer"])
+        _restore_counts(trainer, saved)
+        trainer.guard.load_state_dict(saved["guard"])
+        if saved["documents"] == trainer.corpus.digest:
+            trainer.windows.load_state_dict(saved["windows"])
+        else:
+            trainer.best, trainer.best_step, trainer.evaluated_step, trainer.stale = None, 0, -1, 0
+            trainer.notes.append("other documents than before: reading from their start, looking for a new best")
+        torch.set_rng_state(saved["torch_rng"])
+        if trainer.device.type == "cuda" and saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        changed = _difference(saved["environment"], _environment(trainer))
+    except UserError:
+        raise
+    except Exception as error:  # a file that was damaged or made by something else fails in many ways
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a training that can be resumed: {reason}") from error
+    if changed:
+        trainer.notes.append(f"the last bits may differ from those of an undisturbed run: {changed}")
+
+
+def prepare_folder(trainer: Trainer) -> None:
+    """Leaves the folder as the next step expects it: of a new run, or of the resumed one at its saved step."""
+    out = trainer.out
+    if trainer.resumed:
+        trainer.log.rewind(trainer.saved_records)
+        repair_best(trainer)
+        return
+    files.make_folder(out)
+    for name in (checkpoint.RESUME, checkpoint.WEIGHTS, checkpoint.METRICS, checkpoint.CURVE):
+        files.remove(out / name)
+    trainer.corpus.tokenizer.save(out / checkpoint.TOKENIZER)
+    files.flush(out / checkpoint.TOKENIZER)
+    files.save_json(out / checkpoint.CONFIG, trainer.model.config.to_dict())
+
+
+def repair_best(trainer: Trainer) -> None:
+    """Writes model.pt where the run was killed between last.pt and model.pt: last.pt holds the same weights."""
+    if trainer.best is None or trainer.best_step != trainer.step:
+        return
+    weights = trainer.model.state_dict()
+    try:
+        _, there = checkpoint.load_model(trainer.out)
+        same = all(torch.equal(there[name], tensor.cpu()) for name, tensor in weights.items())
+    except (UserError, KeyError):
+        same = False
+    if not same:
+        checkpoint.save_model(trainer.out, trainer.model.config, weights)
+
+
+def _check_same_run(trainer: Trainer, saved: dict[str, Any], accept_documents: bool) -> None:
+    """Raises UserError where the run in last.pt is another one than the trainer's."""
+    out, corpus = trainer.out, trainer.corpus
+    before = {**defaults(Settings), **saved["settings"]}
+    for name, value in dataclasses.asdict(trainer.asked).items():
+        if name not in ACCEPTABLE and before[name] != value:
+            raise UserError(f"{name} was {before[name]} when the run in {out} began, and is now {value}")
+    config = trainer.model.config
+    changed = _difference({**defaults(type(config)), **saved["config"]}, config.to_dict())
+    if changed:
+        raise UserError(f"the model is not that of the run in {out}: {changed}")
+    if saved["tokenizer"] != corpus.tokenizer.digest():
+        raise UserError(
+            f"the vocabulary in {out / checkpoint.TOKENIZER} is not the one that the run began with; bring that file "
+            "back, or start a new run with another --out"
+        )
+    if saved["documents"] != corpus.digest and not accept_documents:
+        raise UserError(
+            f"the documents are not those that {out} was trained on; bring them back, or add --accept documents to "
+            "resume with what is there now"
+        )
+
+
+def _environment(trainer: Trainer) -> dict[str, Any]:
+    """What the last bit of a sum depends on, beside the numbers."""
+    return {
+        "torch": str(torch.__version__),
+        "device": trainer.device.type,
+        "precision": trainer.precision,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        if moments["exp_avg"].shape != parameter.shape or moments["exp_avg_sq"].shape != parameter.shape:
+            raise ValueError("its optimizer state belongs to another model")
+
+
+def _restore_counts(trainer: Trainer, saved: dict[str, Any]) -> None:
+    for name in ("step", "best_step", "evaluated_step", "stale", "records", "micro_batch"):
+        validate.integer(name, saved[name], -1 if name == "evaluated_step" else 0, LARGEST)
+    trainer.step, trainer.best_step, trainer.stale = saved["step"], saved["best_step"], saved["stale"]
+    trainer.evaluated_step, trainer.saved_records = saved["evaluated_step"], saved["records"]
+    trainer.seconds, trainer.pending = float(saved["seconds"]), [float(loss) for loss in saved["pending"]]
+    trainer.best = Score(**saved["best"]) if saved["best"] else None
+    if trainer.asked.micro_batch == saved["settings"].get("micro_batch", 0):  # what memory allowed then, it allows now
+        trainer.micro_batch = max(1, min(saved["micro_batch"], trainer.settings.batch_size))
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What changed, as "d_model was 64, now 32"."""
+    changed = [name for name in now if before.get(name) != now[name]]
+    return ", ".join(f"{name} was {str(before.get(name))[:40]}, now {now[name]}" for name in changed)

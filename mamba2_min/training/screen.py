@@ -1,0 +1,197 @@
+"""What a person sees of a training: a summary before it, lines and a progress bar during it, and how it ended."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from mamba2_min import console
+from mamba2_min.data.corpus import Corpus
+from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.errors import printable
+from mamba2_min.models.base import LanguageModel
+from mamba2_min.settings import DataSettings
+from mamba2_min.training.guards import JUMPED, NOT_FINITE
+from mamba2_min.training.trainer import Result, Trainer
+
+_SECONDS_BETWEEN_LINES = 30
+
+
+class Screen:
+    """A line and a sample of text at each evaluation, and a bar between them; in a file or pipe a line now and then.
+
+    `sample(step)` returns text that the model writes. Give `report` to the trainer, and train within `watching`.
+    """
+
+    def __init__(self, sample: Callable[[int], str]):
+        self.sample = sample
+        self.validation = ""
+        self.printed = time.perf_counter()
+
+    def watching(self, trainer: Trainer) -> tqdm:
+        """The context of a training: a progress bar on standard error, if that is a terminal."""
+        self.trainer = trainer
+        self.bar = tqdm(
+            total=trainer.settings.max_steps,
+            initial=trainer.step,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            bar_format="{n:>6,}/{total:,} |{bar}| {desc}",
+            disable=not sys.stderr.isatty(),
+        )
+        return self.bar
+
+    def report(self, event: str, values: dict[str, Any]) -> None:
+        """Shows what the trainer reports."""
+        if event == "step":
+            self._progress(values)
+            return
+        step = f"step {values['step']:>6,}  "
+        if event == "skipped":
+            norm = "" if values["why"] == JUMPED else f", gradient norm {values['norm']:.4g}"
+            self._write(f"{step}skipped: loss {values['loss']:.4g}{norm or ' jumped'}")
+        elif event == "compiled":
+            why = values["why_not"]
+            self._write(step + (f"not compiled: {printable(why)}" if why else "compiled"))
+        elif event == "memory":
+            self._write(f"{step}out of memory: now {values['micro_batch']} windows at a time, the same batch")
+        elif event == "evaluation":
+            score = values["score"]
+            self.validation = f", val {score.loss:.3f}"
+            best = "  *" if values["best"] else ""
+            self._write(
+                f"{step}validation {score.loss:>7.4f}  perplexity {score.perplexity:>9,.1f}  "
+                f"bits per byte {score.bits_per_byte:.4f}{best}"
+            )
+            self._write(wrapped(self.sample(values["step"]), " " * 13 + "| "))
+
+    def _progress(self, values: dict[str, Any]) -> None:
+        trainer, now = self.trainer, time.perf_counter()
+        loss, speed, left = values["loss"], values["tokens"] / values["seconds"], _clock(trainer.seconds_left)
+        if not self.bar.disable:
+            if trainer.progress:  # where a time limit ends the run, the number of steps follows the speed
+                self.bar.total = max(trainer.step, round(trainer.step / trainer.progress))
+            text = f"loss {loss:.3f}{self.validation}, {speed:,.0f} tokens/s, {left} left"
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(trainer.step - self.bar.n)
+        elif now - self.printed > _SECONDS_BETWEEN_LINES:
+            self.printed = now
+            self._write(f"step {trainer.step:>6,}  training   {loss:>7.4f}  {speed:>9,.0f} tokens/s  {left:>8} left")
+
+    def _write(self, line: str) -> None:
+        with tqdm.external_write_mode(file=sys.stdout):  # takes the bar away meanwhile
+            console.print(line)
+
+
+def sample_of(model: LanguageModel, tokenizer: WordTokenizer) -> Callable[[int], str]:
+    """A function for `Screen`: it returns the start of a document that the model writes, on one line."""
+    eos = tokenizer.eos_id
+
+    def sample(seed: int) -> str:
+        training = model.training
+        model.eval()
+        ids = list(model.generate([eos], 32, temperature=0.7, top_p=0.95, seed=seed, stop_ids=[eos]))
+        model.train(training)
+        return printable(" ".join(tokenizer.decode(ids).split()))
+
+    return sample
+
+
+def show(label: str, text: str) -> None:
+    """Prints one line of a summary, wrapped below itself in a narrow terminal, with control characters escaped."""
+    console.print(wrapped(printable(text), f"{label:<12}", " " * 12))
+
+
+def show_corpus(data: DataSettings, corpus: Corpus) -> None:
+    """Prints what was read and how large it is."""
+    show(
+        "documents",
+        f"{corpus.documents:,} in {data.data}: {corpus.train_documents:,} to train on, "
+        f"{corpus.validation_documents:,} to validate with; {corpus.words:,} words",
+    )
+    show(
+        "tokens",
+        f"{len(corpus.train):,} + {len(corpus.validation):,}, vocabulary {len(corpus.tokenizer):,} "
+        f"(pattern {data.pattern}, min-count {data.min_count})",
+    )
+    for note in corpus.notes:
+        show("note", note)
+
+
+def show_training(trainer: Trainer, needed: str, free: str) -> None:
+    """Prints the model, the resolved settings and the device. `needed`, `free`: what `check_memory` returns."""
+    s, c = trainer.settings, trainer.model.config
+    show(
+        "model",
+        f"{c.num_parameters():,} parameters: d-model {c.d_model}, {c.n_layer} layers, {c.nheads} heads of {c.headdim}, "
+        f"d-state {c.d_state}, A {c.a_init}",
+    )
+    limit = f" or {s.max_minutes:g} minutes" if s.max_minutes else ""
+    parts = f" in parts of {trainer.micro_batch}" if trainer.micro_batch < s.batch_size else ""
+    show(
+        "training",
+        f"context {trainer.windows.context}, batch {s.batch_size}{parts}, at most {s.max_steps:,} steps{limit}, "
+        f"learning rate {s.lr:g} to {s.min_lr:g}, patience {s.patience}, seed {s.seed}",
+    )
+    for note in trainer.notes:
+        show("note", note)
+    memory = f"needs about {needed}" + (f" of {free} free" if free else "")
+    show("device", f"{trainer.device}, {trainer.precision}; {memory}")
+
+
+def show_result(result: Result, trainer: Trainer, resume_command: str) -> None:
+    """Prints how the training ended, and what to do next."""
+    guard = trainer.guard
+    reason = _REASONS[result.reason].format(**vars(trainer.settings), first=result.step - guard.in_a_row + 1)
+    show("ended", f"at step {result.step:,}: {reason}{_FAULTS[guard.reason] if result.reason == 'bad steps' else ''}")
+    if guard.skipped:
+        show("skipped", f"{guard.skipped:,} of {result.step:,} steps")
+    if result.signal:
+        show("saved", f"go on with: {resume_command}")
+    elif result.best is None:
+        show("saved", "no model: no validation had a finite loss; train again with a lower --lr")
+    else:
+        best = result.best
+        show(
+            "best",
+            f"step {result.best_step:,}: {best.loss:.4f} nats per token, perplexity {best.perplexity:,.1f}, "
+            f"{best.bits_per_byte:.4f} bits per byte",
+        )
+        show("saved", f"{trainer.out}; complete text with: python run.py --model {shlex.quote(str(trainer.out))}")
+
+
+_REASONS = {
+    "patience": "no better validation for {patience} evaluations",
+    "max_steps": "all {max_steps:,} steps done",
+    "max_minutes": "{max_minutes:g} minutes are over",
+    "signal": "stopped",
+    "bad steps": "every step since {first:,} was skipped: ",
+}
+_FAULTS = {
+    NOT_FINITE: "the loss or its gradient was not finite",
+    JUMPED: "the loss jumped and did not come back",
+    "": "",
+}
+
+
+def wrapped(text: str, first: str, rest: str | None = None) -> str:
+    """`text` after `first`, on lines that fit the terminal and begin with `rest` (`first` if None)."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    lines = textwrap.wrap(text, max(width - len(first) - 1, 20), break_on_hyphens=False) or [""]
+    return first + ("\n" + (first if rest is None else rest)).join(lines)
+
+
+def _clock(seconds: float | None) -> str:
+    """3:07 or 2:03:07."""
+    if seconds is None:
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
