@@ -29,7 +29,7 @@ from pathlib import Path
 from mamba2_min.errors import UserError
 
 PATTERNS = ("words", "whitespace")
-FORMAT, VERSION = "mamba2_min.data.tokenizer", 1
+FORMAT, VERSION = "mamba2_min.tokenizer", 1  # what old files say, wherever this module now lies
 MAX_WORD_LENGTH = 100  # characters: what is longer (base64, a line of dashes) is no word, and stays bytes
 MAX_WORDS = 5_000_000
 MAX_FILE_BYTES = 512 * 2**20

@@ -25,9 +25,9 @@ def compile_checked(model: LanguageModel, backward: Callable[[], Tensor], device
         model.compile_blocks(compiled)
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                loss = backward()
+                total = backward()
             norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            measured.append((float(loss), float(norm)))
+            measured.append((float(total), float(norm)))
         except Exception as error:
             if devices.is_out_of_memory(error):
                 reason = "memory ran out before it could be compared"
@@ -38,13 +38,13 @@ def compile_checked(model: LanguageModel, backward: Callable[[], Tensor], device
         model.zero_grad(set_to_none=True)
         devices.release_memory(device)
     if len(measured) == 2:
-        (loss, norm), (compiled_loss, compiled_norm) = measured
+        (loss, size), (compiled_loss, compiled_size) = measured
         same_loss = abs(compiled_loss - loss) <= LOSS_TOLERANCE * abs(loss)
-        same_norm = abs(compiled_norm - norm) <= NORM_TOLERANCE * norm
+        same_norm = abs(compiled_size - size) <= NORM_TOLERANCE * size
         if not (same_loss and same_norm):  # also where one of them is NaN
             reason = (
-                f"compiled, the loss is {compiled_loss:.4g} and the gradient norm {compiled_norm:.4g}; "
-                f"they should be {loss:.4g} and {norm:.4g}"
+                f"compiled, the loss is {compiled_loss:.4g} and the gradient norm {compiled_size:.4g}; "
+                f"they should be {loss:.4g} and {size:.4g}"
             )
     if reason:
         model.compile_blocks(False)

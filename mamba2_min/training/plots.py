@@ -122,10 +122,11 @@ def use_notebook_style() -> None:
 
     Call it after `%matplotlib inline`, which resets them.
     """
-    plt.rcParams.update(STYLE)
-    plt.rcParams.update({name: CARD for name in ("figure.facecolor", "axes.facecolor", "savefig.facecolor")})
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams.update({name: INK for name in names})
+    sheet: dict[Any, Any] = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), CARD)
+    ink: dict[Any, Any] = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    )
+    plt.rcParams.update({**STYLE, **sheet, **ink})
     plt.rcParams.update(
         {
             "figure.dpi": 88,
