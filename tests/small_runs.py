@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -122,16 +123,20 @@ def load_script():
 
 
 class Training:
-    """train.py with `arguments` in a process of its own. `limits`: {resource.RLIMIT_...: most}, where the most of
-    RLIMIT_AS is counted from what the process has when it starts."""
+    """train.py with `arguments` in a process of its own, which writes to the file `said`.
 
-    def __init__(self, *arguments, said, limits=None):
+    `limits`: {resource.RLIMIT_...: most}, where the most of RLIMIT_AS is counted from what the process has when it
+    starts. `stdout`: what it opens as its standard output instead, such as a pipe's name or /dev/full; `terminal`: what
+    it opens as its terminal, alone in a session. `encoding`: that of its streams. `nohup`: it starts under nohup.
+    """
+
+    def __init__(self, *arguments, said, **options):
         self.said = said
         with pytest.MonkeyPatch.context() as patch:  # the server of forks looks for modules there
             patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
             patch.setenv("OMP_NUM_THREADS", "1")
             forkserver.ensure_running()
-        self.process = _processes.Process(target=_child, args=(list(map(str, arguments)), said, limits or {}))
+        self.process = _processes.Process(target=_child, args=(list(map(str, arguments)), said), kwargs=options)
         self.process.start()
 
     @property
@@ -151,11 +156,18 @@ class Training:
         return self.said.read_text() if self.said.exists() else ""
 
 
-def _child(arguments, said, limits):
-    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(handle, stream)
-    for limit, most in limits.items():
+def _child(arguments, said, limits=None, stdout=None, terminal=None, encoding=None, nohup=False):
+    if terminal:
+        os.setsid()
+    both = os.open(terminal or said, os.O_RDWR | os.O_CREAT, 0o644)  # the first terminal of a session is its own
+    only = os.open(stdout, os.O_WRONLY) if stdout else both
+    os.dup2(only, 1)
+    os.dup2(both, 2)
+    if encoding:
+        sys.stdout.reconfigure(encoding=encoding, errors="strict")
+    if nohup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for limit, most in (limits or {}).items():
         if limit == resource.RLIMIT_AS:
             most += 4096 * int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(limit, (most, most))

@@ -5,6 +5,7 @@ losses that go wrong.
 """
 
 import os
+import pty
 import random
 import re
 import resource
@@ -50,10 +51,10 @@ def training(tmp_path, data):
     """Starts train.py in a process; every one that a test leaves running is ended."""
     started = []
 
-    def start(*arguments, out="run", limits=None):
+    def start(*arguments, out="run", data=data, **options):
         said = tmp_path / f"said-{len(started)}.txt"
         command = ["--data", data, "--out", tmp_path / out, *FLAGS, *arguments]
-        started.append(Training(*command, said=said, limits=limits))
+        started.append(Training(*command, said=said, **options))
         return started[-1]
 
     yield start
@@ -108,7 +109,7 @@ def test_twenty_five_kills_at_random_moments_change_nothing(tmp_path, training, 
     killed_again_and_again(tmp_path, training, kills=25, steps=200, seed=seed)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, training, number, status):
     flags = ("--max-steps", 40, "--eval-every", 20, "--save-every", 1000)
     one = training(*flags)
@@ -134,6 +135,83 @@ def test_a_second_signal_ends_it_at_once(tmp_path, training):
     os.kill(one.pid, signal.SIGTERM)
     os.kill(one.pid, signal.SIGCONT)
     assert one.wait(20) in (130, 143)
+
+
+def test_under_nohup_a_closed_window_changes_nothing(tmp_path, training):
+    one = training("--max-steps", 60, "--eval-every", 60, nohup=True)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    os.kill(one.pid, signal.SIGHUP)
+    assert one.wait() == 0, one.text()
+    assert "all 60 steps done" in one.text()
+
+
+# The screen
+
+
+def ended_well(tmp_path, one, step=40):
+    """A training came to its end, saved, and showed no traceback."""
+    assert one.wait() == 0, one.text()
+    assert "Traceback" not in one.text() and "Exception ignored" not in one.text(), one.text()
+    assert checkpoint.load_tensors(tmp_path / "run" / "last.pt")["step"] == step
+    assert {p.name for p in (tmp_path / "run").iterdir()} == FILES
+
+
+UNSEEN = ("--max-steps", 40, "--eval-every", 5, "--save-every", 1000)
+
+
+def test_a_closed_pipe_does_not_end_a_training(tmp_path, training):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    one = training(*UNSEEN, stdout=pipe)
+    with open(pipe) as head:
+        assert head.readline().startswith("documents")
+    ended_well(tmp_path, one)
+    assert one.text() == "note: standard output cannot be written (Broken pipe); the training goes on\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_for_the_screen_does_not_end_a_training(tmp_path, training):
+    one = training(*UNSEEN, stdout="/dev/full")
+    ended_well(tmp_path, one)
+    assert one.text().count("\n") == 1 and "No space left on device" in one.text()
+
+
+def test_letters_that_the_screen_lacks_do_not_end_a_training(tmp_path, training):
+    folder = tmp_path / "сказки"
+    folder.mkdir()
+    for k in range(12):
+        (folder / f"{k}.md").write_text(f"Жил-был кот, и было у него {k} мышей. " * 8, encoding="utf-8")
+    one = training(*UNSEEN, data=folder, encoding="cp1252")
+    ended_well(tmp_path, one)
+    assert r"\u043a\u043e\u0442" in one.text()  # кот
+
+
+def test_a_closed_terminal_does_not_end_a_training(tmp_path, training):
+    """`disown` keeps the signal away; what is left of the terminal are errors."""
+    main, side = pty.openpty()
+    one = training(*UNSEEN, terminal=os.ttyname(side), nohup=True)
+    read_until(main, b"documents")
+    os.close(main)
+    os.close(side)
+    ended_well(tmp_path, one)
+
+
+def test_a_closed_window_saves_and_ends(tmp_path, training):
+    main, side = pty.openpty()
+    never = 100_000
+    flags = ("--max-steps", never, "--eval-every", never, "--save-every", never)
+    one = training(*flags, terminal=os.ttyname(side))
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    os.close(side)
+    os.close(main)
+    assert one.wait() == 128 + signal.SIGHUP
+    assert 0 < checkpoint.load_tensors(tmp_path / "run" / "last.pt")["step"] < never
+
+
+def read_until(terminal, text):
+    received = b""
+    while text not in received:
+        received += os.read(terminal, 4096)
 
 
 def test_resume_where_nothing_was_saved_begins_and_says_so(tmp_path, training):
