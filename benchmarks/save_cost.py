@@ -1,7 +1,7 @@
-"""What it costs that a run can be killed: the time of its saves beside the time of the steps between two of them.
+"""What it costs that a run survives a kill: the time of a save, beside that of the steps between two saves.
 
-At the default --save-every and --eval-every each save is of the costliest kind: everything needed to go on, with the
-lines of metrics.jsonl flushed before and the file read back after, and the best model beside it.
+With the default --save-every and --eval-every each save is the most expensive one: everything needed to resume, with
+metrics.jsonl flushed before and the file read back afterwards, and the best model.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from mamba2_min.training.trainer import Trainer
 
 SETTINGS = {"small": peers.SMALL}
 QUICK = {"tiny": peers.TINY}
-STEPS = 5  # a round's
+STEPS = 5  # per round
 
 
 def trainer_of(config: Mamba2Config, options: Options, out: Path) -> Trainer:
-    """A trainer with the default settings, on random tokens: what a step costs does not depend on which they are."""
+    """A trainer with the default settings, on random tokens: the cost of a step does not depend on them."""
     words = WordTokenizer([f"word{k}" for k in range(config.vocab_size - 257)])
     tokens = torch.randint(config.vocab_size, (100_000,), dtype=torch.int32)
     corpus = Corpus(words, tokens, tokens[:1000], len(tokens), 1000, 1, 1, 1, 1)
@@ -38,7 +38,7 @@ def trainer_of(config: Mamba2Config, options: Options, out: Path) -> Trainer:
 
 
 def measure(name: str, config: Mamba2Config, options: Options) -> harness.Measurement:
-    """Steps and saves in turns, and the share of a training's time that the saves take."""
+    """Times steps and saves by turns, and computes the share of a training's time that saves take."""
     with tempfile.TemporaryDirectory() as folder, options.products():
         trainer = trainer_of(config, options, Path(folder))
         lines = itertools.count()

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from mamba2_min.validate import kind_of
+
 
 def add_flags(
     group: argparse._ArgumentGroup,
@@ -22,7 +24,7 @@ def add_flags(
         about = {**field.metadata, **(metadata or {}).get(field.name, {})}
         if not about.get("help"):
             continue
-        kind = str(field.type).partition(" | ")[0]
+        kind = kind_of(field)
         options: dict[str, Any] = {"help": f"{about['help']} ({about.get('shown', _shown(field.default))})"}
         if kind == "bool":
             options["action"] = argparse.BooleanOptionalAction

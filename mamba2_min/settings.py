@@ -84,7 +84,7 @@ class Settings:
     max_bad_steps: int = setting(10, "skipped steps in a row, then stop", low=1, acceptable=True)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        validate.fields(self)
         for name in ("beta1", "beta2"):
             if getattr(self, name) == 1:
                 raise ValueError(f"{name} must be below 1")
@@ -111,26 +111,7 @@ class DataSettings:
     pattern: str = setting("words", "what a word is; whitespace: the WikiText convention", choices=PATTERNS)
 
     def __post_init__(self) -> None:
-        check_fields(self)
-
-
-def check_fields(settings: Any) -> None:
-    """Raises ValueError unless each field's value is of its type and within the bounds that its metadata names."""
-    for field in dataclasses.fields(settings):
-        name, value, bounds = field.name, getattr(settings, field.name), field.metadata
-        kind, _, optional = str(field.type).partition(" | ")
-        if optional and value is None:
-            continue
-        if "choices" in bounds:
-            validate.one_of(name, value, bounds["choices"])
-        elif kind == "int":
-            validate.integer(name, value, bounds["low"], bounds["high"])
-        elif kind == "float":
-            validate.number(name, value, bounds["low"], bounds["high"])
-        elif kind == "bool":
-            validate.boolean(name, value)
-        elif not isinstance(value, str):
-            raise ValueError(f"{name} must be a string, not {str(value)[:40]}")
+        validate.fields(self)
 
 
 # Shapes to start from: about 1, 4 and 135 million parameters with a vocabulary of 8,192.

@@ -1,4 +1,4 @@
-"""What the tests measure with: errors, the largest tensor that a computation makes, the memory that it holds."""
+"""Instruments of the tests: relative errors, the largest tensor of a computation, the memory that it holds."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """|got - expected| / |expected| in the Euclidean norm, in float64; next to nothing expected: |got - expected|.
+    """|got - expected| / |expected| in the Euclidean norm, in float64.
 
-    Next to nothing is below 1e-20: what is left of a state that has been forgotten.
+    Where |expected| is below 1e-20, as of a state that has been forgotten, it is |got - expected|.
     """
     got, expected = got.detach().double(), expected.detach().double()
     assert got.shape == expected.shape, f"{tuple(got.shape)} is not {tuple(expected.shape)}"
@@ -22,9 +22,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 class Recorded(TorchDispatchMode):
-    """Within it, `outputs` gets (operation, elements of storage, dtype) of every tensor that an operation returns.
+    """Records in `outputs` (operation, elements of storage, dtype) of every tensor that an operation returns.
 
-    It sees what runs inside a `torch.autograd.Function` too, forward and backward.
+    This includes what runs inside a `torch.autograd.Function`, forward and backward.
     """
 
     def __init__(self):
@@ -41,14 +41,14 @@ class Recorded(TorchDispatchMode):
 
     @property
     def largest(self) -> int:
-        """Elements of the largest storage."""
+        """The number of elements of the largest storage."""
         return max(elements for _, elements, _ in self.outputs)
 
 
 class Allocated:
-    """Within it, every allocation and release of PyTorch's CPU memory is recorded; `peak` and `kept` are bytes.
+    """Records every allocation and release of PyTorch's CPU memory; `peak` and `kept` are bytes.
 
-    peak: the most that was held at one time beyond what was held on entry; kept: what is still held on leaving.
+    Both count from what was held on entry. peak: the most that was held at one time; kept: what is still held on exit.
     """
 
     def __init__(self, folder: Path):

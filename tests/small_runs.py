@@ -1,7 +1,7 @@
-"""Trainings small enough to be run by the dozen: documents, a model, a trainer, and train.py in a process of its own.
+"""Trainings that are small enough to run dozens: documents, a model, a trainer, and train.py in its own process.
 
-The processes are forked from one that has imported torch already, and are otherwise as real as any: they have a
-terminal or a file to write to, limits, and a number that signals can be sent to.
+The processes are forked from one that has already imported torch. Otherwise they are real: they write to a terminal, a
+pipe or a file, have limits, and receive signals.
 """
 
 import importlib.util
@@ -51,7 +51,7 @@ _processes.set_forkserver_preload(
 
 
 def write_documents(folder, count=12, words=60, seed=0):
-    """Documents of made-up sentences, from few words, so that there is something to learn."""
+    """Documents of random sentences from few words, so that there is something to learn."""
     draw = random.Random(seed)
     names = ["owl", "fox", "hen", "cat", "dog", "cow", "bee", "ant"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def write_documents(folder, count=12, words=60, seed=0):
 def make_trainer(
     out, data, dropout=0.1, resume=False, device="cpu", model=None, accept_documents=False, report=None, **settings
 ):
-    """A Trainer of the smallest model; `settings` are Settings."""
+    """A Trainer of the smallest model; `settings` are those of Settings."""
     tokenizer = None
     if resume and (out / checkpoint.TOKENIZER).exists():
         tokenizer = checkpoint_tokenizer(out)
@@ -93,7 +93,7 @@ def checkpoint_tokenizer(out):
 
 
 def same(a, b):
-    """Whether two nests of tensors and plain values are equal to the last bit."""
+    """Whether two nested structures of tensors and plain values are equal to the last bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -104,7 +104,7 @@ def same(a, b):
 
 
 def assert_same_run(one, other):
-    """Two runs' folders hold the same files, best weights, measurements and everything that a next step depends on."""
+    """Two runs' folders hold the same files, best weights, metrics, and everything that the next step depends on."""
     assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
     a, b = (checkpoint.load_tensors(folder / checkpoint.RESUME) for folder in (one, other))
     for name in STATE:
@@ -123,7 +123,7 @@ def load_script():
 
 
 class Training:
-    """train.py with `arguments` in a process of its own, which writes to the file `said`.
+    """train.py with `arguments` in its own process, which writes to the file `said`.
 
     `limits`: {resource.RLIMIT_...: most}, where the most of RLIMIT_AS is counted from what the process has when it
     starts. `stdout`: what it opens as its standard output instead, such as a pipe's name or /dev/full; `terminal`: what

@@ -1,7 +1,6 @@
 """What happens to a training process: killed, interrupted, out of disk, out of memory, two at once.
 
-Each test does it to a real process that runs train.py. See tests/test_trainer.py for every moment of a kill, and for
-losses that go wrong.
+Each test uses a real process that runs train.py. tests/test_trainer.py kills at every moment, and spoils losses.
 """
 
 import os
@@ -48,7 +47,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def training(tmp_path, data):
-    """Starts train.py in a process; every one that a test leaves running is ended."""
+    """Starts train.py in a process. What a test leaves running is killed."""
     started = []
 
     def start(*arguments, out="run", data=data, **options):
@@ -73,12 +72,12 @@ def last_line(training):
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
 
 
 def killed_again_and_again(tmp_path, training, kills, steps, seed):
-    """One training killed at random moments must end as one that never was."""
+    """A training that is killed at random moments must end like one that never was."""
     flags = ("--max-steps", steps, "--eval-every", 10, "--save-every", 4)
     assert training(*flags, out="whole").wait() == 0
     metrics = tmp_path / "killed" / "metrics.jsonl"

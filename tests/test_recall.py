@@ -1,4 +1,4 @@
-"""The games of recall are what they say: whoever reads with a list, a dictionary and no network wins each of them."""
+"""The tasks of recall are what they claim: a reader with a list or a dictionary, and no network, solves them."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def association(generator, batch=16, length=40, n_pairs=7, vocab_size=20):
 GAMES = [copying, induction, association]
 
 
-# Each reads a row from the left and answers from what it has read up to there, knowing the rules alone.
+# Each reads a row from the left and answers from what it has read so far; it knows only the rules.
 
 
 def play_copying(row, vocab_size=10):
@@ -154,7 +154,7 @@ def test_what_cannot_be_is_refused_in_one_line(call):
 
 
 class Oracle(torch.nn.Module):
-    """Answers induction as `play_induction` does, but for the rows whose first token is under `wrong`."""
+    """Answers like `play_induction`, except in rows whose first token is below `wrong`: there it is wrong."""
 
     def __init__(self, wrong=0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""train.py as its users meet it: what it prints, what it refuses, and how it goes on."""
+"""train.py as its users meet it: what it prints, what it refuses, and how it resumes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The trainer as a library: what a step does, when a run ends, and that interrupting it changes nothing."""
+"""The trainer as a library: what a step does, when a run ends, and that an interruption changes nothing."""
 
 import dataclasses
 import json
@@ -214,15 +214,15 @@ def test_patience_zero_never_stops(tmp_path, data):
     assert (result.reason, result.step, result.best_step) == ("max_steps", 6, 1)
 
 
-# Going on
+# Resuming
 
 
 class Killed(BaseException):
-    """What a test raises where a process might be killed."""
+    """Raised by a test where a process might be killed."""
 
 
 class Crash:
-    """Ends a training at its n-th moment: a step, an evaluation, a flush, a rename, an appended line."""
+    """Ends a training at its n-th event: a step, an evaluation, a flush, a rename, an appended line."""
 
     def __init__(self, monkeypatch, at=None):
         self.at, self.moments = at, 0
@@ -293,7 +293,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(tmp_path, data, un
 
 
 def test_going_on_with_more_steps_equals_having_asked_for_them(tmp_path, data):
-    """Two sittings of N steps are one of 2N, where the learning rate does not depend on how many are asked for."""
+    """Two times N steps equal 2N, where the learning rate does not depend on the number of steps."""
     flat = {"warmup_steps": 0, "min_lr": 0.01, "eval_every": 6}
     make_trainer(tmp_path / "whole", data, max_steps=12, **flat).train()
     make_trainer(tmp_path / "halves", data, max_steps=6, **flat).train()
@@ -391,7 +391,7 @@ def test_nothing_jumps_early_or_where_that_is_off():
 
 
 class Spoiled(Mamba2LM):
-    """A model whose loss goes wrong in the calls that `spoil` names."""
+    """A model whose loss is multiplied by `spoil[n]` in its n-th call."""
 
     def __init__(self, config, seed, spoil):
         super().__init__(config, seed)
@@ -444,7 +444,7 @@ def test_after_many_bad_steps_it_stops_and_the_best_stays(tmp_path, data):
 
 
 class Greedy(Mamba2LM):
-    """A model for which more than `most` windows at a time are too many."""
+    """A model that runs out of memory with more than `most` windows at a time."""
 
     most = 2
 
@@ -503,7 +503,7 @@ def test_blocks_that_are_recomputed_train_to_the_same_weights(tmp_path, data):
 
 
 class Compiler:
-    """In the place of torch.compile: what a block computes, or what a faulty compiler makes of it."""
+    """Replaces torch.compile: computes what a block does, or what a faulty compiler makes of it."""
 
     def __init__(self, fault=None):
         self.fault, self.calls, self.sizes = fault, 0, []
