@@ -16,6 +16,7 @@ import pytest
 from small_runs import SHAPE, Training, assert_same_run, write_documents
 
 from mamba2_min.checkpoints import checkpoint
+from mamba2_min.training.guards import deferred_signals
 from mamba2_min.training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits as POSIX has them")
@@ -134,6 +135,16 @@ def test_a_second_signal_ends_it_at_once(tmp_path, training):
     os.kill(one.pid, signal.SIGTERM)
     os.kill(one.pid, signal.SIGCONT)
     assert one.wait(20) in (130, 143)
+
+
+def test_a_window_that_closes_may_send_several_signals():
+    before = signal.getsignal(signal.SIGHUP)
+    with deferred_signals() as caught:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert caught == [signal.SIGHUP] * 3
+    assert signal.getsignal(signal.SIGHUP) is before
 
 
 def test_under_nohup_a_closed_window_changes_nothing(tmp_path, training):

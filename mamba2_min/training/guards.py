@@ -75,8 +75,8 @@ class LossGuard:
 def deferred_signals() -> Iterator[list[int]]:
     """Within, the first SIGINT, SIGTERM or SIGHUP is noted in the list that it yields: a loop can finish its step.
 
-    The next one ends the process at once. A SIGHUP that is ignored, as under nohup, stays ignored. Outside of the main
-    thread nothing changes.
+    The next SIGINT or SIGTERM ends the process at once; a further SIGHUP does not, because a window that closes may
+    send several. A SIGHUP that is ignored, as under nohup, stays ignored. Outside of the main thread nothing changes.
     """
     caught: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -85,7 +85,7 @@ def deferred_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        for each in numbers:
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
     try:

@@ -57,7 +57,7 @@ def training_memory(
 
 
 def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device) -> Settings:
-    """The settings, where they say "auto", with a micro-batch that fits: the batch, halved until there is room.
+    """The settings, where they ask for "auto", with a micro-batch that fits: the batch, halved until there is room.
 
     The choice is saved with the run. A resumed run that chose again might add its gradients up in another order.
     """
