@@ -74,9 +74,9 @@ def test_products_that_may_be_rounded_to_bf16():
     """In slices of twice the size; on a CPU without AMX nothing is rounded."""
     hidden, weight, targets = make((2, 1000), d=8, v=5000, dtype=torch.float32)
     expected = run(plain, hidden, weight, targets)
-    usual = loss._slice_elements(hidden.device)
+    usual = loss.slice_elements(hidden.device)
     with devices.matmul_precision(torch.device("cpu"), "bf16"):
-        assert loss._slice_elements(hidden.device) == 2 * usual
+        assert loss.slice_elements(hidden.device) == 2 * usual
         assert_close(run(linear_cross_entropy, hidden, weight, targets), expected, 2e-2)
 
 

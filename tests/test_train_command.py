@@ -16,7 +16,7 @@ from mamba2_min import devices, files
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 from mamba2_min.settings import PRESETS, Settings
-from mamba2_min.training import memory
+from mamba2_min.training import memory, screen
 from mamba2_min.training.runs import plan_run, read_plan
 from mamba2_min.training.trainer import Trainer
 
@@ -83,6 +83,22 @@ def test_a_run_says_what_it_does_and_what_to_do_next(train, tmp_path, data):
         "last.pt",
         "metrics.jsonl",
     }
+
+
+def test_the_lines_of_a_training_are_columns_that_fit_a_terminal(train, monkeypatch):
+    monkeypatch.setattr(screen, "_SECONDS_BETWEEN_LINES", -1)
+    status, text = train("--max-steps", "3", "--eval-every", "2")
+    lines = [line for line in text.splitlines() if line.startswith("step ")]
+    assert status == 0 and [line[:24] for line in lines] == [
+        "step      1  training   ",
+        "step      2  training   ",
+        "step      2  validation ",
+        "step      3  training   ",
+        "step      3  validation ",
+    ]
+    assert all(re.match(r" *\d\.\d{4}  ", line[24:]) and len(line) <= 80 for line in lines)
+    assert len({line.index(".") for line in lines}) == 1  # one loss below the other
+    assert re.search(r" +[\d,]+ tokens/s +\d:\d\d left$", lines[0])
 
 
 BAD = {
