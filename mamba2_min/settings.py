@@ -13,18 +13,21 @@ from typing import Any
 from mamba2_min import validate
 
 LARGEST = 2**31 - 1  # of every integer but the seed: a larger one is a slip, or a file that means harm
+LARGEST_FLOAT = 1e12
 PRECISIONS = ("auto", "float32", "bf16")
 PATTERNS = ("words", "whitespace")  # as in data/tokenizer.py
 
 
 def setting(
-    default: Any, help: str = "", low: float = 0, high: float = LARGEST, group: str = "training", **more: Any
+    default: Any, help: str = "", low: float = 0, high: float | None = None, group: str = "training", **more: Any
 ) -> Any:
     """A field of a settings class. `help` makes it a flag of train.py, in `group`; numbers must lie in [low, high].
 
     In `more`: `choices`; `metavar`; `shown`, what the help prints in place of the default; `auto`, the field that the
     word "auto" switches on; `acceptable`, see ACCEPTABLE.
     """
+    if high is None:
+        high = LARGEST_FLOAT if isinstance(default, float) else LARGEST
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "group": group, **more})
 
 
@@ -47,23 +50,23 @@ class Settings:
         acceptable=True,
     )
     adapt_micro_batch: bool = setting(False, acceptable=True)  # out of memory: halve micro_batch instead of ending
-    max_steps: int = setting(0, "steps", shown="10 passes over the data, at least 200", acceptable=True)
+    max_steps: int = setting(0, "step limit", shown="10 passes over the data, at least 200", acceptable=True)
     max_minutes: float = setting(  # the learning rate then also falls with the clock
-        0.0, "time limit", high=1e12, shown="none", acceptable=True
+        0.0, "time limit", shown="none", acceptable=True
     )
     eval_every: int = setting(100, "steps between validations", low=1, acceptable=True)
     save_every: int = setting(  # it also saves at every best validation, at the end and on a signal
         100, "steps between saves", low=1, acceptable=True
     )
     patience: int = setting(5, "validations without a better one, then stop; 0: never", acceptable=True)
-    min_delta: float = setting(0.0, "nats that count as better", high=1e12, acceptable=True)
-    lr: float = setting(5e-3, "peak learning rate", high=1e12)
-    min_lr: float = setting(1e-5, "final learning rate", high=1e12)
+    min_delta: float = setting(0.0, "nats that count as better", acceptable=True)
+    lr: float = setting(5e-3, "peak learning rate")
+    min_lr: float = setting(1e-5, "final learning rate")
     warmup_steps: int = setting(100, "steps of linear warm-up")
-    weight_decay: float = setting(1.0, "on matrices only", high=1e12)
+    weight_decay: float = setting(1.0, "on matrices only")
     beta1: float = setting(0.9, "AdamW's mean of gradients", high=1)
     beta2: float = setting(0.99, "AdamW's mean of their squares", high=1)
-    clip: float = setting(1.0, "largest gradient norm; 0: none", high=1e12)
+    clip: float = setting(1.0, "largest gradient norm; 0: none")
     seed: int = setting(0, "of the weights, the order of data and dropout", high=2**63 - 1)
     precision: str = setting(
         "auto", "of matrix products", choices=PRECISIONS, shown="auto: the faster", group="machine"
@@ -79,7 +82,7 @@ class Settings:
     )
     log_every: int = setting(10, "steps per training line of metrics.jsonl", low=1, acceptable=True)
     spike: float = setting(  # see guards.py
-        10.0, "skip a step whose loss is this many deviations above recent ones; 0: never", high=1e12, acceptable=True
+        10.0, "skip a step whose loss is this many deviations above recent ones; 0: never", acceptable=True
     )
     max_bad_steps: int = setting(10, "skipped steps in a row, then stop", low=1, acceptable=True)
 
