@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from mamba2_min.validate import kind_of
+from mamba2_min.settings import kind_of
 
 
 def add_flags(

@@ -87,7 +87,7 @@ class Settings:
     max_bad_steps: int = setting(10, "skipped steps in a row, then stop", low=1, acceptable=True)
 
     def __post_init__(self) -> None:
-        validate.fields(self)
+        check_fields(self)
         for name in ("beta1", "beta2"):
             if getattr(self, name) == 1:
                 raise ValueError(f"{name} must be below 1")
@@ -114,7 +114,34 @@ class DataSettings:
     pattern: str = setting("words", "what a word is; whitespace: the WikiText convention", choices=PATTERNS)
 
     def __post_init__(self) -> None:
-        validate.fields(self)
+        check_fields(self)
+
+
+def check_fields(instance: Any) -> None:
+    """Raises ValueError unless each field of a dataclass has a value of its type, as its metadata allows it.
+
+    Metadata: `low` and `high` bound a number, `choices` lists strings. A field of type "… | None" may be None.
+    """
+    for field in dataclasses.fields(instance):
+        name, value, about, kind = field.name, getattr(instance, field.name), field.metadata, kind_of(field)
+        if value is None and "None" in str(field.type):
+            continue
+        if "choices" in about:
+            validate.one_of(name, value, about["choices"])
+        elif kind == "int":
+            validate.integer(name, value, about["low"], about["high"])
+        elif kind == "float":
+            validate.number(name, value, about["low"], about["high"])
+        elif kind == "bool":
+            validate.boolean(name, value)
+        elif kind == "str" and not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, not {str(value)[:40]}")
+
+
+def kind_of(field: dataclasses.Field[Any]) -> str:
+    """The name of a field's type, without "| None": "int" for int and for int | None."""
+    name = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    return name.partition(" | ")[0]
 
 
 # Shapes to start from: about 1, 4 and 135 million parameters with a vocabulary of 8,192.

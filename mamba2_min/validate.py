@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Collection
@@ -36,33 +35,6 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {_shown(value)}")
     return value
-
-
-def fields(instance: Any) -> None:
-    """Raises ValueError unless each field of a dataclass has a value of its type, as its metadata allows it.
-
-    Metadata: `low` and `high` bound a number, `choices` lists strings. A field of type "… | None" may be None.
-    """
-    for field in dataclasses.fields(instance):
-        name, value, about, kind = field.name, getattr(instance, field.name), field.metadata, kind_of(field)
-        if value is None and "None" in str(field.type):
-            continue
-        if "choices" in about:
-            one_of(name, value, about["choices"])
-        elif kind == "int":
-            integer(name, value, about["low"], about["high"])
-        elif kind == "float":
-            number(name, value, about["low"], about["high"])
-        elif kind == "bool":
-            boolean(name, value)
-        elif kind == "str" and not isinstance(value, str):
-            raise ValueError(f"{name} must be a string, not {_shown(value)}")
-
-
-def kind_of(field: dataclasses.Field[Any]) -> str:
-    """The name of a field's type, without "| None": "int" for int and for int | None."""
-    name = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-    return name.partition(" | ")[0]
 
 
 def _range(low: float, high: float) -> str:
