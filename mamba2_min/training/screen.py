@@ -27,10 +27,11 @@ _SECONDS_BETWEEN_LINES = 30
 class Screen:
     """A line and a sample of text at each evaluation, and a bar between them; in a file or pipe a line now and then.
 
-    `sample(step)` returns text that the model writes. Give `report` to the trainer, and train within `watching`.
+    `sample(step)`, if given, returns text that the model writes. Give `report` to the trainer, and train within
+    `watching`.
     """
 
-    def __init__(self, sample: Callable[[int], str]):
+    def __init__(self, sample: Callable[[int], str] | None = None):
         self.sample = sample
         self.validation = ""
         self.printed = time.perf_counter()
@@ -44,7 +45,7 @@ class Screen:
             dynamic_ncols=True,
             mininterval=0.5,
             bar_format="{n:>6,}/{total:,} |{bar}| {desc}",
-            disable=not sys.stderr.isatty(),
+            disable=sys.stderr is None or not sys.stderr.isatty(),
         )
         return self.bar
 
@@ -70,7 +71,8 @@ class Screen:
                 f"{step}validation {score.loss:>7.4f}  perplexity {score.perplexity:>9,.1f}  "
                 f"bits per byte {score.bits_per_byte:.4f}{best}"
             )
-            self._write(wrapped(self.sample(values["step"]), " " * 13 + "| "))
+            if self.sample:
+                self._write(wrapped(self.sample(values["step"]), " " * 13 + "| "))
 
     def _progress(self, values: dict[str, Any]) -> None:
         trainer, now = self.trainer, time.perf_counter()
