@@ -15,10 +15,11 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import Options
 from mamba2_min.data.corpus import read_documents
+from mamba2_min.datagen.builtin import STORIES
 from mamba2_min.datagen.cleaning import clean
 from mamba2_min.datagen.duplicates import NearDuplicates, signature
 from mamba2_min.datagen.judging import Rules, judge
-from mamba2_min.datagen.kinds import STORIES, compose
+from mamba2_min.datagen.kinds import compose
 from mamba2_min.datagen.store import Store
 
 DOCUMENTS = Path(__file__).parent.parent / "training_data"

@@ -89,13 +89,17 @@ def faults(share: float, kinds: tuple[str, ...] = PASSING + LASTING, salt: int =
 class OllamaServer:
     """The server, in threads of this process, on a free port of the loopback interface (or on `port`).
 
-    Attributes to set: `models`, name to capabilities; `misbehave`, from a request's seed to "ok" or a fault; `pace`,
-    seconds between pieces; `words_a_piece`; `stall_seconds`. To read: `url`, `requests`, (path, payload) in order.
+    Attributes to set: `models`, name to capabilities; `misbehave`, from a request's seed to "ok" or a fault; `replies`,
+    from (path, payload) to what is sent instead, as (status, headers, body), or None; `writes`, from a seed to the text
+    of its answer; `pace`, seconds between pieces; `words_a_piece`; `stall_seconds`. To read: `url`; `requests`, (path,
+    payload) in order; `asked`, how often each (seed, prompt) was.
     """
 
     def __init__(self, port: int = 0, models: dict[str, list[str]] | None = None):
         self.models = models or {"llama3.1:latest": ["completion"], "qwen3:4b": ["completion", "thinking"]}
         self.misbehave: Callable[[int], str] = lambda seed: "ok"
+        self.replies: Callable[[str, dict], tuple[int, dict[str, str], bytes] | None] = lambda path, payload: None
+        self.writes: Callable[[int], str] | None = None
         self.pace, self.words_a_piece, self.stall_seconds = 0.0, 8, 60.0
         self.requests: list[tuple[str, dict]] = []
         self.asked: Counter = Counter()
@@ -152,6 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, b"", "text/plain")
 
     def do_GET(self) -> None:
+        self.stand_in.requests.append((self.path, {}))
+        if self._replied({}):
+            return
         if self.path == "/":
             self._send(200, b"Ollama is running", "text/plain")
         elif self.path == "/api/version":
@@ -167,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             return self._json(400, {"error": str(error)})
         self.stand_in.requests.append((self.path, payload))
+        if self._replied(payload):
+            return None
         name = self._found(payload.get("model", ""))
         if self.path not in ("/api/show", "/api/chat", "/api/generate"):
             self._json(404, {"error": "not found"})
@@ -179,6 +188,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(400, {"error": f'"{name}" does not support thinking'})
         else:
             self._answer(payload)
+
+    def _replied(self, payload: dict) -> bool:
+        reply = self.stand_in.replies(self.path, payload)
+        if reply:
+            status, headers, body = reply
+            self._send(status, body, **headers)
+        return bool(reply)
 
     # --- answers ---
 
@@ -200,6 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "stall before":
             return self._stall()
         text, thought = _text_of(fault, seed, prompt)
+        if self.stand_in.writes and fault == "ok":
+            text = self.stand_in.writes(seed)
         if not payload.get("stream", True):
             return self._json(200, self._piece(payload, text, thought, "length" if fault == "length" else "stop"))
         self._stream(payload, text, thought, fault)
@@ -271,10 +289,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, status: int, value: dict) -> None:
         self._send(status, json.dumps(value).encode(), "application/json; charset=utf-8")
 
-    def _send(self, status: int, body: bytes, content_type: str) -> None:
+    def _send(self, status: int, body: bytes, content_type: str = "text/plain", **headers: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in ({"Content-Type": content_type, "Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 

@@ -297,6 +297,52 @@ def test_a_full_disk(server, tmp_path):
     assert int(status) == 2 and int(lines) > 5 and int(files) - int(lines) in (0, 1) and end
 
 
+# --- screens ---
+
+RUSSIAN = (
+    "Дождь кончился {seed}. Старик снял шляпу со стены и вышел посмотреть на реку, которая ночью поднялась и теперь"
+    " стояла у самой двери мельницы номер {seed}, и он не знал, что ему делать с этой водой {seed} раз."
+)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_screen_that_lacks_letters(server, tmp_path, encoding):
+    server.writes = lambda seed: " ".join(RUSSIAN.format(seed=f"{word}{seed}") for word in ("а", "бе", "вэ"))
+    args = ("--host", server.url, "--out", tmp_path, "--language", "ru", "--similarity", 1, "--documents", 2, *QUICK)
+    done = run(*args, PYTHONIOENCODING=f"{encoding}:strict", PYTHONUTF8="0")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert "\\u0434\\u043e\\u0436\\u0434\\u044c" in done.stdout  # the first word of an opening
+    assert len(entries(tmp_path)) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("broken", ["full", "closed pipe", "closed"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_screen_that_cannot_be_written_to_costs_no_document(server, tmp_path, stream, broken):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        target = {"full": full, "closed pipe": writer, "closed": subprocess.DEVNULL}[broken]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: target}
+        args = command("--host", server.url, "--out", tmp_path, "--documents", 3, *QUICK)
+        if broken == "closed":
+            args = ["sh", "-c", f'"$@" {"1" if stream == "stdout" else "2"}>&-', "sh", *args]
+        done = subprocess.run(args, text=True, timeout=60, **streams)
+    os.close(writer)
+    assert done.returncode == 0
+    check_complete(tmp_path, 3)
+    if stream == "stdout" and broken != "closed":
+        assert "standard output cannot be written" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_prompts_in_a_file_are_the_prompts_themselves(tmp_path):
+    (tmp_path / "own.json").write_text(
+        json.dumps({"prompt": "Über {w}.", "lists": {"w": ["a\u200bb\x0cc", "\x1b[1md"]}})
+    )
+    done = run("--kind", tmp_path / "own.json", "--dry-run", PYTHONIOENCODING="utf-8")
+    assert "Über a\u200bb\nc." in done.stdout and "Über d." in done.stdout
+
+
 # --- what is seen before ---
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -13,8 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mamba2_min.datagen import kinds
-from mamba2_min.datagen.kinds import KINDS, Kind, compose, find_kind, load_template, load_topics, slug
+from mamba2_min.datagen import builtin, kinds
+from mamba2_min.datagen.builtin import KINDS
+from mamba2_min.datagen.kinds import Kind, compose, compose_request, slug
+from mamba2_min.datagen.lists import read_list
+from mamba2_min.datagen.templates import find_kind, load_template, load_topics
 from mamba2_min.errors import UserError
 
 
@@ -34,11 +38,11 @@ def test_of_a_thousand_prompts_hardly_two_are_the_same(kind):
 
 
 def test_prompts_depend_on_seed_and_index_alone():
-    forwards = [compose(kinds.STORIES, 5, index) for index in range(50)]
+    forwards = [compose(builtin.STORIES, 5, index) for index in range(50)]
     kinds._shuffled.cache_clear()
-    assert [compose(kinds.STORIES, 5, index) for index in reversed(range(50))] == forwards[::-1]
+    assert [compose(builtin.STORIES, 5, index) for index in reversed(range(50))] == forwards[::-1]
     code = (
-        "from mamba2_min.datagen.kinds import *; import json;"
+        "from mamba2_min.datagen.builtin import *; from mamba2_min.datagen.kinds import *; import json;"
         "print(json.dumps([compose(STORIES, 5, i).text for i in (3, 49)]))"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={})
@@ -47,23 +51,48 @@ def test_prompts_depend_on_seed_and_index_alone():
 
 def test_the_prompts_of_a_release_stay_the_same():
     """A set can be made again only as long as this holds: change it knowingly."""
-    assert compose(kinds.STORIES, 0, 0).draw["word"] == "rehearsal"
-    assert compose(kinds.LETTERS, 7, 12345).draw == compose(kinds.LETTERS, 7, 12345).draw
+    assert compose(builtin.STORIES, 0, 0).draw["word"] == "rehearsal"
+    assert compose(builtin.LETTERS, 7, 12345).draw == compose(builtin.LETTERS, 7, 12345).draw
+
+
+RECORDED = json.loads((Path(__file__).parent / "fixtures" / "prompts.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_prompts_are_those_of_the_first_version(case):
+    """Recorded with the lists still in Python: prompts, answers, what was drawn, and what --with-prompts asks."""
+    name, variant, seed = re.fullmatch(r"(\w+), (\w+), seed (\d+)", case).groups()
+    kind = KINDS[name]
+    kind = {
+        "plain": kind,
+        "topics": kind.with_topics(("the tides", "our cat Momo")),
+        "German": kind.in_language("German"),
+    }[variant]
+    digest = hashlib.sha256()
+    for index in range(300):
+        prompt = compose(kind, int(seed), index)
+        draw = json.dumps(dict(prompt.draw), ensure_ascii=False)
+        request = compose_request(kind, int(seed), index, "TEXT")
+        digest.update("\0".join([prompt.text, prompt.answer or "", draw, request]).encode())
+    assert compose(kind, int(seed), 3).text == RECORDED[case]["third"]
+    assert digest.hexdigest() == RECORDED[case]["sha256_of_300"]
 
 
 def test_every_list_is_used_evenly():
     openings = Counter(
-        compose(kinds.STORIES, 0, index).draw["opening"] for index in range(4 * len(kinds.lists.OPENINGS))
+        compose(builtin.STORIES, 0, index).draw["opening"] for index in range(4 * len(read_list("openings")))
     )
-    assert len(openings) == len(kinds.lists.OPENINGS)
+    assert len(openings) == len(read_list("openings"))
     assert set(openings.values()) == {4}
 
 
 def test_no_list_repeats_itself_or_asks_for_once_upon_a_time():
-    for name, cards in vars(kinds.lists).items():
-        if name.isupper():
-            assert len(set(cards)) == len(cards), name
-            assert not any("once upon" in card.lower() for card in cards)
+    files = sorted(Path(builtin.__file__).with_name("words").rglob("*.txt"))
+    assert len(files) == 44
+    for file in files:
+        cards = file.read_text("utf-8").splitlines()
+        assert cards and len(set(cards)) == len(cards), file
+        assert not any("once upon" in card.lower() or card != card.strip() or not card for card in cards), file
 
 
 def test_cards_of_one_prompt_are_different():
@@ -105,7 +134,7 @@ def test_a_template_as_json_and_as_toml_is_the_same_kind(tmp_path):
     assert (kind.name, kind.min_words, kind.max_words) == ("haiku", 5, None)
     texts = [compose(kind, 0, index).text for index in range(6)]
     assert any("{so}" in text for text in texts)
-    assert any(opening in text for text in texts for opening in kinds.lists.OPENINGS)  # a shared list
+    assert any(opening in text for text in texts for opening in read_list("openings"))  # a shared list
     if sys.version_info < (3, 11):
         return
     (tmp_path / "haiku.toml").write_text(
@@ -123,7 +152,7 @@ def test_the_template_in_the_documentation_works(tmp_path):
     kind = load_template(tmp_path / "recipes.toml")
     assert (kind.name, kind.min_words) == ("recipes", 40)
     assert any("{Braces}" in compose(kind, 0, index).text for index in range(2))
-    for name in kinds.SHARED_LISTS:
+    for name in builtin.SHARED_LISTS:
         assert re.search(rf"`[a-z ]*\b{name}\b[a-z ]*`", documentation)
     assert all(f"`{name}`" in documentation for name in KINDS)
 

@@ -56,6 +56,61 @@ def test_what_was_not_asked_for_is_taken_off(raw):
     assert clean(raw) == STORY
 
 
+T = f"I could write of a fox. {story('thought')}"
+THOUGHTS = [
+    "<think>{t}</think>",
+    "<THINK>{t}</THINK>",
+    "<think>{t}<think>{t}</think>{t}</think>",
+    "{t}</think>",
+    "<thinking>{t}</thinking><reflection>{t}</reflection>",
+    "<seed:think>{t}</seed:think>",
+    "<seed:think>{t}<seed:cot_budget_reflect>{t}</seed:cot_budget_reflect>{t}</seed:think>",
+    "<longcat_think>{t}</longcat_think>",
+    "[THINK]{t}[/THINK]",
+    "{t}[/THINK]",
+    "◁think▷{t}◁/think▷",
+    "<|think|>{t}<|/think|>",
+    "<|begin_of_thought|>{t}<|end_of_thought|>\n\n<|begin_of_solution|>",
+    "<|START_THINKING|>{t}<|END_THINKING|><|START_RESPONSE|>",
+    "<unused94>thought\n{t}<unused95>",
+    "<|channel>thought\n{t}<channel|>",
+    "<|channel|>analysis<|message|>{t}<|end|><|start|>assistant<|channel|>final<|message|>",
+    "<|start|>assistant<|channel|>analysis<|message|>{t}<|end|><|start|>assistant<|channel|>commentary<|message|>{t}"
+    "<|end|><|start|>assistant<|channel|>final<|message|>",
+    "analysis{t}assistantfinal",
+    "Here is my thought process:\n{t}\n\nHere is my response:\n",
+    "<reasoning>{t}</reasoning><answer>",
+]
+
+
+@pytest.mark.parametrize("form", THOUGHTS)
+def test_thoughts_are_taken_off(form):
+    assert clean(form.format(t=T) + "\n" + STORY) == STORY
+    for end in ("<|end|>", "<|return|>", "</answer>", "<|END_RESPONSE|>"):
+        assert clean(form.format(t=T) + STORY + end) == STORY
+
+
+@pytest.mark.parametrize("form", [form for form in THOUGHTS if not form.startswith("{t}")])
+def test_a_thought_without_an_end_is_no_text(form):
+    opening = form.partition("{t}")[0]
+    assert judge(clean(opening + T), Rules()) == "empty"
+    if opening[0] in "<[◁":  # a mark, and not words that a text may well contain
+        assert judge(clean(STORY + "\n" + opening + T), Rules()) in ("empty", "markers in the text")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[thinking] I do not know, said Anna.",
+        "He wrote: I think; therefore I am.",
+        "An analysis of the soil showed nothing.",
+        "Her channel of thought ran dry.",
+    ],
+)
+def test_what_only_sounds_like_a_thought_stays(text):
+    assert clean(text) == text
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -108,6 +163,12 @@ def test_nothing_unprintable_is_left_and_cleaning_again_changes_nothing(raw):
         "\x1b]",
         "word count ",
         "would you like me to ",
+        "[THINK]",
+        "<|channel|>analysis",
+        "<|channel|>",
+        "<think>[THINK]◁think▷<unused94>",
+        "a\u0301\u200d",
+        "\u202e",
         "I can't ",
         "as an ",
         "```\n",

@@ -1,4 +1,4 @@
-"""From what a model sends to what it was asked for: thinking, talk about the text, and unprintable characters go.
+"""From what a model sends to what it was asked for: thoughts, talk about the text, and invisible characters go.
 
 A model likes to say "Sure! Here is a story about a fox:" before the fox and "Let me know if you would like another
 one!" after it. A set in which half of the documents begin so teaches a small model just that.
@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import re
 
-from mamba2_min.errors import printable
+from mamba2_min.datagen.thoughts import without_thoughts
+from mamba2_min.printable import folded, visible
 
 MOST_LAYERS = 20  # a text of nothing but titles is not worth more time
 
-_THINKING = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
-_THINKING_END = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
-
-# ESC [ ... letter, and ESC ] ... BEL: what a terminal would obey has to go as a whole, not only its first byte.
-_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
-_LINE_END = re.compile(r"\r\n?|\u2028|\u2029|\x0b|\x0c|\x85")
-_INVISIBLE = re.compile("[\u200b\u2060\ufffe\uffff\U000e0000-\U000e007f]")
-
 # Delimiters of documents in training, and the turn markers of chat templates that some models let through.
 _MARKER = (
-    r"<\s{0,3}/?\s{0,3}(?:start|end)\s{0,3}>|<\|[\w ]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>"
+    r"<\s{0,3}/?\s{0,3}(?:start|end)\s{0,3}>|<\|[\w ]{1,40}\|?>|<[\w ]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>"
     r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<\|begin▁of▁sentence\|>|<｜[^｜\n]{1,40}｜>"
 )
 MARKER = re.compile(_MARKER, re.IGNORECASE)
-_MARKERS_AT_THE_EDGES = re.compile(rf"\A(?:\s*(?:{_MARKER}))+|(?:(?:{_MARKER})\s*)+\Z", re.IGNORECASE)
+_EDGE = rf"{_MARKER}|</?(?:answer|response|output|final|story)>"
+_MARKERS_AT_THE_EDGES = re.compile(rf"\A(?:\s*(?:{_EDGE}))+|(?:(?:{_EDGE})\s*)+\Z", re.IGNORECASE)
 
 _FENCE = re.compile(r"\A```[\w-]*\n(.*)\n```\Z", re.DOTALL)
 
@@ -79,7 +73,7 @@ _TALK_AFTER = re.compile(
 
 def clean(raw: str) -> str:
     """What is left of a model's answer when all that was not asked for is taken off; "" where nothing is."""
-    text = _plain_characters(_without_thinking(raw)).strip()
+    text = visible(folded(without_thoughts(raw))).strip()
     fenced = _FENCE.match(text)
     text = _without_talk(fenced[1] if fenced else text)
     text = "\n".join(map(str.rstrip, text.split("\n")))
@@ -95,20 +89,6 @@ def clean_request(raw: str) -> str:
         if len(text) > 2 and text[0] == left and text[-1] == right and left not in inner and right not in inner:
             return inner.strip()
     return text
-
-
-def _without_thinking(text: str) -> str:
-    """A thought that was never closed goes to its end: there is no answer after it."""
-    text = _THINKING.sub("", text)
-    return _THINKING_END.sub("", text)  # some templates open the thought themselves, and only its end is sent
-
-
-def _plain_characters(text: str) -> str:
-    """Line ends as \\n, and no character left that a terminal would act on; `printable` knows which those are."""
-    text = _INVISIBLE.sub("", _LINE_END.sub("\n", _ESCAPE.sub("", text)))
-    if text.replace("\n", "").replace("\t", "").isprintable():  # stricter than `printable`, and fast
-        return text
-    return "".join(c for c in text if c in "\n\t" or printable(c) == c)
 
 
 def _without_talk(text: str) -> str:

@@ -14,18 +14,36 @@ sqrt(0.25 / 128) = 0.044, whatever the length of the texts.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 
 import numpy as np
 
 from mamba2_min.datagen.judging import words
+from mamba2_min.printable import is_invisible
 
 RUN_LENGTH = 3
 ORDERS = 128
 
 
+def comparable(text: str) -> str:
+    """`text` without what nobody sees, or that has several spellings: a repeat in disguise is a repeat.
+
+    Invisible characters and accents are left out, and compatible characters (ligatures, full-width letters) are one.
+    """
+    if text.isascii() and "".join(text.split()).isprintable():
+        return text
+    plain = unicodedata.normalize("NFKD", text)
+    return unicodedata.normalize("NFC", "".join(c for c in plain if not is_invisible(c) and not _is_accent(c)))
+
+
+def _is_accent(c: str) -> bool:
+    """A mark of no script of its own, as é has; the vowel signs of Hebrew or Hindi belong to a script."""
+    return unicodedata.combining(c) > 0 and unicodedata.name(c, "").startswith("COMBINING")
+
+
 def runs_of(text: str) -> set[str]:
     """The runs of `RUN_LENGTH` words of `text`; a shorter text is one run."""
-    found = words(text)
+    found = words(comparable(text))
     count = max(len(found) - RUN_LENGTH + 1, 1)
     return {" ".join(found[i : i + RUN_LENGTH]) for i in range(count)}
 
@@ -58,8 +76,8 @@ _OFFSETS = _random_numbers("offset")
 class NearDuplicates:
     """The texts seen so far, as rows of one matrix: to compare with all of them is one pass of NumPy over it.
 
-    100,000 texts take 51 MB and some ten milliseconds a question, much less than a model takes to write a line; an
-    index by bands of the signature would be faster still, and would miss some.
+    100,000 texts take 51 MB and about ten milliseconds per question, much less than a model takes to write a line. An
+    index by bands of the signature would be faster, and would miss some.
     """
 
     def __init__(self, threshold: float = 0.5):

@@ -1,41 +1,43 @@
-"""The work itself: attempts go out to the workers, drafts come back, the good ones are kept until there are enough.
+"""The work itself: attempts go out to the servers, drafts come back, the good ones are kept until there are enough.
 
 Attempt i is fixed by (kind, seed, i): its prompt, and its sampling seed, which is seed + i. A run takes the lowest i
 that are not on record yet, so a run that was killed goes on where it was. The thread that calls `generate` is the only
-one to touch the folder; the workers do nothing but ask, clean and judge.
+one to touch the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import Any
 
 import numpy as np
 
-from mamba2_min.datagen.asking import TOO_LONG, Answer, Asker, NoAnswer, Stopped
 from mamba2_min.datagen.cleaning import clean, clean_request
-from mamba2_min.datagen.duplicates import NearDuplicates, signature
+from mamba2_min.datagen.client import TOO_LONG, Answer, NoAnswer, OllamaClient, Stopped
+from mamba2_min.datagen.duplicates import NearDuplicates, comparable, signature
 from mamba2_min.datagen.judging import Rules, judge, words
 from mamba2_min.datagen.kinds import Kind, Prompt, compose, compose_request, slug
+from mamba2_min.datagen.pool import Pool, Server
 from mamba2_min.datagen.progress import Progress
 from mamba2_min.datagen.store import Store
 from mamba2_min.errors import UserError
+from mamba2_min.printable import one_line
 
 DEFAULT_RULES = Rules()
 REQUEST_RULES = Rules(min_words=2, max_words=150)
-MAX_FAILURES = 5  # requests in a row that got no answer, each after all of its retries
-TICK_SECONDS = 0.25
+MAX_UNANSWERED = 5  # requests in a row that got no answer from a server, each after all of its retries
 
 
 @dataclass(frozen=True)
 class Job:
     """What to write: `documents` in the folder at the end, of `kind`, from `seed` on, and what is acceptable.
 
+    workers          requests at once, for each server
     similarity       the Jaccard index from which on a text counts as a duplicate
     max_rejections   in a row, after which the run gives up
     """
@@ -52,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Draft:
-    """A text that passed for itself; whether another like it is on disk already is still to be seen."""
+    """A text that is acceptable in itself; whether another like it is on disk already is still to be seen."""
 
     prompt: Prompt
     text: str
@@ -62,58 +64,62 @@ class Draft:
 
 
 class Rejection(Exception):
-    """An attempt that came to nothing. `reason` is what is counted; `answered` is False where no answer came at all."""
+    """An attempt without a document. `reason` is what is counted; `answered` is False where no answer came at all."""
 
     def __init__(self, reason: str, answered: bool = True, detail: str = ""):
         super().__init__(reason)
         self.reason, self.answered, self.detail = reason, answered, detail
 
 
-def generate(job: Job, asker: Asker, store: Store, stop: threading.Event, progress: Progress | None = None) -> bool:
+def generate(
+    job: Job, clients: Sequence[OllamaClient], store: Store, stop: threading.Event, progress: Progress | None = None
+) -> bool:
     """Writes documents into `store` until it holds `job.documents`: True; or until `stop` is set: False.
 
-    Raises UserError where going on is of no use: too many rejections or failures in a row, no server, a full disk. What
-    was kept by then is kept. `stop` is the event that `asker` was made with; it is set when this ends early.
+    All `clients` work in parallel. One whose server cannot go on is given up with a note, as long as another is left.
+    Raises UserError where going on is of no use: too many rejections in a row, no server left, a full disk. What was
+    kept by then is kept. `stop` is the event that `clients` were made with; it is set when this ends.
     """
     progress = progress or Progress()
     known = _Known(store, job.similarity)
-    todo, done = queue.SimpleQueue(), queue.SimpleQueue()
-    attempts = _attempts(job, store)
-    for _ in range(job.workers):
-        threading.Thread(target=_work, args=(job, asker, todo, done), daemon=True).start()
-    under_way, in_a_row = 0, []
+    pool = Pool(clients, job.workers, lambda client, index: write_draft(job, client, index), _attempts(job, store))
+    in_a_row: list[str] = []  # the reasons of the rejections since the last document
     try:
         while len(store) < job.documents:
-            while under_way < min(job.workers, job.documents - len(store)):
-                todo.put(next(attempts))
-                under_way += 1
-            index, result = _next_result(done, stop, progress)
-            under_way -= 1
-            if isinstance(result, Draft):
-                result = known.rejection(result) or result
-            if isinstance(result, Draft):
-                if under_way < job.documents - len(store) - 1:  # the server need not wait for the disk
-                    todo.put(next(attempts))
-                    under_way += 1
-                entry = store.add(_slug(job, result), result.text, result.request, _record(job, asker, result))
-                known.add(entry["file"], result)
+            pool.hand_out(job.documents - len(store))
+            result = pool.next_result()
+            progress.tick()
+            if stop.is_set():
+                return False
+            if result is None:
+                continue
+            outcome, server = result.outcome, result.server
+            if isinstance(outcome, Draft):
+                outcome = known.rejection(outcome) or outcome
+            if isinstance(outcome, Draft):
+                pool.hand_out(job.documents - len(store) - 1)  # the server need not wait for the disk
+                entry = store.add(_slug(job, outcome), outcome.text, outcome.request, _record(job, clients[0], outcome))
+                known.add(entry["file"], outcome)
                 in_a_row.clear()
+                server.unanswered.clear()
                 progress.keep()
-            elif isinstance(result, Rejection):
-                store.reject(job.kind.name, job.seed + index, index, result.reason, result.detail)
-                in_a_row.append(result)
-                progress.reject(result.reason)
-                _check_patience(job, in_a_row)
+            elif isinstance(outcome, Rejection):
+                store.reject(job.kind.name, job.seed + result.index, result.index, outcome.reason, outcome.detail)
+                in_a_row.append(outcome.reason)
+                progress.reject(outcome.reason)
+                _check_server(pool, server, outcome, progress)
+                _check_rejections(job, in_a_row)
+            elif isinstance(outcome, UserError):  # this server is of no more use, but the attempt is
+                pool.take_back(result.index)
+                _give_up(pool, server, outcome, progress)
             else:
-                raise result
+                raise outcome
         return True
     except Stopped:
         return False
     finally:
-        if len(store) < job.documents:
-            stop.set()
-        for _ in range(job.workers):
-            todo.put(None)
+        stop.set()
+        pool.close()
 
 
 def _attempts(job: Job, store: Store) -> Iterator[int]:
@@ -124,25 +130,29 @@ def _attempts(job: Job, store: Store) -> Iterator[int]:
         index += 1
 
 
-def _next_result(done: queue.SimpleQueue, stop: threading.Event, progress: Progress) -> tuple[int, object]:
-    """Waits for a worker in short steps, so that progress is shown and a wish to stop is heard."""
-    while True:
-        progress.tick()
-        if stop.is_set():
-            raise Stopped
-        try:
-            return done.get(timeout=TICK_SECONDS)
-        except queue.Empty:
-            continue
+def _give_up(pool: Pool, server: Server, error: UserError, progress: Progress) -> None:
+    """Goes on without `server`, and says so once. Raises `error` where no other is left."""
+    if server in pool.servers:
+        pool.give_up(server)
+        if not pool.servers:
+            raise error
+        progress.note(f"{error}; the other servers go on")
 
 
-def _check_patience(job: Job, in_a_row: list[Rejection]) -> None:
-    failures = in_a_row[-MAX_FAILURES:]
-    if len(failures) == MAX_FAILURES and not any(failure.answered for failure in failures):
-        raise UserError(
-            f"the server gave no whole answer to {MAX_FAILURES} requests in a row ({_counted(failures)}): look at its "
-            "log, then start the same command again to go on"
+def _check_server(pool: Pool, server: Server, rejection: Rejection, progress: Progress) -> None:
+    if rejection.answered:
+        server.unanswered.clear()
+        return
+    server.unanswered.append(rejection.reason)
+    if len(server.unanswered) >= MAX_UNANSWERED:
+        error = UserError(
+            f"{server.client.address} gave no whole answer to {len(server.unanswered)} requests in a row "
+            f"({_counted(server.unanswered)}): look at its log, then start the same command again to go on"
         )
+        _give_up(pool, server, error, progress)
+
+
+def _check_rejections(job: Job, in_a_row: list[str]) -> None:
     if len(in_a_row) >= job.max_rejections:
         raise UserError(
             f"{len(in_a_row)} texts in a row were rejected ({_counted(in_a_row)}): try another --model, other bounds, "
@@ -150,45 +160,36 @@ def _check_patience(job: Job, in_a_row: list[Rejection]) -> None:
         )
 
 
-def _counted(rejections: list[Rejection]) -> str:
-    counts = Counter(rejection.reason for rejection in rejections)
-    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+def _counted(reasons: Iterable[str], most: int = 5) -> str:
+    counts = Counter(reasons).most_common(most)
+    return ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
-# --- one document, in a worker's thread ---
+# --- one document, in the thread of a worker ---
 
 
-def _work(job: Job, asker: Asker, todo: queue.SimpleQueue, done: queue.SimpleQueue) -> None:
-    while (index := todo.get()) is not None:
-        try:
-            result = write_draft(job, asker, index)
-        except Exception as error:  # whatever it is, the main thread is the one to raise it
-            result = error
-        done.put((index, result))
-
-
-def write_draft(job: Job, asker: Asker, index: int) -> Draft:
-    """Attempt `index`: asks, cleans and judges. Raises Rejection, or what `Asker.ask` raises besides NoAnswer."""
+def write_draft(job: Job, client: OllamaClient, index: int) -> Draft:
+    """Attempt `index`: asks, cleans and judges. Raises Rejection, and what `client.ask` raises other than NoAnswer."""
     prompt, seed = compose(job.kind, job.seed, index), job.seed + index
     if prompt.answer:
-        first = _asked(asker, prompt.text, seed)
+        first = _asked(client, prompt.text, seed)
         request = _acceptable(first, clean_request(first.text), REQUEST_RULES, "request: ")
-        second = _asked(asker, prompt.answer.replace("{request}", request), seed)
+        second = _asked(client, prompt.answer.replace("{request}", request), seed)
         text = _acceptable(second, clean(second.text), job.rules)
     else:
         second, request = None, None
-        first = _asked(asker, prompt.text, seed)
+        first = _asked(client, prompt.text, seed)
         text = _acceptable(first, clean(first.text), job.rules)
         if job.with_prompts:
-            second = _asked(asker, compose_request(job.kind, job.seed, index, text), seed)
+            second = _asked(client, compose_request(job.kind, job.seed, index, text), seed)
             request = _acceptable(second, clean_request(second.text), REQUEST_RULES, "request: ")
     counts = [answer.eval_count for answer in (first, second) if answer and answer.eval_count is not None]
     return Draft(prompt, text, request, sum(counts) if counts else None, signature(text))
 
 
-def _asked(asker: Asker, prompt: str, seed: int) -> Answer:
+def _asked(client: OllamaClient, prompt: str, seed: int) -> Answer:
     try:
-        return asker.ask(prompt, seed)
+        return client.ask(prompt, seed)
     except NoAnswer as error:
         raise Rejection(f"no answer: {error}", answered=False) from error
 
@@ -198,8 +199,7 @@ def _acceptable(answer: Answer, text: str, rules: Rules, of: str = "") -> str:
     if answer.done_reason == TOO_LONG:
         raise Rejection(f"{of}too long")
     if answer.done_reason != "stop":
-        known = answer.done_reason if answer.done_reason in ("length", "load", "unload") else "unknown"
-        raise Rejection(f"{of}not ended by the model ({known})")
+        raise Rejection(f"{of}not ended by the model ({one_line(answer.done_reason, 40)})")
     reason = judge(text, rules)
     if reason:
         raise Rejection(of + reason)
@@ -233,20 +233,20 @@ class _Known:
 
 
 def _fingerprint(text: str) -> bytes:
-    """The same for texts that differ in letter case, white space and punctuation alone."""
-    return hashlib.sha256(" ".join(words(text)).encode("utf-8", "replace")).digest()
+    """The same for texts that differ in nothing but case, white space, punctuation and invisible characters."""
+    return hashlib.sha256(" ".join(words(comparable(text))).encode("utf-8", "replace")).digest()
 
 
 # --- what is put on record ---
 
 
-def _record(job: Job, asker: Asker, draft: Draft) -> dict:
+def _record(job: Job, client: OllamaClient, draft: Draft) -> dict[str, Any]:
     seed = job.seed + draft.prompt.index
     return {
         "kind": job.kind.name,
         "prompt": draft.prompt.text,
-        "model": asker.model,
-        "options": {**asker.manner.options, "seed": seed},
+        "model": client.model,
+        "options": {**client.request.options, "seed": seed},
         "seed": seed,
         "index": draft.prompt.index,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mamba2_min.datagen.cleaning import MARKER
 from mamba2_min.datagen.languages import is_written_in
+from mamba2_min.datagen.thoughts import THOUGHT_MARK
 
 # Kana, Han, Thai, Lao, Khmer and Burmese are written without spaces: a character there counts as a word.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
@@ -56,7 +57,7 @@ def judge(text: str, rules: Rules) -> str | None:
         return "empty"
     if _REFUSAL.match(text) or _AS_AN_AI.search(text):
         return "refusal"
-    if MARKER.search(text):
+    if MARKER.search(text) or THOUGHT_MARK.search(text):
         return "markers in the text"
     if "\ufffd" in text:
         return "broken characters"

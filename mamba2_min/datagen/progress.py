@@ -6,7 +6,7 @@ from collections import Counter
 
 
 class Progress:
-    """How far a run is: documents `kept`, and `rejected` by reason. A script's own shows it as it likes."""
+    """How far a run is: documents `kept`, and `rejected` by reason. A subclass shows it as it likes."""
 
     def __init__(self) -> None:
         self.kept = 0
@@ -22,3 +22,6 @@ class Progress:
 
     def tick(self) -> None:
         """Called several times a second."""
+
+    def note(self, text: str) -> None:
+        """Something happened that the user should know; the run goes on."""
