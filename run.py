@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mamba2_min import console
 from mamba2_min.errors import UserError, printable, run_script
 
 if TYPE_CHECKING:  # importing torch takes seconds, and neither --help nor a mistyped flag should wait for it
@@ -196,6 +197,8 @@ def _show(pieces: Iterable[str], prompt: str = "") -> None:
     for piece in pieces:
         sys.stdout.write(printable(piece, keep="\n\t"))
         sys.stdout.flush()
+        if failure := console.failure():  # nobody reads on: there is no use in writing on
+            raise failure
     if prompt or not piece.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()

@@ -27,7 +27,8 @@ assert len(list(model.generate([0], 5, temperature=0))) == 5
 completer = Completer.load(sys.argv[1])
 assert isinstance("".join(completer.complete("The cat", 8, Sampler(seed=1))), str)
 
-from mamba2_min.datagen.kinds import KINDS, compose
+from mamba2_min.datagen.builtin import KINDS
+from mamba2_min.datagen.kinds import compose
 assert compose(KINDS["stories"], 0, 0)
 print("works")
 """
