@@ -182,7 +182,7 @@ def load_corpus(
     """
     pattern = tokenizer.pattern if tokenizer else pattern
     notes: list[str] = []
-    strip = pattern == "words"
+    strip = pattern != "whitespace"
     documents = read_documents(path, strip, notes)
     if val_path is None:
         train, validation, more = split_documents(documents, val_fraction)

@@ -9,8 +9,14 @@ nothing is ever unknown, and `decode(encode(text)) == text` holds for every stri
     next            the special words, literal strings such as `<start>`, used only where the caller allows them
     the rest        the words, most frequent first, most of them with the space that precedes them: " cat"
 
-The second pattern, "whitespace", is the convention of the WikiText benchmark and exists to be compared with published
-figures: words are what white space separates, a line end is `<eos>` (id 0), any other word is `<unk>` (id 1).
+`pattern` says where a text is cut into pieces (patterns.py); a piece that is in the vocabulary is one token. The
+pattern "llama3" has long pieces in scripts without spaces, so it spells an unknown piece by its characters first: a
+character that is a word of the vocabulary is one token, and another becomes its bytes. If its first two or three bytes
+are those of a known character, they are one token together; such beginnings have the last ids. This is what byte-pair
+encoding does with the rules that an exported file has (checkpoints/llama_cpp.py), so llama.cpp gets the same ids.
+
+The pattern "whitespace" is the convention of the WikiText benchmark and exists to be compared with published figures:
+words are what white space separates, a line end is `<eos>` (id 0), any other word is `<unk>` (id 1).
 """
 
 from __future__ import annotations
@@ -21,52 +27,32 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from functools import cached_property
 from operator import index
 from pathlib import Path
+from typing import Any
 
+from mamba2_min.data.folding import fold
+from mamba2_min.data.patterns import PIECES
 from mamba2_min.errors import UserError
+from mamba2_min.files import write_atomically
+from mamba2_min.settings import PATTERNS
 
-PATTERNS = ("words", "whitespace")
-FORMAT, VERSION = "mamba2_min.tokenizer", 1  # what old files say, wherever this module now lies
-MAX_WORD_LENGTH = 100  # characters: what is longer (base64, a line of dashes) is no word, and stays bytes
+FORMAT, VERSION = "mamba2_min.tokenizer", 1  # as in files from before this module moved
+MAX_WORD_LENGTH = 100  # characters: what is longer (base64, a line of dashes) is not a word and stays bytes
 MAX_WORDS = 5_000_000
 MAX_FILE_BYTES = 512 * 2**20
 
 _EOS, _UNK = "<eos>", "<unk>"
-
-# Where accents and vowel signs are characters of their own, which `re` does not count as letters: blocks of them, or of
-# letters with them. They go on with a word.
-_MARK = "\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u0610-\u061a\u064b-\u065f"  # Latin to Arabic
-_MARK += "\u0900-\u0963\u0971-\u0dff\u0e31-\u0e4e\u200c\u200d"  # South Asia, Thai, the joiners
-# Kana and Han stand without spaces: one character is one piece, or each clause would be a word of its own.
-_IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_LETTER = rf"[^\W\d_{_IDEOGRAPH}]"
-
-# One expression that covers every character: whatever it is given, the pieces put together are the text again.
-# An alternative never has to give back more than one character, so the time is linear in the length of the text.
-_PIECE = re.compile(
-    rf"""
-      [ ]?{_LETTER}+(?:['’](?![sS]\b){_LETTER}+|[{_MARK}]+{_LETTER}*)*   # a word; don't and O'Brien are one piece
-    | ['’][sS]\b                       # Anna's is " Anna" and "'s", or each name would need a second entry
-    | [ ]?\d{{1,2}}                    # digits by twos: 110 pairs and tens spell any number; 1984 is " 19", "84"
-    | [ ]?[{_IDEOGRAPH}]
-    | [ ]?[!-/:-@\[-`{{-~‘-‟«»–—…]+    # punctuation in runs: ." and ?" are as frequent as words
-    | [ ]?\S                           # any other sign alone, such as an emoji
-    | \n+                              # a line end, or the empty line between paragraphs
-    | [^\S\n]+(?!\S)                   # white space, short of the last space, which belongs to the word after it
-    | [^\S\n]+
-    """,
-    re.VERBOSE,
-)
 
 
 class WordTokenizer:
     """A vocabulary of words with bytes to fall back on. Make one with `train` or `load`.
 
     Attributes: `pattern`; `words` and `special_words`, tuples of str in the order of their ids; `eos_id`, always 0;
-    `unk_id`, 1 in the pattern "whitespace" and None in "words", where nothing is unknown.
+    `unk_id`, 1 in the pattern "whitespace" and None in the others, where nothing is unknown.
     """
 
     eos_id = 0
@@ -74,19 +60,23 @@ class WordTokenizer:
     def __init__(self, words: Sequence[str], special_words: Sequence[str] = (), pattern: str = "words"):
         """`words` and `special_words` in the order of their ids. Raises ValueError where they make no vocabulary."""
         self.pattern, self.words, self.special_words = pattern, tuple(words), tuple(special_words)
-        self._check()
-        if pattern == "words":
+        _check_vocabulary(self.words, self.special_words, pattern)
+        if pattern == "whitespace":
+            self.unk_id: int | None = 1
+            self._bytes = [b" \n", b" " + _UNK.encode()]  # a line is " w w w \n", as in the files of WikiText
+        else:
             self.unk_id = None
             self._bytes = [b"", *(bytes([value]) for value in range(256))]
-        else:
-            self.unk_id = 1
-            self._bytes = [b" \n", b" " + _UNK.encode()]  # a line is " w w w \n", as in the files of WikiText
+            self._pieces = PIECES[pattern]
         first_special = len(self._bytes)
         first_word = first_special + len(self.special_words)
         self._special_ids = {word: first_special + i for i, word in enumerate(self.special_words)}
         self._word_ids = {word: first_word + i for i, word in enumerate(self.words)}
-        before = b"" if pattern == "words" else b" "
+        before = b" " if pattern == "whitespace" else b""
         self._bytes += [before + word.encode() for word in (*self.special_words, *self.words)]
+        beginnings = dict.fromkeys(b for word in self.words for b in _beginnings(word)) if pattern == "llama3" else ()
+        self._beginning_ids = {beginning: len(self._bytes) + i for i, beginning in enumerate(beginnings)}
+        self._bytes += beginnings
         self._special_split = _splitter(self.special_words)
 
     @classmethod
@@ -101,39 +91,13 @@ class WordTokenizer:
         """The vocabulary of `texts`: words seen at least `min_count` times, most frequent first, ties alphabetically.
 
         `vocab_size` bounds `len()` of the result, everything counted; it is smaller where the texts have fewer words.
-        `special_words` are literal strings (pattern "words" only). Raises UserError where `vocab_size` cannot hold what
-        every vocabulary has, ValueError for other bad arguments and for a text with a lone surrogate.
+        `special_words` are literal strings (not in the pattern "whitespace"). Raises UserError where `vocab_size`
+        cannot hold what every vocabulary has, ValueError for other bad arguments and for a text with a lone surrogate.
         """
         if isinstance(texts, str):
             raise ValueError("texts is a collection of strings, one a document, not one string")
-        if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
-            raise ValueError(f"min_count must be a whole number of at least 1, not {min_count!r}")
         base = cls((), special_words, pattern)  # what every vocabulary has; checks the pattern and the special words
-        room = MAX_WORDS
-        if vocab_size is not None:
-            if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-                raise ValueError(f"vocab_size must be a whole number or None, not {vocab_size!r}")
-            if vocab_size < len(base):
-                raise UserError(f"a vocabulary of {vocab_size} is too small: {base._arithmetic()} are always in it")
-            room = min(room, vocab_size - len(base))
-
-        counts = Counter()
-        for text in texts:
-            _check_unicode(text)
-            if pattern == "whitespace":
-                counts.update(text.split())
-            else:
-                for part in base._special_split(text):
-                    counts.update(_PIECE.findall(part))
-        # What has an id already needs no second one: a piece of one byte, a special word, <eos> and <unk>.
-        known = {*base.special_words, *(map(chr, range(128)) if pattern == "words" else (_EOS, _UNK))}
-        words = [
-            word
-            for word, count in counts.items()
-            if count >= min_count and len(word) <= MAX_WORD_LENGTH and word not in known
-        ]
-        words.sort(key=lambda word: (-counts[word], word))
-        return cls(words[:room], special_words, pattern)
+        return cls(_frequent_words(base, texts, min_count, _room(base, vocab_size)), special_words, pattern)
 
     def __len__(self) -> int:
         return len(self._bytes)
@@ -141,15 +105,15 @@ class WordTokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of `text`. With `allow_special`, a special word in it becomes its one token; without, it is text.
 
-        In the pattern "words" the result never holds `eos_id`, whatever the text says. In "whitespace" each "\\n" is
-        `eos_id` and a literal `<eos>` is `<unk>`. Raises ValueError at a lone surrogate, which UTF-8 cannot express.
+        The result never holds `eos_id`, whatever the text says; only in the pattern "whitespace" each "\\n" is
+        `eos_id`, and a literal `<eos>` is `<unk>`. Raises ValueError at a lone surrogate, which UTF-8 cannot express.
         """
         _check_unicode(text)
-        ids = []
+        ids: list[int] = []
         if self.pattern == "whitespace":
             known = self._word_ids.get
             for line in text.split("\n"):
-                ids.extend([known(word, self.unk_id) for word in line.split()])
+                ids.extend([known(word, 1) for word in line.split()])
                 ids.append(self.eos_id)
             ids.pop()  # between n + 1 lines there are n line ends
         elif allow_special and self.special_words:
@@ -163,20 +127,39 @@ class WordTokenizer:
             self._encode_words(text, ids)
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of what a person typed: `encode(text, allow_special=True)`, in the spelling that is known.
+
+        Quotes, apostrophes, dots, dashes and accents have several spellings; where the vocabulary has no word for the
+        typed one and exactly one of the others is known, that one is taken (folding.py). `decode` gives the folded
+        text. Raises ValueError at a lone surrogate.
+        """
+        _check_unicode(text)
+        if self.pattern != "whitespace":
+            parts = self._special_split(text)
+            text = "".join([part if part in self._special_ids else fold(part, self._unknown) for part in parts])
+        return self.encode(text, allow_special=True)
+
+    def recut(self, pattern: str) -> WordTokenizer:
+        """The same vocabulary, with the same ids, for text that is cut as another pattern does."""
+        other = copy(self)
+        other._pieces = PIECES[pattern]
+        return other
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; `decode(encode(text)) == text` for every text in the pattern "words".
+        """The text of `ids`; `decode(encode(text)) == text` for every text, except in the pattern "whitespace".
 
         The end-of-document token is no text (""), a special word is its literal string, and bytes that are not UTF-8,
         which a model may well produce, become U+FFFD. Raises ValueError for an id outside the vocabulary.
 
         The pattern "whitespace" writes each word as " word" and `<eos>` as " \\n". So a text of lines that look like
-        " word word \\n", as the files of WikiText do, comes back exactly, save that words outside the vocabulary are
+        " word word \\n", as the files of WikiText do, comes back exactly, except that words outside the vocabulary are
         now `<unk>`; of any other text the words and the line ends come back, but not the white space between them.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """What `decode` decodes: the bytes of `ids` put together."""
+        """What `decode` decodes: the bytes of `ids`, joined."""
         return b"".join([self.token_bytes(i) for i in ids])
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -187,14 +170,14 @@ class WordTokenizer:
         return self._bytes[token_id]
 
     def word(self, token_id: int) -> str:
-        """A token's name for people: `<eos>`, `<unk>`, `<0x0A>` for a byte that is no visible sign, or the word."""
+        """A token's name for people: `<eos>`, `<unk>`, `<0x0A>` for a byte that is not visible, or the word."""
         spelling = self.token_bytes(token_id)
         if token_id == self.eos_id:
             return _EOS
         if self.pattern == "whitespace":
             return spelling[1:].decode()
-        if token_id <= 256 and not 0x20 < spelling[0] < 0x7F:
-            return f"<0x{spelling[0]:02X}>"
+        if (token_id <= 256 and not 0x20 < spelling[0] < 0x7F) or spelling in self._beginning_ids:
+            return "".join([f"<0x{byte:02X}>" for byte in spelling])
         return spelling.decode()
 
     def digest(self) -> str:
@@ -204,7 +187,6 @@ class WordTokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes JSON, whole or not at all. Raises UserError where the file cannot be written."""
-        path = Path(path)
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -213,85 +195,56 @@ class WordTokenizer:
             "words": self.words,
             "sha256": self.digest(),
         }
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise UserError(f"cannot write the tokenizer {path}: {error.strerror or error}") from None
+        data = (json.dumps(content, ensure_ascii=False, indent=0) + "\n").encode()
+        write_atomically(Path(path), lambda file: file.write(data))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> WordTokenizer:
         """Reads what `save` wrote. Raises UserError, one line, for whatever is not exactly that."""
-        path = Path(path)
+        content = _read_json(Path(path))
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise UserError(f"{path} is no tokenizer: larger than {MAX_FILE_BYTES >> 20} MiB")
-            content = json.loads(path.read_bytes().decode("utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} is no tokenizer: not JSON in UTF-8, or not all of it") from None
-        try:
-            return cls._from_json(content)
+            words, special_words, pattern = _checked_fields(content)
+            tokenizer = cls(words, special_words, pattern)
+            if tokenizer.digest() != content["sha256"]:  # one word added or removed would shift the ids after it
+                raise ValueError("its words were changed since it was saved")
         except ValueError as error:
             raise UserError(f"{path} is no tokenizer of this program: {error}") from None
-
-    @classmethod
-    def _from_json(cls, content: object) -> WordTokenizer:
-        fields = {"format": str, "version": int, "pattern": str, "special_words": list, "words": list, "sha256": str}
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f'its "format" is not "{FORMAT}"')
-        if content.get("version") != VERSION:
-            raise ValueError(f"its version is {str(content.get('version'))[:20]!r}, this program reads {VERSION}")
-        if content.keys() != fields.keys():
-            odd = sorted(content.keys() ^ fields.keys())[0]
-            raise ValueError(f"field {odd[:40]!r} is {'missing' if odd in fields else 'unknown'}")
-        for name, kind in fields.items():
-            if type(content[name]) is not kind:
-                raise ValueError(f'field "{name}" is not a {kind.__name__}')
-        tokenizer = cls(content["words"], content["special_words"], content["pattern"])
-        if tokenizer.digest() != content["sha256"]:  # one word added or taken away would shift the ids after it
-            raise ValueError("its words were changed since it was saved")
         return tokenizer
 
     def _encode_words(self, text: str, ids: list[int]) -> None:
-        """Appends the ids of `text`, which holds no special word that is meant, to `ids`."""
+        """Appends the ids of `text`, in which no special word is meant, to `ids`."""
         known = self._word_ids.get
-        for piece in _PIECE.findall(text):
+        by_character = self.pattern == "llama3"
+        for piece in self._pieces(text):
             word_id = known(piece)
-            if word_id is None:
-                ids.extend([byte + 1 for byte in piece.encode()])
-            else:
+            if word_id is not None:
                 ids.append(word_id)
+            elif by_character and not piece.isascii():
+                for character in piece:
+                    character_id = known(character)
+                    ids.extend(self._spelled(character.encode()) if character_id is None else [character_id])
+            else:
+                ids.extend([byte + 1 for byte in piece.encode()])
 
-    def _arithmetic(self) -> str:
-        if self.pattern == "whitespace":
-            return f"{_EOS} and {_UNK} = 2"
-        specials = len(self.special_words)
-        return f"1 end of document + 256 bytes + {specials} special word{'s' * (specials != 1)} = {257 + specials}"
+    def _spelled(self, character: bytes) -> list[int]:
+        """The ids of an unknown character: of the longest known beginning, and of the bytes after it."""
+        for size in (3, 2):
+            beginning = self._beginning_ids.get(character[:size])
+            if beginning is not None:
+                return [beginning, *[byte + 1 for byte in character[size:]]]
+        return [byte + 1 for byte in character]
 
-    def _check(self) -> None:
-        if self.pattern not in PATTERNS:
-            raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, not {str(self.pattern)[:40]!r}")
-        if self.special_words and self.pattern == "whitespace":
-            raise ValueError('special words belong to the pattern "words": in "whitespace" each is a word as any other')
-        entries = (*self.special_words, *self.words)
-        if len(entries) > MAX_WORDS:
-            raise ValueError(f"{len(entries)} words, more than {MAX_WORDS}")
-        for word in entries:
-            if not isinstance(word, str):
-                raise ValueError(f"a word is not a string but {str(word)[:40]!r}")
-            if not 0 < len(word) <= MAX_WORD_LENGTH:
-                raise ValueError(f"a word has {len(word)} characters; 1 to {MAX_WORD_LENGTH} are possible")
-            _check_unicode(word)
-            if self.pattern == "whitespace" and (word in (_EOS, _UNK) or word.split() != [word]):
-                raise ValueError(f"{word!r} cannot be a word in the pattern whitespace")
-        if len(set(entries)) < len(entries):
-            twice = next(word for word, count in Counter(entries).items() if count > 1)
-            raise ValueError(f"the word {twice!r} is there twice")
+    def _unknown(self, text: str) -> int:
+        """How many characters of `text` are in pieces that are not in the vocabulary.
+
+        Every single byte has an id; a quote counts as known only where some word of the vocabulary has it.
+        """
+        pieces = [piece for piece in self._pieces(text) if piece not in self._word_ids]
+        return sum(len(piece) for piece in pieces if len(piece) > 1 or not piece.isascii() or piece in self._no_quotes)
+
+    @cached_property
+    def _no_quotes(self) -> set[str]:
+        return {"'", '"'} - set("".join(word for word in self.words if "'" in word or '"' in word))
 
 
 class StreamDecoder:
@@ -314,8 +267,114 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _splitter(special_words: Sequence[str]):
-    """A function that cuts a text at the special words, which stay as parts of their own; the longest match wins."""
+def _frequent_words(base: WordTokenizer, texts: Iterable[str], min_count: int, room: int) -> list[str]:
+    """The words of `texts` for `WordTokenizer.train` that are not in `base` yet, at most `room` with beginnings."""
+    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
+        raise ValueError(f"min_count must be an integer of at least 1, not {min_count!r}")
+    counts: Counter[str] = Counter()
+    for text in texts:
+        _check_unicode(text)
+        if base.pattern == "whitespace":
+            counts.update(text.split())
+        else:
+            for part in base._special_split(text):
+                counts.update(base._pieces(part))
+    # What has an id already needs no second one: a piece of one byte, a special word, <eos> and <unk>.
+    for known in (*base.special_words, *((_EOS, _UNK) if base.pattern == "whitespace" else map(chr, range(128)))):
+        counts.pop(known, None)
+    words = _most_frequent(counts, min_count)
+    if base.pattern != "llama3":
+        return words[:room]
+    for piece in counts.keys() - set(words[:room]):  # what is spelled: its characters compete with the words
+        if len(piece) > 1 and not piece.isascii():
+            counts.update({c: n * counts[piece] for c, n in Counter(piece).items() if c > "\x7f"})
+    chosen: list[str] = []
+    beginnings: set[bytes] = set()
+    for word in _most_frequent(counts, min_count):
+        more = beginnings.union(_beginnings(word))
+        if len(chosen) + 1 + len(more) <= room:
+            chosen.append(word)
+            beginnings = more
+    return chosen
+
+
+def _most_frequent(counts: Counter[str], min_count: int) -> list[str]:
+    """The words that are frequent and not too long, most frequent first, ties alphabetically."""
+    words = [word for word, count in counts.items() if count >= min_count and len(word) <= MAX_WORD_LENGTH]
+    return sorted(words, key=lambda word: (-counts[word], word))
+
+
+def _beginnings(word: str) -> list[bytes]:
+    """For one character of three or four bytes: its first two, and first three if there is a fourth."""
+    data = word.encode() if len(word) == 1 else b""
+    return [data[:size] for size in range(2, len(data))]
+
+
+def _room(base: WordTokenizer, vocab_size: int | None) -> int:
+    """How many words a vocabulary of `vocab_size` has room for, beside those of `base`, which are in every one."""
+    if vocab_size is None:
+        return MAX_WORDS
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise ValueError(f"vocab_size must be an integer or None, not {vocab_size!r}")
+    if vocab_size < len(base):
+        specials = len(base.special_words)
+        always = f"1 end of document + 256 bytes + {specials} special word{'s' * (specials != 1)} = {len(base)}"
+        if base.pattern == "whitespace":
+            always = f"{_EOS} and {_UNK} = 2"
+        raise UserError(f"a vocabulary of {vocab_size} is too small: {always} are always in it")
+    return min(MAX_WORDS, vocab_size - len(base))
+
+
+def _check_vocabulary(words: tuple[str, ...], special_words: tuple[str, ...], pattern: str) -> None:
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, not {str(pattern)[:40]!r}")
+    if special_words and pattern == "whitespace":
+        raise ValueError('the pattern "whitespace" has no special words: each is a word like any other')
+    entries = (*special_words, *words)
+    if len(entries) > MAX_WORDS:
+        raise ValueError(f"{len(entries)} words, more than {MAX_WORDS}")
+    for word in entries:
+        if not isinstance(word, str):
+            raise ValueError(f"a word is not a string but {str(word)[:40]!r}")
+        if not 0 < len(word) <= MAX_WORD_LENGTH:
+            raise ValueError(f"a word has {len(word)} characters; 1 to {MAX_WORD_LENGTH} are possible")
+        _check_unicode(word)
+        if pattern == "whitespace" and (word in (_EOS, _UNK) or word.split() != [word]):
+            raise ValueError(f"{word!r} cannot be a word in the pattern whitespace")
+    if len(set(entries)) < len(entries):
+        twice = next(word for word, count in Counter(entries).items() if count > 1)
+        raise ValueError(f"the word {twice!r} is there twice")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"{path} is no tokenizer: larger than {MAX_FILE_BYTES >> 20} MiB")
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is no tokenizer: not JSON in UTF-8, or not all of it") from None
+
+
+def _checked_fields(content: Any) -> tuple[list[str], list[str], str]:
+    """The words, special words and pattern of a tokenizer's JSON. Raises ValueError for any other field or type."""
+    fields = {"format": str, "version": int, "pattern": str, "special_words": list, "words": list, "sha256": str}
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f'its "format" is not "{FORMAT}"')
+    if content.get("version") != VERSION:
+        raise ValueError(f"its version is {str(content.get('version'))[:20]!r}, this program reads {VERSION}")
+    if content.keys() != fields.keys():
+        odd = sorted(content.keys() ^ fields.keys())[0]
+        raise ValueError(f"field {odd[:40]!r} is {'missing' if odd in fields else 'unknown'}")
+    for name, kind in fields.items():
+        if type(content[name]) is not kind:
+            raise ValueError(f'field "{name}" is not a {kind.__name__}')
+    return content["words"], content["special_words"], content["pattern"]
+
+
+def _splitter(special_words: Sequence[str]) -> Callable[[str], list[str]]:
+    """A function that cuts a text at the special words, which are parts of their own; the longest match wins."""
     if not special_words:
         return lambda text: [text]
     return re.compile("(" + "|".join(map(re.escape, sorted(special_words, key=len, reverse=True))) + ")").split

@@ -106,9 +106,9 @@ class Completer:
         still be continued.
         """
         stop = _checked(max_tokens, stop)
-        word_is_next = self.tokenizer.pattern == "words" and prompt.endswith(" ")
+        word_is_next = self.tokenizer.pattern != "whitespace" and prompt.endswith(" ")
         try:
-            ids = self.tokenizer.encode(prompt[:-1] if word_is_next else prompt, allow_special=True)  # as in training
+            ids = self.tokenizer.encode_prompt(prompt[:-1] if word_is_next else prompt)
         except ValueError as error:
             raise UserError(f"the prompt is no text: {error}") from None
         recent = deque(ids, maxlen=sampler.repeat_window)

@@ -1,0 +1,45 @@
+"""Typed text in the spelling that a vocabulary knows.
+
+One word may have two spellings: a book has don’t where a keyboard gives don't, and é is one character or two. The
+spelling that was not in the training text would be read byte by byte. Only what a person types is folded; documents
+never are.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+
+_CHUNK = re.compile(r"\s*\S+|\s+")  # a word with the white space before it
+_HAS_VARIANTS = re.compile(r"[^\x00-\x7f]|['\"]|--|\.\.\.")
+_STRAIGHT = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "—": "--", "\u00a0": " "})
+_OPENING = re.compile(r"(?<![^\s(\[{—])['\"]+")  # quotes at the start of a word
+_TO_OPENING, _TO_CLOSING = str.maketrans("'\"", "‘“"), str.maketrans("'\"", "’”")
+
+
+def fold(text: str, unknown: Callable[[str], int]) -> str:
+    """`text` with each word in the spelling that is known best, if exactly one is; otherwise as it was typed.
+
+    unknown(word) counts the characters of a word, with the white space before it, that the vocabulary cannot express.
+    """
+    return "".join(_fold_word(word, unknown) if _HAS_VARIANTS.search(word) else word for word in _CHUNK.findall(text))
+
+
+def spellings(word: str) -> set[str]:
+    """The other ways to write a word: straight or curly quotes, dots and dashes, composed (NFC) or decomposed (NFD)."""
+    straight = word.translate(_STRAIGHT)
+    curly = straight.replace("...", "…").replace("--", "—")
+    opened = _OPENING.sub(lambda quotes: quotes[0].translate(_TO_OPENING), curly)
+    forms = {word, straight, curly.translate(_TO_CLOSING), opened.translate(_TO_CLOSING)}
+    return {*forms, *(unicodedata.normalize(form, one) for one in forms for form in ("NFC", "NFD"))} - {word}
+
+
+def _fold_word(word: str, unknown: Callable[[str], int]) -> str:
+    least = unknown(word)
+    if not least:
+        return word
+    counts = {spelling: unknown(spelling) for spelling in spellings(word)}
+    best = min(counts.values())
+    known = [spelling for spelling, count in counts.items() if count == best]
+    return known[0] if best < least and len(known) == 1 else word

@@ -1,0 +1,65 @@
+// llama.cpp for tests/test_llama_cpp.py: reads requests from standard input, one JSON object a line, and answers each.
+import readline from "node:readline";
+import { getLlama, LlamaLogLevel, TokenBias } from "node-llama-cpp";
+
+const llama = await getLlama({
+    gpu: false, build: "never", skipDownload: true, maxThreads: 1, logLevel: LlamaLogLevel.error,
+});
+let model, sequence, never;
+
+async function load({ path, context = 4096 }) {
+    await model?.dispose();
+    model = await llama.loadModel({ modelPath: path, gpuLayers: 0 });
+    sequence = (await model.createContext({ contextSize: context, threads: 1 })).getSequence();
+    const { suppress_tokens: suppressed = [] } = model.fileInfo.metadata.tokenizer.ggml;
+    never = TokenBias.for(model).set(suppressed, "never"); // as llama-server does
+    return { tokens: [...model.iterateAllTokens()].length, suppressed };
+}
+
+function tokenize({ texts }) {
+    return texts.map((text) => model.tokenize(text, true));
+}
+
+// For every place of `ids` the probability of each token that may follow, in the order of their ids.
+async function probabilities({ ids }) {
+    await sequence.clearHistory();
+    const found = await sequence.controlledEvaluate(ids.map((id) => [id, { generateNext: { probabilities: true } }]));
+    return found.map(({ next }) => {
+        const row = [];
+        for (const [id, p] of next.probabilities) row[id] = p;
+        return row;
+    });
+}
+
+// The sum of -log p over ids[1:], in nats.
+async function nats({ ids }) {
+    await sequence.clearHistory();
+    let sum = 0;
+    for (let i = 0; i + 1 < ids.length; i += 256) {
+        const part = ids.slice(i, Math.min(i + 256, ids.length - 1));
+        const found = await sequence.controlledEvaluate(
+            part.map((id) => [id, { generateNext: { probabilities: true } }]));
+        found.forEach(({ next }, k) => (sum -= Math.log(next.probabilities.get(ids[i + k + 1]))));
+    }
+    return sum;
+}
+
+// What follows `ids`: at most `count` tokens, until the end of the document. Temperature 0 takes the likeliest.
+async function generate({ ids, count, temperature = 0, seed = 0 }) {
+    await sequence.clearHistory();
+    const written = [];
+    const options = { temperature, seed, topK: 0, topP: 1, minP: 0, tokenBias: never };
+    const started = performance.now();
+    for await (const id of sequence.evaluate(ids, options)) {
+        written.push(id);
+        if (written.length === count) break;
+    }
+    return { ids: written, seconds: (performance.now() - started) / 1000 };
+}
+
+const operations = { load, tokenize, probabilities, nats, generate };
+for await (const line of readline.createInterface({ input: process.stdin, crlfDelay: Infinity })) {
+    const { operation, ...values } = JSON.parse(line);
+    console.log(JSON.stringify(await operations[operation](values)));
+}
+process.exit(0);
