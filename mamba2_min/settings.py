@@ -15,7 +15,7 @@ from mamba2_min import validate
 LARGEST = 2**31 - 1  # of every integer but the seed: a larger one is a slip, or a file that means harm
 LARGEST_FLOAT = 1e12
 PRECISIONS = ("auto", "float32", "bf16")
-PATTERNS = ("words", "llama3", "whitespace")  # as in data/tokenizer.py
+PATTERNS = ("words", "llama3", "whitespace")  # where a tokenizer cuts text: data/patterns.py
 
 
 def setting(

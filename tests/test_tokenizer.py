@@ -1,13 +1,17 @@
 """The tokenizer: nothing is lost or unknown, no text ends a document, and a bad file is refused in one line."""
 
 import json
+import random
+import re
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mamba2_min.data.patterns import _NUMERAL, PIECES
 from mamba2_min.data.tokenizer import MAX_WORD_LENGTH, StreamDecoder, WordTokenizer
 from mamba2_min.errors import UserError
 
@@ -16,6 +20,7 @@ TEXT = """Anna's cat didn't see the cat. "It's 1984," said the old cat…
 
 The cat slept; the old dog didn't. <start>The end of the day."""
 TOK = WordTokenizer.train([TEXT], special_words=["<start>"])
+LLAMA3 = WordTokenizer.train([TEXT], special_words=["<start>"], pattern="llama3")
 BASE = 1 + 256
 
 AWKWARD = [
@@ -38,9 +43,9 @@ AWKWARD = [
 ]
 
 
-def pieces(text):
+def pieces(text, pattern="words"):
     """The text of `text` token by token, in a vocabulary of all of its pieces."""
-    tok = WordTokenizer.train([text])
+    tok = WordTokenizer.train([text], pattern=pattern)
     return [tok.decode([i]) for i in tok.encode(text)]
 
 
@@ -148,16 +153,202 @@ class TestPieces:
     def test_where_the_text_is_cut(self, text, expected):
         assert pieces(text) == expected
 
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("The old cat", ["The", " old", " cat"]),
+            ("I don't. I'LL; I'VE 'so", ["I", " don", "'t", ".", " I", "'LL", ";", " I", "'VE", " '", "so"]),
+            ("I don’t Kſ 'ſ", ["I", " don", "’t", " Kſ", " '", "ſ"]),  # only ASCII letters make a contraction
+            ("in 1984, 10,500Ⅷ½", ["in", " ", "198", "4", ",", " ", "10", ",", "500", "Ⅷ½"]),
+            ('said. "Oh?"\n\n\tWhy', ["said", ".", ' "', "Oh", '?"\n\n', "\tWhy"]),
+            ("a \n \r\n  b   c", ["a", " \n \r\n", " ", " b", "  ", " c"]),
+            ("e\u0301te\u0301", ["e", "\u0301te", "\u0301"]),
+            ("_a_ b\u200c", ["_a", "_", " b", "\u200c"]),
+            ("我爱你。你好 hello", ["我爱你", "。你好", " hello"]),
+            ("\x1c\x1d a\x1fb", ["\x1c\x1d", " a", "\x1fb"]),  # what Python alone takes for white space
+            ("ok 😀😀 ", ["ok", " 😀😀", " "]),
+        ],
+    )
+    def test_where_llama_3_cuts(self, text, expected):
+        assert pieces(text, "llama3") == expected
+
+    def test_numerals_that_are_no_digits_are_those_of_unicode(self):
+        numerals = {chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) in ("Nl", "No")}
+        known = {*re.findall(f"[{_NUMERAL}]", "".join(map(chr, range(0x110000))))}
+        assert numerals <= known and {unicodedata.category(c) for c in known - numerals} <= {"Cn"}
+
+    def test_llama_3_cuts_by_the_categories_of_unicode(self):
+        """A reference of its own: the rules read from left to right over the categories of each character."""
+        draw = random.Random(0)
+        assigned = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
+        for _ in range(3000):
+            few = draw.sample(assigned, 8)
+            text = "".join(draw.choices([*few, *" \n\r\t'.aSt1_"], k=30))
+            assert PIECES["llama3"](text) == llama3_by_hand(text)
+
     def test_an_unknown_piece_becomes_its_bytes(self):
         assert TOK.encode(" zoé") == [byte + 1 for byte in " zoé".encode()]
         assert TOK.encode(" cat zoo cat")[0] == TOK.encode(" cat zoo cat")[-1] == TOK.encode(" cat")[0]
 
 
+def llama3_by_hand(text):
+    """Where Llama 3's rules cut a text, by Unicode's categories instead of a regular expression."""
+
+    def kind(i):
+        if i >= len(text):
+            return None
+        c, category = text[i], unicodedata.category(text[i])
+        if category[0] in "LN":
+            return category[0]
+        return "S" if c.isspace() and c not in "\x1c\x1d\x1e\x1f" else "P"
+
+    def run(i, wanted):
+        while i < len(text) and wanted(i):
+            i += 1
+        return i
+
+    found, i = [], 0
+    while i < len(text):
+        if text[i] == "'" and text[i + 1 : i + 2].lower() in ("s", "t", "m", "d") and text[i + 1].isascii():
+            end = i + 2
+        elif text[i] == "'" and text[i + 1 : i + 3].lower() in ("re", "ve", "ll"):
+            end = i + 3
+        elif kind(i) == "L" or (kind(i + 1) == "L" and kind(i) != "N" and text[i] not in "\r\n"):
+            end = run(i + 1, lambda k: kind(k) == "L")
+        elif kind(i) == "N":
+            end = min(run(i, lambda k: kind(k) == "N"), i + 3)
+        elif kind(i) == "P" or (text[i] == " " and kind(i + 1) == "P"):
+            end = run(run(i + 1, lambda k: kind(k) == "P"), lambda k: text[k] in "\r\n")
+        else:
+            end = run(i, lambda k: kind(k) == "S")
+            line_ends = [k for k in range(i, end) if text[k] in "\r\n"]
+            if line_ends:
+                end = line_ends[-1] + 1
+            elif end < len(text) and end > i + 1:
+                end -= 1
+        found.append(text[i:end])
+        i = end
+    return found
+
+
+class TestCharacters:
+    """The pattern "llama3" spells an unknown piece by its characters."""
+
+    TOK = WordTokenizer(["我", "ไ", "é", "😀", " cat"], pattern="llama3")
+
+    def test_a_character_that_is_a_word_is_one_token(self):
+        first = BASE + 0  # no special words
+        assert self.TOK.encode("我我") == [first, first]
+        assert self.TOK.encode("xé😀 cat") == [1 + ord("x"), first + 2, first + 3, first + 4]
+
+    def test_another_is_the_beginning_that_it_shares_and_its_bytes(self):
+        beginnings = {b"\xe6\x88": 0, b"\xe0\xb9": 1, b"\xf0\x9f": 2, b"\xf0\x9f\x98": 3}
+        ids = {data: BASE + 5 + i for data, i in beginnings.items()}
+        assert len(self.TOK) == BASE + 5 + 4
+        assert [self.TOK.token_bytes(i) for i in ids.values()] == list(ids)
+        assert self.TOK.encode("戒") == [ids[b"\xe6\x88"], 1 + 0x92]
+        assert self.TOK.encode("😁") == [ids[b"\xf0\x9f\x98"], 1 + 0x81]
+        assert self.TOK.encode("🙀") == [ids[b"\xf0\x9f"], 1 + 0x99, 1 + 0x80]
+        assert self.TOK.encode("è你") == [1 + b for b in "è你".encode()]
+        assert self.TOK.word(ids[b"\xe6\x88"]) == "<0xE6><0x88>"
+
+    def test_a_stream_waits_for_the_rest_of_a_beginning(self):
+        stream = StreamDecoder(self.TOK)
+        assert [stream.feed(i) for i in self.TOK.encode("戒😁")] == ["", "戒", "", "😁"]
+
+    def test_training_keeps_the_characters_of_what_is_rare(self):
+        texts = ["我爱你。", "你爱我。", "他不爱我。", "สวัสดีครับ", "ครับผม"]
+        tok = WordTokenizer.train(texts, min_count=2, pattern="llama3")
+        assert {"我", "爱", "你", "。", "ร"} & {*tok.words} == {"我", "爱", "你", "ร"} | ({"。"} & {*tok.words})
+        for text in (*texts, "爱他我们", "กรุงเทพฯ"):
+            assert tok.decode(tok.encode(text)) == text
+        old = WordTokenizer.train(texts, min_count=2)
+        assert len(tok.encode("ครับผม")) < len(old.encode("ครับผม")) / 2
+
+    def test_vocab_size_bounds_the_beginnings_too(self):
+        texts = ["我爱你 cat cat dog 我爱他 我们 你们"]
+        for size in range(BASE, BASE + 30):
+            tok = WordTokenizer.train(texts, vocab_size=size, pattern="llama3")
+            assert len(tok) <= size
+            assert tok.decode(tok.encode(texts[0])) == texts[0]
+
+    def test_old_vocabularies_keep_their_ids(self):
+        tok = WordTokenizer(["我", "é", " cat"], pattern="words")
+        assert tok.encode("xé") == [1 + byte for byte in "xé".encode()]
+        assert len(tok) == BASE + 3
+
+
+class TestPrompt:
+    """What a person types is folded to the spelling that the vocabulary knows, if exactly one is."""
+
+    CURLY = "“Don’t,” said Anna’s cat… It’s the café — the best ‘cat’ café."
+    STRAIGHT = "\"Don't,\" said Anna's cat... It's the café -- the best 'cat' café."
+
+    @pytest.mark.parametrize("pattern", ["words", "llama3"])
+    @pytest.mark.parametrize("decompose", [False, True])
+    def test_either_spelling_gives_the_same_ids(self, pattern, decompose):
+        form = "NFD" if decompose else "NFC"
+        for known, typed in ((self.CURLY, self.STRAIGHT), (self.STRAIGHT, self.CURLY)):
+            known = unicodedata.normalize(form, known)
+            typed = unicodedata.normalize("NFC" if decompose else "NFD", typed)
+            tok = WordTokenizer.train([known], pattern=pattern)
+            assert tok.encode_prompt(typed) == tok.encode(known)
+            assert tok.encode_prompt(known) == tok.encode(known)
+            assert tok.decode(tok.encode(typed)) == typed  # documents are as they are
+
+    @pytest.mark.parametrize("pattern", ["words", "llama3"])
+    def test_what_is_known_as_typed_stays(self, pattern):
+        tok = WordTokenizer.train([self.CURLY, self.STRAIGHT], pattern=pattern)
+        for text in (self.CURLY, self.STRAIGHT):
+            assert tok.encode_prompt(text) == tok.encode(text)
+
+    @pytest.mark.parametrize("pattern", ["words", "llama3"])
+    def test_nothing_is_folded_where_no_spelling_is_known(self, pattern):
+        tok = WordTokenizer.train(["nothing of the kind"], pattern=pattern)
+        for text in (self.CURLY, "naïve", "'", '"', "--", "   ", ""):
+            assert tok.encode_prompt(text) == tok.encode(text)
+
+    def test_two_known_spellings_are_no_reason_to_choose(self):
+        one, other = (unicodedata.normalize(form, " d’été") for form in ("NFC", "NFD"))
+        typed = " d'été"
+        assert WordTokenizer([one]).encode_prompt(typed) == WordTokenizer([other]).encode_prompt(typed) == [BASE]
+        tok = WordTokenizer([one, other])
+        assert tok.encode_prompt(typed) == tok.encode(typed)
+
+    def test_an_unknown_word_keeps_its_letters_and_gets_the_known_quote(self):
+        tok = WordTokenizer.train(["Anna’s cat, Anna’s dog"], pattern="llama3")
+        assert tok.decode(tok.encode_prompt("Zoltan's cat")) == "Zoltan’s cat"
+
+    def test_special_words_are_meant(self):
+        tok = WordTokenizer.train(["It’s<start>a"], special_words=["<start>"], pattern="llama3")
+        assert tok.encode_prompt("It's<start>a") == tok.encode("It’s<start>a", allow_special=True)
+        tok = WordTokenizer.train(["It’s"], special_words=["'s"], pattern="llama3")
+        assert tok.decode(tok.encode_prompt("It's")) == "It's"
+
+    def test_whitespace_has_no_spellings(self):
+        tok = WordTokenizer.train(["don’t"], pattern="whitespace")
+        assert tok.encode_prompt("don't") == tok.encode("don't")
+
+    def test_a_lone_surrogate(self):
+        with pytest.raises(ValueError, match="lone surrogate"):
+            TOK.encode_prompt("a \ud800")
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(st.sampled_from("aé\u0301'’‘\"“”.…-— \n"), max_size=20))
+    def test_any_text_is_folded_to_one_of_its_spellings(self, text):
+        tok = WordTokenizer.train(["a’a “a” a… a—a é"], pattern="llama3")
+        folded = tok.decode(tok.encode_prompt(text))
+        same = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "—": "--"})
+        one, other = (unicodedata.normalize("NFC", spelling.translate(same)) for spelling in (folded, text))
+        assert one == other
+
+
 class TestLossless:
     @pytest.mark.parametrize("text", AWKWARD)
     def test_awkward_texts(self, text):
-        own = WordTokenizer.train([text], special_words=["<start>"])
-        for tok in (TOK, own, WordTokenizer.train([])):
+        specials = {"special_words": ["<start>"]}
+        own = [WordTokenizer.train([text], pattern=pattern, **specials) for pattern in ("words", "llama3")]
+        for tok in (TOK, LLAMA3, *own, WordTokenizer.train([])):
             for allow_special in (False, True):
                 ids = tok.encode(text, allow_special)
                 assert tok.decode(ids) == text
@@ -168,15 +359,17 @@ class TestLossless:
     @settings(max_examples=150, deadline=None)
     @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
     def test_any_text(self, text):
-        assert TOK.decode(TOK.encode(text)) == text
+        for tok in (TOK, LLAMA3, TestCharacters.TOK):
+            assert tok.decode(tok.encode(text)) == text
 
     @settings(max_examples=150, deadline=None)
     @given(st.lists(st.sampled_from([*" \n\t'’s.1_éx\u0301😀我ि<", " cat", "<start>"]), max_size=25))
     def test_any_mixture_in_a_vocabulary_of_its_own(self, parts):
         text = "".join(parts)
-        tok = WordTokenizer.train([text], special_words=["<start>"])
-        assert tok.decode(tok.encode(text, allow_special=True)) == text
-        assert "".join(pieces(text)) == text
+        for pattern in ("words", "llama3"):
+            tok = WordTokenizer.train([text], special_words=["<start>"], pattern=pattern)
+            assert tok.decode(tok.encode(text, allow_special=True)) == text
+            assert "".join(pieces(text, pattern)) == text
 
     def test_a_lone_surrogate_is_an_error_that_says_where(self):
         for pattern in ("words", "whitespace"):
@@ -185,12 +378,13 @@ class TestLossless:
                 tok.encode("ab \ud83d c")
 
     def test_time_is_linear(self):
-        n = 10**6
+        n = 300_000
         for text in ("a" * n, "\0" * n, " " * n + "x", "a'" * (n // 2), "a" + "\u0301" * n, "the cat " * (n // 8)):
-            start = time.perf_counter()
-            ids = TOK.encode(text)
-            assert time.perf_counter() - start < 10  # about a second on an idle machine; a square would take hours
-            assert TOK.decode_bytes(ids) == text.encode()
+            for tok in (TOK, LLAMA3):
+                start = time.perf_counter()
+                ids = tok.encode(text)
+                assert time.perf_counter() - start < 10  # about a second on an idle machine; a square would take hours
+                assert tok.decode_bytes(ids) == text.encode()
 
 
 class TestDecode:
@@ -252,7 +446,8 @@ class TestSpecialWords:
 class TestFile:
     def test_there_and_back(self, tmp_path):
         for i, text in enumerate(AWKWARD):
-            tok = WordTokenizer.train([text, TEXT], special_words=["<start>"])
+            pattern = ("words", "llama3")[i % 2]
+            tok = WordTokenizer.train([text, TEXT], special_words=["<start>"], pattern=pattern)
             tok.save(tmp_path / f"{i}.json")
             again = WordTokenizer.load(tmp_path / f"{i}.json")
             assert again.digest() == tok.digest()

@@ -18,10 +18,10 @@ _OPENING = re.compile(r"(?<![^\s(\[{—])['\"]+")  # quotes at the start of a wo
 _TO_OPENING, _TO_CLOSING = str.maketrans("'\"", "‘“"), str.maketrans("'\"", "’”")
 
 
-def fold(text: str, unknown: Callable[[str], int]) -> str:
+def fold(text: str, unknown: Callable[[str], list[str]]) -> str:
     """`text` with each word in the spelling that is known best, if exactly one is; otherwise as it was typed.
 
-    unknown(word) counts the characters of a word, with the white space before it, that the vocabulary cannot express.
+    unknown(word) gives the parts of a word, with the white space before it, that the vocabulary does not have.
     """
     return "".join(_fold_word(word, unknown) if _HAS_VARIANTS.search(word) else word for word in _CHUNK.findall(text))
 
@@ -35,11 +35,12 @@ def spellings(word: str) -> set[str]:
     return {*forms, *(unicodedata.normalize(form, one) for one in forms for form in ("NFC", "NFD"))} - {word}
 
 
-def _fold_word(word: str, unknown: Callable[[str], int]) -> str:
-    least = unknown(word)
-    if not least:
-        return word
-    counts = {spelling: unknown(spelling) for spelling in spellings(word)}
-    best = min(counts.values())
-    known = [spelling for spelling, count in counts.items() if count == best]
+def _fold_word(word: str, unknown: Callable[[str], list[str]]) -> str:
+    def size(spelling: str) -> int:  # of what is unknown, the same in every spelling of it
+        return sum(len(unicodedata.normalize("NFD", part.translate(_STRAIGHT))) for part in unknown(spelling))
+
+    least = size(word)
+    sizes = {spelling: size(spelling) for spelling in spellings(word)} if least else {}
+    best = min(sizes.values(), default=least)
+    known = [spelling for spelling in sizes if sizes[spelling] == best]
     return known[0] if best < least and len(known) == 1 else word

@@ -234,13 +234,13 @@ class WordTokenizer:
                 return [beginning, *[byte + 1 for byte in character[size:]]]
         return [byte + 1 for byte in character]
 
-    def _unknown(self, text: str) -> int:
-        """How many characters of `text` are in pieces that are not in the vocabulary.
+    def _unknown(self, text: str) -> list[str]:
+        """The pieces of `text` that are not in the vocabulary.
 
         Every single byte has an id; a quote counts as known only where some word of the vocabulary has it.
         """
         pieces = [piece for piece in self._pieces(text) if piece not in self._word_ids]
-        return sum(len(piece) for piece in pieces if len(piece) > 1 or not piece.isascii() or piece in self._no_quotes)
+        return [piece for piece in pieces if len(piece) > 1 or not piece.isascii() or piece in self._no_quotes]
 
     @cached_property
     def _no_quotes(self) -> set[str]:
