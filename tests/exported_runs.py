@@ -1,4 +1,4 @@
-"""Runs to export: a model with random weights that are not small and a vocabulary, in a folder as train.py leaves it."""
+"""Runs to export: a model with random weights that are not small and a vocabulary, in a folder as train.py does."""
 
 from pathlib import Path
 

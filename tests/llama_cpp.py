@@ -1,10 +1,13 @@
-"""llama.cpp in a process of its own, as `make test-llama` installs it: what the tests of exported models ask."""
+"""llama.cpp in a process of its own, as `make test-llama` installs it, and a server that speaks as Ollama does."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "llama"
@@ -55,6 +58,10 @@ class LlamaCpp:
         """At most `count` ids that follow `ids`, until the end of the document, without what the file suppresses."""
         return self._ask("generate", ids=ids, count=count, temperature=temperature, seed=seed)["ids"]
 
+    def text(self, ids: list[int]) -> str:
+        """What `ids` say, special words included."""
+        return self._ask("detokenize", ids=ids)
+
     def _ask(self, operation: str, **values):
         self._process.stdin.write(json.dumps({"operation": operation, **values}) + "\n")
         self._process.stdin.flush()
@@ -62,3 +69,67 @@ class LlamaCpp:
         if not line:
             raise RuntimeError(f"llama.cpp ended in {operation!r} with status {self._process.wait()}")
         return json.loads(line)
+
+
+class OllamaStandIn:
+    """An HTTP server that answers as Ollama does for one exported model, with llama.cpp behind it. In a `with`.
+
+    It serves what data_generator.py asks: the list of models, a model's details, and a chat in pieces. `folder` is
+    what the export wrote; of the Modelfile it follows the template.
+    """
+
+    NAME = "mine:latest"
+
+    def __init__(self, folder: str | Path):
+        self.template = re.search(r'TEMPLATE """(.*?)"""', (Path(folder) / "Modelfile").read_text(), re.DOTALL)[1]
+        self.llama = LlamaCpp(Path(folder) / "model.gguf")
+        self.lock = threading.Lock()  # one text at a time
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self.http.stand_in = self
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def __enter__(self) -> OllamaStandIn:
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.llama.__exit__(*error)
+
+    def write(self, prompt: str, options: dict) -> tuple[list[int], bool]:
+        """The ids that follow a prompt, and whether the model ended the text itself."""
+        count = options.get("num_predict", 1000)
+        with self.lock:
+            (ids,) = self.llama.tokenize([self.template.replace("{{ .Prompt }}", prompt)])
+            sampling = {"temperature": options.get("temperature", 0.8), "seed": options.get("seed", 0)}
+            written = self.llama.generate([0, *ids], count, **sampling)
+        return written, len(written) < count
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._send([{"models": [{"model": OllamaStandIn.NAME, "name": OllamaStandIn.NAME}]}])
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/api/show":
+            self._send([{"capabilities": ["completion"], "details": {"family": "mamba2", "format": "gguf"}}])
+            return
+        stand_in = self.server.stand_in
+        ids, ended = stand_in.write(asked["messages"][-1]["content"], asked["options"])
+        pieces = [stand_in.llama.text([i]) for i in ids]
+        parts = [{"message": {"role": "assistant", "content": piece}, "done": False} for piece in pieces]
+        last = {"done": True, "done_reason": "stop" if ended else "length", "eval_count": len(ids)}
+        self._send([*parts, {"message": {"role": "assistant", "content": ""}, **last}])
+
+    def _send(self, values: list[dict]) -> None:
+        body = "".join(json.dumps({"model": OllamaStandIn.NAME, **value}) + "\n" for value in values).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)

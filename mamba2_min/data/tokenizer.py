@@ -291,10 +291,10 @@ def _frequent_words(base: WordTokenizer, texts: Iterable[str], min_count: int, r
     chosen: list[str] = []
     beginnings: set[bytes] = set()
     for word in _most_frequent(counts, min_count):
-        more = beginnings.union(_beginnings(word))
-        if len(chosen) + 1 + len(more) <= room:
+        more = [beginning for beginning in _beginnings(word) if beginning not in beginnings]
+        if len(chosen) + 1 + len(beginnings) + len(more) <= room:
             chosen.append(word)
-            beginnings = more
+            beginnings.update(more)
     return chosen
 
 

@@ -57,7 +57,12 @@ async function generate({ ids, count, temperature = 0, seed = 0 }) {
     return { ids: written, seconds: (performance.now() - started) / 1000 };
 }
 
-const operations = { load, tokenize, probabilities, nats, generate };
+// Token by token, as a server streams: several at once would lose spaces before punctuation.
+function detokenize({ ids }) {
+    return ids.map((id) => model.detokenize([id], true)).join("");
+}
+
+const operations = { load, tokenize, detokenize, probabilities, nats, generate };
 for await (const line of readline.createInterface({ input: process.stdin, crlfDelay: Infinity })) {
     const { operation, ...values } = JSON.parse(line);
     console.log(JSON.stringify(await operations[operation](values)));
