@@ -132,9 +132,10 @@ def _cost(source: Path, network: Mamba2LM, tokenizer: WordTokenizer) -> str:
 
     try:
         data = read_plan(source).data
-        where = {"path": data["data"], "val_path": data["val_data"], "val_fraction": data["val_fraction"]}
-        ours = load_corpus(**where, tokenizer=tokenizer)
-        theirs = load_corpus(**where, tokenizer=tokenizer.recut("llama3"))
+        ours, theirs = (
+            load_corpus(data.data, val_fraction=data.val_fraction, val_path=data.val_data, tokenizer=cut)
+            for cut in (tokenizer, tokenizer.recut("llama3"))
+        )
     except UserError as error:
         return f"not measured: {error}"
     before, after = (
