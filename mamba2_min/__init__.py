@@ -66,7 +66,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mamba2_min' has no attribute {name!r}")
     module = importlib.import_module(f"mamba2_min.{_MODULE_OF[name]}")
     if name in ("Mamba2LM", "State"):
-        importlib.import_module("mamba2_min.inference")  # registers the fast forms of `Mamba2LM.step`
+        importlib.import_module("mamba2_min.inference.stepping")  # registers the fast forms of `Mamba2LM.step`
     value = module if name == "ssd" else getattr(module, name)
     globals()[name] = value
     return value

@@ -175,7 +175,7 @@ def test_matrices_stored_by_columns_are_the_same_matrices(changes, tmp_path):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_ids_of_other_rows_than_the_state_are_a_value_error(rows):
     model = build()
-    with pytest.raises(ValueError, match=f"the state is of 2 rows, and ids of {rows}"):
+    with pytest.raises(ValueError, match=rf"the state has 2 rows, and ids must be \(2,\), not \({rows},\)"):
         model.step(torch.zeros(rows, dtype=torch.long), model.initial_state(2))
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from mamba2_min.data.corpus import validation_windows
-from mamba2_min.models.base import LanguageModel
+from mamba2_min.models.base import LanguageModel, evaluating
 from mamba2_min.ops.autograd import widest
-from mamba2_min.ops.loss import linear_cross_entropy
 
 WINDOW = 2048  # tokens per forward pass; the state is carried over, so the result does not depend on it
 
@@ -58,17 +57,14 @@ def evaluate(
     n_bytes: the bytes of text that the tokens stand for (`Corpus.validation_bytes`); window: tokens per forward pass;
     autocast: a context to run the model in. The model's training mode is restored. Raises UserError for no tokens.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = model.ids_device
     state, count = None, 0
     nats = torch.zeros((), dtype=widest(device), device=device)
-    try:
+    with evaluating(model):
         for input_ids, targets in validation_windows(tokens, window, start_id):
             input_ids, targets = input_ids.to(device), targets.to(device)
             with autocast or contextlib.nullcontext():
-                hidden, state = model.hidden(input_ids, state)
-                nats += linear_cross_entropy(hidden, model.lm_head.weight, targets, model.config.vocab_size, "sum")
+                loss, state = model.loss_and_state(input_ids, targets, state, reduction="sum")
+            nats += loss
             count += targets.numel()
-    finally:
-        model.train(training)
     return Score(float(nats), count, n_bytes)

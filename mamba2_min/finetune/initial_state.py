@@ -8,7 +8,7 @@ reads each text as if it had read something before, at no cost per token. Only a
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mamba2_min.models.mamba2 import Mamba2LM, State
 from mamba2_min.ops.autograd import widen
@@ -38,9 +38,7 @@ class TunedStateLM(Mamba2LM):
         state = super().initial_state(batch)
         return State(state.conv, [widen(first).expand(batch, *first.shape).clone() for first in self.first_state])
 
-    def hidden(
-        self, input_ids: Tensor, state: State | None = None, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """As `Mamba2LM.hidden`. With `seq_idx` only the first document of a row begins with the learnt state, so that a
-        row must hold one document, and padding after it."""
-        return super().hidden(input_ids, self.initial_state(len(input_ids)) if state is None else state, seq_idx)
+    def start(self, batch: int) -> State:
+        """Every text begins with the learnt state. With `seq_idx` only the first document of a row does, so that a row
+        must hold one document, and padding after it."""
+        return self.initial_state(batch)

@@ -49,6 +49,8 @@ class LoRAConfig:
 class LoRALinear(nn.Linear):
     """An nn.Linear with its own `weight` and `bias`, frozen, and an adapter `lora_A`, `lora_B` beside them."""
 
+    row_wise = True
+
     def __init__(self, linear: nn.Linear, config: LoRAConfig, generator: torch.Generator | None = None):
         nn.Module.__init__(self)  # not nn.Linear's: the parameters are those of `linear`
         self.in_features, self.out_features = linear.in_features, linear.out_features

@@ -31,6 +31,7 @@ from torch import Tensor
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.data.tokenizer import StreamDecoder, WordTokenizer
 from mamba2_min.errors import UserError
+from mamba2_min.inference import stepping  # noqa: F401  the fast forms of `Mamba2LM.step`
 from mamba2_min.inference.decoding import lay_out_columns
 from mamba2_min.inference.quantize import load_quantized
 from mamba2_min.models.mamba2 import Mamba2LM, State
@@ -145,6 +146,7 @@ class Completer:
     def _start(self, max_tokens: int) -> Iterator[str]:
         if self._stream is not None:
             self._stream.close()  # two readers of one state would each get half of the words
+        assert self._session is not None
         self.stopped_by = "interrupted"
         self._stream = self._write(self._session, max_tokens)
         return self._stream

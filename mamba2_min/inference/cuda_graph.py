@@ -1,25 +1,25 @@
 """One token at a time on a GPU: all kernels of a step in one CUDA graph, which is launched as one.
 
 A step's kernels take a few microseconds each, and launching one from Python takes as long. `GraphDecoder` records the
-step of a `Decoder` once and replays it; on demand (`Mamba2LM.compile_steps`) that of a `CompiledDecoder`, of which
-`torch.compile` makes four kernels a layer for one text, and seven for many.
+step of a `Decoder` once and replays it. On demand (`Mamba2LM.compile_steps`) it records that of a `CompiledDecoder`, of
+which `torch.compile` makes four kernels a layer for one text, and seven for many.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba2_min.inference.decoding import Decoder, StepBuffers, is_plain
+from mamba2_min.inference.decoding import Decoder, StepBuffers
+from mamba2_min.models.mamba2 import Mamba2LM, State
 from mamba2_min.ops.autograd import autocast_off, widen
 
-if TYPE_CHECKING:
-    from mamba2_min.models.mamba2 import Mamba2LM, State
-
-_FEW_ROWS = 2  # up to so many, a product is a sum over each weight row, which a compiler joins with what is around it
+# Up to so many rows, a product is a sum over each weight row, which a compiler joins with what is around it.
+_ROWS_OF_SUMS = 2
 
 
 class GraphDecoder:
@@ -56,8 +56,6 @@ class GraphDecoder:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids (b,) -> logits (b, padded_vocab_size)"""
-        if len(ids) != len(self._ids):
-            raise ValueError(f"the state is of {len(self._ids)} rows, and ids of {len(ids)}")
         self._ids.copy_(ids)
         graph, logits, self._steps.conv = self._recorded[self._turn]
         with torch.cuda.device(self._device):
@@ -67,17 +65,18 @@ class GraphDecoder:
 
 
 def is_recordable(model: Mamba2LM) -> bool:
-    """Whether all projections are plain: the Python of what wraps one or hooks into it is not in a recording."""
-    mixers = [block.mixer for block in model.backbone.layers]
-    return all(map(is_plain, [model.lm_head, *(p for mixer in mixers for p in (mixer.in_proj, mixer.out_proj))]))
+    """Whether all projections are nn.Linear: the Python of another one may not be repeatable, and is not recorded."""
+    mixers = [block.mixer for block in model.backbone.blocks]
+    projections = [linear for mixer in mixers for linear in (mixer.in_proj, mixer.out_proj)]
+    return all(type(linear) is nn.Linear for linear in (*projections, model.lm_head))
 
 
 class CompiledDecoder(StepBuffers):
     """Token after token by four compiled functions.
 
-    They end where something should be in memory: a compiler would work the convolution out anew for every number of the
-    state that it changes. The convolution's inputs move from one buffer to another and back, by turns: moved in place,
-    a compiler would copy them first. state_dtype: of the state in memory, which is computed with in float32.
+    Each ends where its result must be in memory: a compiler would compute the convolution again for every number of the
+    state that it changes. The convolution's inputs move between two buffers, by turns: to move them in place, a
+    compiler would copy them first. state_dtype: of the state in memory; it is computed with in float32.
     """
 
     turns = 2
@@ -86,23 +85,25 @@ class CompiledDecoder(StepBuffers):
         super().__init__(model, state, state_dtype)
         buffers = [self.conv, [torch.empty_like(t) for t in self.conv]]
         self._buffers = [(buffer, [t.unbind(1) for t in buffer]) for buffer in buffers]  # as a whole, and by tokens
-        options = {"coordinate_descent_tuning": True}  # tries a few sizes for each kernel
+        options: dict[str, Any] = {"coordinate_descent_tuning": True}  # tries a few sizes for each kernel
 
-        def made(function):
+        def made(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, dynamic=False, options=options) if compiled else function
 
         self._project, self._convolve, self._update = made(_project), made(_convolve), made(_update)
         self._join = made(_join)
 
     def _logits(self, x: Tensor) -> Tensor:
-        layers, (_, before), (self.conv, after) = self.model.backbone.layers, *self._buffers
+        backbone, (_, before), (self.conv, after) = self.model.backbone, *self._buffers
         self._buffers.reverse()
-        heads = [(block.norm, block.mixer.in_proj) for block in layers]
-        heads.append((self.model.backbone.norm_f, self.model.lm_head))
-        norms = [(norm.weight, norm.eps, linear.weight, linear.bias) for norm, linear in heads]
+        starts = [(block.norm, block.mixer.in_proj) for block in backbone.blocks]
+        starts.append((backbone.norm_f, self.model.lm_head))
+        norms = [(norm.weight, norm.eps, linear.weight, linear.bias) for norm, linear in starts]
         with autocast_off(x):
             projected = self._project(x, *norms[0])
-            for block, old, new, ssm, following in zip(layers, before, after, self.ssm, norms[1:], strict=True):
+            for block, old, new, ssm, following in zip(
+                backbone.blocks, before, after, self.ssm, norms[1:], strict=True
+            ):
                 m, c, norm = block.mixer, block.mixer.config, block.mixer.norm
                 z, xBC, dt = projected.split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
                 xBC = self._convolve([*old, xBC], new, m.conv1d.weight[:, 0], m.conv1d.bias)
@@ -113,7 +114,7 @@ class CompiledDecoder(StepBuffers):
         return projected
 
 
-# One token a row. Letters as in ssd.py.
+# One token per row. Letters as in ssd/plain.py.
 
 
 def _project(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,7 +126,8 @@ def _convolve(window: list[Tensor], kept: list[Tensor], taps: Tensor, bias: Tens
     """K inputs (b, c), the newest last -> (b, c); writes the last K - 1 to `kept`, for the next token."""
     for new, old in zip(kept, window[1:], strict=True):
         new.copy_(old)
-    y = sum(widen(old) * tap for old, tap in zip(window, widen(taps).unbind(1), strict=True))
+    first, *later = [widen(old) * tap for old, tap in zip(window, widen(taps).unbind(1), strict=True)]
+    y = sum(later, first)
     return F.silu(y if bias is None else y + bias).to(window[-1].dtype)
 
 
@@ -155,7 +157,7 @@ def _join(
     next_weight: Tensor,
     next_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One layer's end and the next one's beginning: x + weight RMSNorm(y * silu(z)) + bias, which is (b, d_model) with
+    """One layer's end and the next one's start: x + weight RMSNorm(y * silu(z)) + bias, which is (b, d_model) with
     y and z (b, d_inner), and what `_project` makes of it."""
     eps, groups, norm_before_gate = how
     gate = F.silu(widen(z))
@@ -170,7 +172,7 @@ def _normed_linear(u: Tensor, scale: Tensor, eps: float, g: int, weight: Tensor,
     For few rows the norm is divided by after the product, as each output can sum u's squares beside its own products:
     one kernel, where the norm before the product would be another.
     """
-    if len(u) > _FEW_ROWS:
+    if len(u) > _ROWS_OF_SUMS:
         parts = u.unflatten(-1, (g, -1))
         normed = (parts * (parts.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * scale
         return F.linear(normed.to(weight.dtype), weight, bias)

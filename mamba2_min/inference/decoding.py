@@ -1,67 +1,82 @@
-"""One token at a time: the model's equations with as few operators as they can be had in, on memory made once.
+"""One token at a time: the model's equations with as few operators as possible, on memory made once.
 
-The matrix products of a token are small, so that what an operator costs before it computes anything (1 to 5
-microseconds on a CPU), and new memory for its result, would take longer than they do. A `Decoder` is therefore prepared
-for one state: it has the tensors between two operators, and the views of them, ready, and the state is updated where it
-lies. It belongs to its `State`, so that it ends with the text.
+The matrix products of a token are small. What an operator costs before it computes anything (1 to 5 microseconds on a
+CPU), and new memory for its result, would take longer than they do. A `Decoder` is therefore prepared for one state: it
+has the tensors between two operators, and the views of them, ready, and updates the state in place.
 
-No value of a parameter is kept from one token to the next, not even A: an optimiser may change it unseen (PyTorch's
-fused ones do not count their writes). `fits` sees what else can happen: a tensor or a module replaced by another one.
+It keeps no value of a parameter from one token to the next, not even A: an optimiser may change them unseen (PyTorch's
+fused ones do not count their writes). `fits` sees everything else that can happen to a model: a tensor or a module that
+is replaced, a hook, a forward. It goes around the modules, and so takes a model only while all of them are plain.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mamba2_min.models.base import LanguageModel, RMSNorm
+from mamba2_min.models.bypass import Watch, forwards, is_hooked, is_plain
+from mamba2_min.models.mamba2 import Block, GatedRMSNorm, Mamba2Backbone, Mamba2LM, Mamba2Mixer, State
 from mamba2_min.ops.autograd import widen, without_autocast
 
-if TYPE_CHECKING:
-    from mamba2_min.models.mamba2 import Block, Mamba2LM, State
+_KNOWN = forwards(
+    Mamba2Backbone, Block, Mamba2Mixer, RMSNorm, GatedRMSNorm, nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList,
+    nn.ParameterList,
+)  # fmt: skip
+
+
+def takes(model: Mamba2LM) -> bool:
+    """Whether a `Decoder` computes what the forward of `model` does, now."""
+    return (
+        not model.is_called()
+        and type(model).hidden is LanguageModel.hidden
+        and all(is_plain(m, _KNOWN) or _is_row_wise(m) for m in model.modules() if m is not model)
+        and all(block.mixer.reads_conv1d() for block in model.backbone.blocks)
+    )
+
+
+def _is_row_wise(module: nn.Module) -> bool:
+    """Whether a projection or an embedding may be called on (b, d) for one token: its class has `row_wise = True`."""
+    return "row_wise" in vars(type(module)) and not module.training and not is_hooked(module)
 
 
 class StepBuffers:
-    """What belongs to one model and one state, and must be made anew where either is not what it was."""
+    """What belongs to one model and one state, and must be made again where either has changed."""
 
     turns = 1  # steps after which the same memory is read and written again
 
     def __init__(self, model: Mamba2LM, state: State, state_dtype: torch.dtype | None = None):
         """state_dtype: of the state's `ssm` in memory; as wide as the model computes it if None."""
-        self.model, self.batch = model, len(state.ssm[0])
+        self.model, self.batch = model, state.batch
         with torch.inference_mode(False), torch.no_grad():  # so that the state may still be trained from
-            state.conv[:] = map(_laid_out, state.conv)
-            state.ssm[:] = [_laid_out(widen(t) if state_dtype is None else t.to(state_dtype)) for t in state.ssm]
+            state.conv[:] = map(Tensor.contiguous, state.conv)  # a prompt may leave views
+            state.ssm[:] = [(widen(t) if state_dtype is None else t.to(state_dtype)).contiguous() for t in state.ssm]
         self.conv, self.ssm = list(state.conv), list(state.ssm)
-        self._watched = [
-            (holder, name, thing)
-            for module in model.modules()
-            for holder in (module._parameters, module._modules)
-            for name, thing in holder.items()
-        ]
-        self._parameters = list(model.parameters())
-        self._places = [parameter.data_ptr() for parameter in self._parameters]
+        self._watch = Watch(model)
+        self._called = [module for module in model.modules() if _is_row_wise(module)]
+        backbone, embedding = model.backbone, model.backbone.embedding
+        if is_plain(embedding, _KNOWN) and embedding.max_norm is None:  # half the time of the module's call
+            self._start = lambda ids: backbone.start_of_stream(torch.embedding(embedding.weight, ids))
+        else:
+            self._start = lambda ids: backbone.start_of_stream(embedding(ids))
 
     def fits(self, model: Mamba2LM, state: State) -> bool:
-        """Whether these are still the model and the state of which it was made, all their tensors where they were."""
+        """Whether these are still the model and the state of which it was made."""
         return (
-            model is self.model
-            and all(a is b for a, b in zip(state.conv, self.conv, strict=True))
+            all(a is b for a, b in zip(state.conv, self.conv, strict=True))
             and all(a is b for a, b in zip(state.ssm, self.ssm, strict=True))
-            and all(holder.get(name) is thing for holder, name, thing in self._watched)
-            and [parameter.data_ptr() for parameter in self._parameters] == self._places
+            and self._watch.sees_no_change(model)
+            and not any(module.training for module in self._called)
         )
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Reads one token a row, ids (b,), and gives the next logits (b, padded_vocab_size). The state afterwards is in
-        `conv` and `ssm`."""
-        if len(ids) != self.batch:
-            raise ValueError(f"the state is of {self.batch} rows, and ids of {len(ids)}")
-        return self._logits(self.model._embed(ids))
+        """Reads one token per row, ids (b,), and gives the next logits (b, padded_vocab_size). The state afterwards is
+        in `conv` and `ssm`."""
+        return self._logits(self._start(ids))
 
     def _logits(self, x: Tensor) -> Tensor:
         """The residual stream's start, x (b, d_model), which it may change -> the logits."""
@@ -69,18 +84,18 @@ class StepBuffers:
 
 
 class Decoder(StepBuffers):
-    """Token after token by single operators, the state changed where it lies."""
+    """Token after token by single operators, the state changed in place."""
 
     def __init__(self, model: Mamba2LM, state: State):
         super().__init__(model, state)
         self._layers = [
             _BlockStep(block, conv, ssm)
-            for block, conv, ssm in zip(model.backbone.layers, state.conv, state.ssm, strict=True)
+            for block, conv, ssm in zip(model.backbone.blocks, state.conv, state.ssm, strict=True)
         ]
-        weight = model.backbone.norm_f.weight
-        self._norm_f = _RMSNormStep(weight, model.backbone.norm_f.eps, self.batch)
+        norm = model.backbone.norm_f
+        self._norm_f = _RMSNormStep(norm.weight, norm.eps, self.batch)
         self._head = _product(model.lm_head)
-        self._weight_dtype = weight.dtype
+        self._weight_dtype = norm.weight.dtype
 
     @without_autocast
     def _logits(self, x: Tensor) -> Tensor:
@@ -90,7 +105,7 @@ class Decoder(StepBuffers):
 
 
 class _BlockStep:
-    """x + mixer(norm(x)) for one token. Letters as in ssd.py."""
+    """x + mixer(norm(x)) for one token. Letters as in ssd/plain.py."""
 
     def __init__(self, block: Block, conv_state: Tensor, ssm_state: Tensor):
         mixer = block.mixer
@@ -174,7 +189,7 @@ class _RMSNormStep:
 class _GatedRMSNormStep:
     """RMSNorm(y * silu(z)), or RMSNorm(y) * silu(z) with norm_before_gate; changes y."""
 
-    def __init__(self, norm: nn.Module, batch: int):
+    def __init__(self, norm: GatedRMSNorm, batch: int):
         self.norm = _RMSNormStep(norm.weight, norm.eps, batch, norm.groups)
         self.norm_before_gate = norm.norm_before_gate
 
@@ -191,18 +206,19 @@ def lay_out_columns(model: Mamba2LM) -> Mamba2LM:
     answers faster. Only for a model that no optimiser knows yet: the moments of one would lie row by row.
     """
     if model.backbone.norm_f.weight.device.type == "cpu":
-        linears = [getattr(block.mixer, name) for block in model.backbone.layers for name in ("in_proj", "out_proj")]
-        for linear in (*linears, model.lm_head):  # a tied embedding is the head's weight
+        mixers = [block.mixer for block in model.backbone.blocks]
+        projections = [linear for mixer in mixers for linear in (mixer.in_proj, mixer.out_proj)]
+        for linear in (*projections, model.lm_head):  # a tied embedding is the head's weight
             if type(linear) is nn.Linear:
                 linear.weight.data = linear.weight.data.t().contiguous().t()
     return model
 
 
 def _product(module: nn.Module) -> Callable[..., Tensor]:
-    """`module` as a function (x, out=None). Only a plain nn.Linear is gone around: what wraps one, or hooks into it,
-    is called as always."""
-    if not is_plain(module):
+    """`module` as a function (x, out=None)."""
+    if not is_plain(module, _KNOWN):
         return lambda x, out=None: module(x) if out is None else out.copy_(module(x))
+    assert isinstance(module, nn.Linear)
     weight, bias, transposed = module.weight, module.bias, module.weight.t()
 
     def product(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -211,13 +227,3 @@ def _product(module: nn.Module) -> Callable[..., Tensor]:
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
     return product
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a projection is nothing but its weight and bias."""
-    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
-
-
-def _laid_out(state: Tensor) -> Tensor:
-    """The same numbers row by row: a prompt may leave a view, whose parts share memory or lie in another order."""
-    return state if state.is_contiguous() else state.contiguous()

@@ -1,6 +1,6 @@
 """Narrower weights for writing text: a token reads every weight once, and a narrower one is read in less time.
 
-    int8    a row w of a matrix is whole numbers q from -127 to 127 and one scale s: w ~ s q, |w - s q| <= s / 2
+    int8    a row w of a matrix is integers q from -127 to 127 and one scale s: w ~ s q, |w - s q| <= s / 2
     bf16    a float32 cut to 8 digits: |w - w'| <= |w| / 256
 
 The matrices become narrow: projections, embedding, head. All vectors (norms, A, dt, the convolution), the state and
@@ -17,25 +17,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mamba2_min import validate
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.errors import UserError
+from mamba2_min.inference import stepping  # noqa: F401  the fast forms of `Mamba2LM.step`
+from mamba2_min.models.bypass import forwards, is_plain
 from mamba2_min.models.mamba2 import Mamba2LM
 
 KINDS = ("int8", "bf16")
 
 _FEW_ROWS = 8  # beyond them a product with the weight widened for it is faster than the int8 one
+_NARROWED = ("embedding", "lm_head", "in_proj", "out_proj")
+_PLAIN = forwards(nn.Linear, nn.Embedding)
 _MULTIPLE = 16  # of columns: all that PyTorch's int8 product reads right
 _PART = 1024  # rows that are narrowed at a time, so that no second float matrix exists
 
 
 class Int8Matrix(nn.Module):
-    """A matrix (rows, columns) as whole numbers and a scale a row."""
+    """A matrix (rows, columns) as integers and one scale per row."""
+
+    row_wise = True
+    numbers: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Tensor):
         super().__init__()
         self.columns = weight.shape[1]
-        # The product takes its scales as bf16. They are rounded first, and the whole numbers chosen for them as they
-        # are: 127 max / 127 (1 + 2^-8) still rounds to 127.
+        # The product takes its scales as bf16. They are rounded first, and the integers are chosen for what they are
+        # then: 127 max / 127 (1 + 2^-8) still rounds to 127.
         scale = (weight.detach().float().abs().amax(1) / 127).bfloat16()
         scale = torch.where(scale > 0, scale, 1.0)  # of a row of zeros
         numbers = torch.zeros(len(weight), self.columns + -self.columns % _MULTIPLE, dtype=torch.int8)
@@ -66,6 +75,9 @@ class Int8Matrix(nn.Module):
 class Bf16Matrix(nn.Module):
     """A matrix (rows, columns) in bf16."""
 
+    row_wise = True
+    numbers: Tensor
+
     def __init__(self, weight: Tensor):
         super().__init__()
         self.register_buffer("numbers", weight.detach().bfloat16())
@@ -89,14 +101,17 @@ class Bf16Matrix(nn.Module):
 class NarrowLinear(nn.Module):
     """nn.Linear with a narrow matrix: (..., in_features) -> float32 (..., out_features)."""
 
-    def __init__(self, matrix: nn.Module, bias: Tensor | None):
+    row_wise = True
+    bias: Tensor | None
+
+    def __init__(self, matrix: Int8Matrix | Bf16Matrix, bias: Tensor | None):
         super().__init__()
         self.matrix = matrix
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     @property
     def weight(self) -> Tensor:
-        """The float32 weight that the matrix stands for, made anew at each call."""
+        """The float32 weight that the matrix stands for, made at each call."""
         return self.matrix.widened()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,13 +121,15 @@ class NarrowLinear(nn.Module):
         return out if self.bias is None else out.add_(self.bias)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        raise UserError("a quantised model is not saved: what it was made from is there, and has more digits")
+        raise UserError("a quantised model is not saved: the model that it was made from has more digits")
 
 
 class NarrowEmbedding(nn.Module):
     """nn.Embedding with a narrow matrix."""
 
-    def __init__(self, matrix: nn.Module):
+    row_wise = True
+
+    def __init__(self, matrix: Int8Matrix | Bf16Matrix):
         super().__init__()
         self.matrix = matrix
 
@@ -124,25 +141,28 @@ class NarrowEmbedding(nn.Module):
 def quantize(model: Mamba2LM, kind: str) -> Mamba2LM:
     """Makes a model's matrices narrow, one after the other and in place, and returns it in evaluation mode.
 
-    kind: "int8" or "bf16"; anything else is a ValueError. Raises UserError where the model is not on a CPU or this
-    PyTorch has no product for that kind.
+    kind: "int8" or "bf16"; anything else is a ValueError. Raises UserError where the model is not on a CPU, one of its
+    projections is not a plain nn.Linear (an adapter, a hook), or this PyTorch has no product for that kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"the kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    validate.one_of("kind", kind, KINDS)
     device = model.backbone.norm_f.weight.device.type
     if device != "cpu":
         raise UserError(f"{kind} weights are for a CPU, not for {device}; take the device cpu")
     _check_product(kind)
+    for name, module in model.named_modules():
+        if name.endswith(_NARROWED) and not is_plain(module, _PLAIN):
+            raise UserError(f"{name} is not a plain layer, and would lose what it adds: merge adapters, remove hooks")
     narrow = Int8Matrix if kind == "int8" else Bf16Matrix
     model.float()
     tied = model.lm_head.weight is model.backbone.embedding.weight
     matrix = narrow(model.lm_head.weight)
-    model.backbone.embedding = NarrowEmbedding(matrix if tied else narrow(model.backbone.embedding.weight))
-    model.lm_head = NarrowLinear(matrix, None)
-    for layer in model.backbone.layers:
+    embedding = matrix if tied else narrow(model.backbone.embedding.weight)
+    model.backbone.register_module("embedding", NarrowEmbedding(embedding))
+    model.register_module("lm_head", NarrowLinear(matrix, model.lm_head.bias))
+    for block in model.backbone.blocks:
         for name in ("in_proj", "out_proj"):
-            linear = getattr(layer.mixer, name)
-            setattr(layer.mixer, name, NarrowLinear(narrow(linear.weight), linear.bias))
+            linear = getattr(block.mixer, name)
+            setattr(block.mixer, name, NarrowLinear(narrow(linear.weight), linear.bias))
     return model.requires_grad_(False).eval()
 
 

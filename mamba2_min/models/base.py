@@ -1,24 +1,36 @@
 """What every language model here can do, whatever its layers are: loss, prompt, generation.
 
-A model gives `hidden`, `step` and `initial_state`; the rest follows. The trainer, the completer and the evaluation use
-nothing else, so that an architecture is compared with another by exchanging the model alone.
+A model gives its backbone, `step` and `initial_state`; the rest follows. The trainer, the completer and the evaluation
+use nothing else, so that exchanging the model is enough to compare one architecture with another.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from operator import index
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from mamba2_min import validate
+from mamba2_min.models.bypass import forwards, is_hooked, is_plain
+from mamba2_min.models.called import cross_entropy_by_module
+from mamba2_min.ops.autograd import is_traced
 from mamba2_min.ops.loss import linear_cross_entropy
+from mamba2_min.ops.norm import rms_norm
 from mamba2_min.ops.sampling import Sampler
 
 _PREFILL_SLICE = 2048  # tokens of a prompt that are read at a time
+_LINEAR = forwards(nn.Linear)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -31,79 +43,198 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-class LanguageModel(nn.Module, ABC):
-    """Token ids in, logits and a state out. A subclass sets `config`, with a `vocab_size`, and `lm_head`."""
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 (arXiv:1910.07467)."""
 
-    config: Any
-    lm_head: nn.Linear
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and last norm, under the names of the official checkpoints. A model adds the `forward`."""
+
     recompute = False  # whether training computes each block again in the backward pass, instead of keeping it
-    _compiled: Callable | None = None  # a block's forward
+    compiled = False  # whether training runs the blocks compiled
 
-    def compile_blocks(self, on: bool = True) -> None:
-        """Has one block compiled, for all layers to use while training, and the loss on a GPU. At the first batch, that
-        is: an error of the compiler comes then. What is not training, with its changing lengths, is not compiled."""
-        self._compiled = torch.compile(type(self.backbone.layers[0]).forward, dynamic=False) if on else None
+    def __init__(self, config: Any, block: Callable[[Any], nn.Module]):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList(block(config) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
-    def _run_block(self, block: nn.Module, *args: Any) -> Any:
-        if not self.training or (self._compiled is None and not self.recompute):
+    def run_block(self, block: nn.Module, *args: Any) -> Any:
+        """Calls a block, as training asks for it. One that is hooked, or holds what is, is not compiled but called."""
+        if not self.training or not (self.compiled or self.recompute):
             return block(*args)
-        run = block if self._compiled is None else functools.partial(self._compiled, block)
+        run: Callable[..., Any] = block
+        if self.compiled and not any(map(is_hooked, block.modules())):
+            run = functools.partial(compiled(type(block).forward), block)
         return checkpoint(run, *args, use_reentrant=False) if self.recompute else run(*args)
 
+
+@functools.cache
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a class of blocks, compiled once for all its instances."""
+    return torch.compile(forward, dynamic=False)
+
+
+class LanguageModel(nn.Module, ABC):
+    """Token ids in, logits and a state out. A subclass sets `config`, with a `vocab_size`, `backbone` and `lm_head`."""
+
+    config: Any
+    backbone: Backbone
+    lm_head: nn.Linear
+
+    @property
+    def recompute(self) -> bool:
+        """Whether training computes each block again in the backward pass, instead of keeping what it computed."""
+        return self.backbone.recompute
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        self.backbone.recompute = on
+
+    def compile_blocks(self, on: bool = True) -> None:
+        """Has training compile one block for all layers to use, and on a GPU the loss. Errors of the compiler come with
+        the first batch. What is not training has changing lengths and is not compiled."""
+        self.backbone.compiled = on
+
     def _build(
-        self, config: Any, backbone: type[nn.Module], init: Callable[[Any, torch.Generator], None], seed: int | None
+        self, config: Any, backbone: Callable[[Any], Backbone], init: Callable[[Any, torch.Generator], None], seed: Any
     ) -> None:
         """Sets `config`, `backbone` and `lm_head`, and has `init` draw their parameters: from `seed`, or from a seed
-        that torch's own generator draws if None."""
+        that torch's own generator draws if None. Drawn on the CPU, the same seed gives the same weights everywhere."""
         if seed is None:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
         self.config = config
-        with torch.random.fork_rng(devices=[]):  # PyTorch's modules draw numbers of their own, which nobody will see
+        target = torch.get_default_device()
+        # PyTorch's modules draw numbers of their own, which nobody will see.
+        with torch.device("meta" if target.type == "meta" else "cpu"), torch.random.fork_rng(devices=[]):
             self.backbone = backbone(config)
             self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.backbone.embedding.weight
-        init(self, torch.Generator().manual_seed(seed))
-
-    @abstractmethod
-    def hidden(self, input_ids: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> tuple[Tensor, Any]:
-        """What the head reads: (b, l, d_model) after the last norm, and the state. Arguments as for `forward`."""
+            if config.tie_embeddings:
+                self.lm_head.weight = self.backbone.embedding.weight
+            init(self, torch.Generator("cpu").manual_seed(seed))
+        self.to(target)
 
     @abstractmethod
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
+        """One token per row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
 
     @abstractmethod
     def initial_state(self, batch: int = 1) -> Any:
         """The state before any token."""
 
-    def forward(self, input_ids: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> tuple[Tensor, Any]:
+    def start(self, batch: int) -> Any:
+        """The state from which `forward` begins a text where it is given none; None: as if nothing had been read."""
+        return None
+
+    def hidden(
+        self,
+        input_ids: Tensor | None = None,
+        state: Any = None,
+        seq_idx: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """What the head reads: (b, l, d_model) after the last norm, and the state. Arguments as for `forward`."""
+        input_ids, shape = self._checked(input_ids, inputs_embeds)
+        if seq_idx is not None and seq_idx.shape != shape:
+            raise ValueError(f"seq_idx must be {tuple(shape)}, as the input is, not {tuple(seq_idx.shape)}")
+        if state is None:
+            state = self.start(shape[0])
+        elif state.batch != shape[0]:
+            raise ValueError(f"the state has {state.batch} rows, and the input {shape[0]}")
+        return self.backbone(input_ids, state, seq_idx, inputs_embeds)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        state: Any = None,
+        seq_idx: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
         """Logits (b, l, vocab_size) for every next token, and the state after the last.
 
-        input_ids (b, l) int64, l >= 1; a `state` that an earlier call returned is continued exactly. seq_idx (b, l):
-        documents packed in a row do not see each other; padding is a document of its own.
-        Raises ValueError for ids outside the vocabulary or of the wrong shape.
+        input_ids (b, l), integers, l >= 1, or instead of them inputs_embeds (b, l, d_model), what the embedding would
+        give; a `state` that an earlier call returned is continued exactly. seq_idx (b, l): documents packed in a row do
+        not see each other; padding is a document of its own.
+        Raises ValueError for ids outside the vocabulary or arguments of the wrong shape or type.
         """
-        hidden, state = self.hidden(input_ids, state, seq_idx)
+        hidden, state = self.hidden(input_ids, state, seq_idx, inputs_embeds)
         return self.lm_head(hidden)[..., : self.config.vocab_size], state
 
-    def loss(self, input_ids: Tensor, targets: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats over the targets (b, l) that are not -100. The logits are never held."""
-        hidden, _ = self.hidden(input_ids, state, seq_idx)
-        compiled = self.training and self._compiled is not None
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size, compiled=compiled)
+    def loss(
+        self,
+        input_ids: Tensor | None,
+        targets: Tensor,
+        state: Any = None,
+        seq_idx: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy in nats over the targets (b, l) that are not -100. The logits are never held together.
+
+        The other arguments and the errors are those of `forward`; ValueError for targets outside the vocabulary too.
+        """
+        return self.loss_and_state(input_ids, targets, state, seq_idx, inputs_embeds)[0]
+
+    def loss_and_state(
+        self,
+        input_ids: Tensor | None,
+        targets: Tensor,
+        state: Any = None,
+        seq_idx: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> tuple[Tensor, Any]:
+        """`loss`, and the state after the last token; reduction "sum" is the sum over the targets that count."""
+        targets, size = as_ids(targets, "targets"), self.config.vocab_size
+        if self.is_called():
+            logits, state = self(input_ids, state, seq_idx, inputs_embeds)
+            return cross_entropy_by_module(nn.Identity(), logits, targets, size, reduction), state
+        hidden, state = self.hidden(input_ids, state, seq_idx, inputs_embeds)
+        head = self.lm_head
+        if is_plain(head, _LINEAR) and head.bias is None:
+            compiled = self.training and self.backbone.compiled
+            return linear_cross_entropy(hidden, head.weight, targets, size, reduction, compiled), state
+        return cross_entropy_by_module(head, hidden, targets, size, reduction), state
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Reads a prompt (b, l) in slices, to bound what is held at a time: the last logits (b, v), the state."""
-        training = self.training
-        self.eval()  # a prompt is read without dropout, as `step` reads what follows it
-        try:
-            for part in input_ids.split(_PREFILL_SLICE, dim=1):
-                hidden, state = self.hidden(part, state)
-        finally:
-            self.train(training)
-        return self.lm_head(hidden[:, -1])[:, : self.config.vocab_size], state
+    def prefill(
+        self,
+        input_ids: Tensor | None = None,
+        state: Any = None,
+        seq_idx: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Reads a prompt (b, l): the last logits (b, vocab_size) and the state. Arguments and errors as for `forward`.
+
+        It is read in slices, which bounds what is held at a time (in one piece where there is seq_idx), and in
+        evaluation mode: without dropout, as `step` reads what follows it.
+        """
+        input_ids, shape = self._checked(input_ids, inputs_embeds)
+        step = _PREFILL_SLICE if seq_idx is None else shape[1]
+        with evaluating(self):
+            for start in range(0, shape[1], step):
+                part = slice(start, start + step)
+                ids, embeds = (t if t is None else t[:, part] for t in (input_ids, inputs_embeds))
+                logits, state = self._read(ids, state, seq_idx, embeds)
+        return logits, state
+
+    def _read(
+        self, input_ids: Tensor | None, state: Any, seq_idx: Tensor | None, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """The last logits (b, vocab_size) and the state."""
+        if self.is_called():
+            logits, state = self(input_ids, state, seq_idx, inputs_embeds)
+            return logits[:, -1], state
+        hidden, state = self.hidden(input_ids, state, seq_idx, inputs_embeds)
+        return self.lm_head(hidden[:, -1:])[:, 0, : self.config.vocab_size], state
 
     @torch.no_grad()
     def generate(
@@ -120,19 +251,21 @@ class LanguageModel(nn.Module, ABC):
     ) -> Iterator[int]:
         """Yields up to max_new_tokens ids that continue prompt_ids, until one of stop_ids, which is not yielded.
 
-        Temperature 0 takes the likeliest. What a token costs is what `step` costs.
-        Raises ValueError for an empty prompt, an id outside the vocabulary, or impossible sampling values.
+        Temperature 0 takes the likeliest. A token costs what `step` costs. Raises ValueError for an empty prompt, more
+        than one prompt, an id outside the vocabulary, or impossible sampling values.
         """
         sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed)
-        history = list(prompt_ids)
+        validate.integer("max_new_tokens", max_new_tokens, 0, 2**63 - 1)
+        history = _one_prompt(prompt_ids)
         if not history:
             raise ValueError("the prompt is empty; start a document with its end-of-document token")
         return self._generate(history, max_new_tokens, sampler, frozenset(stop_ids))
 
     @torch.no_grad()
-    def _generate(self, history: list[int], max_new_tokens: int, sampler: Sampler, stop_ids: frozenset[int]):
-        device = next(self.parameters()).device
-        logits, state = self.prefill(torch.tensor([history], device=device))
+    def _generate(
+        self, history: list[int], max_new_tokens: int, sampler: Sampler, stop_ids: frozenset[int]
+    ) -> Iterator[int]:
+        logits, state = self.prefill(torch.tensor([history], device=self.ids_device))
         for k in range(max_new_tokens):
             token = sampler.pick(logits[0], history)
             if token in stop_ids:
@@ -140,12 +273,112 @@ class LanguageModel(nn.Module, ABC):
             yield token
             history.append(token)
             if k + 1 < max_new_tokens:
-                logits, state = self.step(torch.tensor([token], device=device), state)
+                logits, state = self.step(torch.tensor([token], device=self.ids_device), state)
 
-    def _check_ids(self, ids: Tensor) -> None:
+    @property
+    def ids_device(self) -> torch.device:
+        """Where ids go: to the weights, or to the CPU where those are offloaded, and hooks move both to each other."""
+        device = next(self.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def is_called(self) -> bool:
+        """Whether the model as a whole has to be called, because a call does more than `hidden` and the head."""
+        return is_hooked(self) or type(self).forward is not LanguageModel.forward
+
+    def _checked_step(self, ids: Tensor, state: Any) -> Tensor:
+        """The ids of `step` as int64. Raises ValueError."""
+        if ids.__class__ is not Tensor or ids.dtype != torch.int64:
+            ids = as_ids(ids, "ids")
+        batch = state.batch
+        if ids.shape != (batch,):
+            raise ValueError(f"the state has {batch} rows, and ids must be ({batch},), not {tuple(ids.shape)}")
+        if batch and not ids.is_cuda and ids.device.type == "cpu":
+            rows, size = ids.tolist(), self.config.vocab_size
+            if min(rows) < 0 or max(rows) >= size:
+                raise ValueError(f"ids must lie in [0, {size}), the vocabulary")
+        return ids
+
+    def _checked(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor | None, torch.Size]:
+        """input_ids as int64, and (b, l) of whichever of the two is given. Raises ValueError."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is not None:
+            d = self.config.d_model
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] < 1 or inputs_embeds.shape[2] != d:
+                raise ValueError(f"inputs_embeds must be (b, l, {d}) with l >= 1, not {tuple(inputs_embeds.shape)}")
+            return None, inputs_embeds.shape[:2]
+        ids = as_ids(input_ids, "input_ids")
         if ids.dim() != 2 or ids.shape[1] < 1:
             raise ValueError(f"input_ids must be (b, l) with l >= 1, not {tuple(ids.shape)}")
-        if ids.device.type != "cpu" or not ids.numel():
-            return  # on a GPU the check would wait for the device; there the embedding's own assertion stands guard
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            raise ValueError(f"input_ids must lie in [0, {self.config.vocab_size}), the vocabulary")
+        size = self.config.vocab_size
+        # On a GPU the check would wait for the device; there the embedding's own assertion stands guard.
+        to_check = ids.device.type == "cpu" and ids.numel() and not (torch.compiler.is_compiling() or is_traced())
+        if to_check and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(f"input_ids must lie in [0, {size}), the vocabulary")
+        return ids, ids.shape
+
+
+def as_ids(ids: Any, name: str) -> Tensor:
+    """Integers of any dtype as int64. Raises ValueError for anything else."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name} must be a tensor of integers, not a {type(ids).__name__}")
+    if ids.dtype == torch.bool or ids.dtype.is_floating_point or ids.dtype.is_complex:
+        raise ValueError(f"{name} must be integers, not {ids.dtype}")
+    return ids.long()
+
+
+def _one_prompt(prompt_ids: Any) -> list[int]:
+    try:
+        if getattr(prompt_ids, "ndim", 1) != 1:
+            raise TypeError
+        return list(map(index, prompt_ids))
+    except TypeError:
+        raise ValueError(
+            "prompt_ids must be one prompt, a flat sequence of ids; read several, padded on the left, by "
+            "prefill(input_ids, seq_idx=...), and go on with step"
+        ) from None
+
+
+_evaluating: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_evaluating_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each of its modules is in the mode that it was in.
+
+    Threads may do so side by side: the first to come switches, and the last to leave switches back.
+    """
+    with _evaluating_lock:
+        inside, trained = _evaluating.get(model, (0, []))
+        if not inside:
+            trained = [module for module in model.modules() if module.training]
+            for module in trained:
+                module.training = False
+        _evaluating[model] = inside + 1, trained
+    try:
+        yield
+    finally:
+        with _evaluating_lock:
+            inside, trained = _evaluating[model]
+            if inside > 1:
+                _evaluating[model] = inside - 1, trained
+            else:
+                del _evaluating[model]
+                for module in trained:
+                    module.training = True
+
+
+def register_state(cls: type) -> type:
+    """Has PyTorch treat a dataclass of tensors as a container (torch.func, torch.export, DDP), and load it from a file
+    of torch.save without being allowed to run code."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    pytree.register_pytree_node(
+        cls,
+        lambda state: ([getattr(state, name) for name in names], None),
+        lambda values, _: cls(*values),
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        flatten_with_keys_fn=lambda state: ([(pytree.GetAttrKey(name), getattr(state, name)) for name in names], None),
+    )
+    torch.serialization.add_safe_globals([cls])
+    return cls

@@ -16,21 +16,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba2_min import files
+from mamba2_min import files, validate
 from mamba2_min.checkpoints import checkpoint
-from mamba2_min.config import Mamba2Config
+from mamba2_min.config import LARGEST_SIZE, Mamba2Config
 from mamba2_min.errors import UserError
-from mamba2_min.models.base import LanguageModel
+from mamba2_min.models.base import Backbone, LanguageModel, RMSNorm, evaluating, register_state
+from mamba2_min.models.bypass import Watch, forwards, is_plain
+from mamba2_min.models.init import init_transformer
 from mamba2_min.ops.autograd import widest
-from mamba2_min.ops.norm import rms_norm
 
 _ARCHITECTURE = "transformer"  # in a saved config, so that it is not taken for a Mamba-2's
 _FF_MULTIPLE = 8  # widths of the SwiGLU: a bfloat16 row then fills whole 16-byte loads
@@ -54,12 +57,13 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layer", "headdim", "d_ff", "pad_vocab_size_multiple"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            validate.integer(name, getattr(self, name), 1, LARGEST_SIZE)
+        validate.boolean("tie_embeddings", self.tie_embeddings)
+        for name in ("rope_base", "dropout", "norm_eps"):
+            validate.number(name, getattr(self, name), 0, math.inf)
         if self.d_model % self.headdim or self.headdim % 2:
             raise ValueError(f"headdim must be even and divide d_model = {self.d_model}, and {self.headdim} does not")
-        if not 0 <= self.dropout < 1:
+        if self.dropout >= 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
 
     @classmethod
@@ -122,18 +126,23 @@ class TransformerConfig:
         return cls(**values)
 
 
-@dataclass
+@register_state
+@dataclass(eq=False)
 class KVCache:
-    """What a Transformer remembers of the tokens so far: all of them, twice a layer.
+    """What a Transformer remembers of the tokens so far: all of them, in keys and values.
 
-    keys, values: a tensor (b, h, capacity, headdim) a layer, of which the first `length` tokens count.
-    begin: (b,), where each row's current document begins, what precedes being out of sight; None: at 0 in every row.
+    keys, values: a tensor (b, h, capacity, headdim) per layer, of which the first `length` tokens count.
+    begin: (b,), where each row's current document begins; what precedes is not seen. None: at 0 in every row.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int = 0
     begin: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.keys[0])
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +155,7 @@ class KVCache:
         """The same numbers without their history: what is carried from window to window."""
         return self._map(Tensor.detach)
 
-    def _map(self, change) -> KVCache:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> KVCache:
         begin = None if self.begin is None else change(self.begin)
         return KVCache([change(t) for t in self.keys], [change(t) for t in self.values], self.length, begin)
 
@@ -219,13 +228,6 @@ class SwiGLU(nn.Module):
         return self.out_proj(F.silu(gate) * up)
 
 
-class RMSNorm(nn.RMSNorm):
-    """Mamba2LM's: the same function, computed by the same code."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added."""
 
@@ -247,12 +249,43 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Backbone(nn.Module):
+class TransformerBackbone(Backbone):
+    """Everything before the head: (b, l) -> (b, l, d_model) after the last norm, and the cache."""
+
     def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        super().__init__(config, Block)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        state: KVCache | None = None,
+        seq_idx: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, KVCache]:
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        b, l, _ = x.shape
+        past, begin = (0, None) if state is None else (state.length, state.begin)
+        mask, begin = _visible(past, b, l, begin, seq_idx, x.device)
+        rotation = self.rotation(past, l, x)
+        new = KVCache([], [], past + l, begin)
+        for i, block in enumerate(self.layers):
+            before = (state.keys[i][:, :, :past], state.values[i][:, :, :past]) if state is not None and past else None
+            x, keys, values = self.run_block(block, x, before, rotation, mask)
+            new.keys.append(keys)
+            new.values.append(values)
+        return self.norm_f(x), new
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, as what they were built of."""
+        return cast(list[Block], list(self.layers))
+
+    def rotation(self, start: int, l: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Angles of the places start to start + l, in digits that late ones need, then in those of the activations."""
+        positions = torch.arange(start, start + l, device=x.device, dtype=widest(x.device))
+        cos, sin = rotary_angles(positions, self.config.headdim, self.config.rope_base)
+        kept = torch.promote_types(x.dtype, torch.float32)
+        return cos.to(kept), sin.to(kept)
 
 
 class TransformerLM(LanguageModel):
@@ -261,48 +294,51 @@ class TransformerLM(LanguageModel):
     `config` fixes its shape; `seed` draws its parameters, or torch's own generator if None.
     """
 
+    backbone: TransformerBackbone
+
     def __init__(self, config: TransformerConfig, seed: int | None = None):
         super().__init__()
-        self._build(config, Backbone, init_parameters, seed)
-
-    def hidden(
-        self, input_ids: Tensor, state: KVCache | None = None, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, KVCache]:
-        self._check_ids(input_ids)
-        b, l = input_ids.shape
-        past = 0 if state is None else state.length
-        mask, begin = _visible(past, b, l, None if state is None else state.begin, seq_idx, input_ids.device)
-        rotation = self._rotation(past, l)
-        x = self.backbone.embedding(input_ids)
-        new = KVCache([], [], past + l, begin)
-        for i, layer in enumerate(self.backbone.layers):
-            before = (state.keys[i][:, :, :past], state.values[i][:, :, :past]) if past else None
-            x, keys, values = self._run_block(layer, x, before, rotation, mask)
-            new.keys.append(keys)
-            new.values.append(values)
-        return self.backbone.norm_f(x), new
+        self._build(config, TransformerBackbone, init_transformer, seed)
 
     def initial_state(self, batch: int = 1) -> KVCache:
         """The state before any token: an empty cache."""
-        c, p = self.config, self.lm_head.weight
-        empty = [p.new_empty(batch, c.n_head, 0, c.headdim) for _ in range(2 * c.n_layer)]
+        c, dtype, device = self.config, self.lm_head.weight.dtype, self.ids_device
+        empty = [torch.empty(batch, c.n_head, 0, c.headdim, dtype=dtype, device=device) for _ in range(2 * c.n_layer)]
         return KVCache(empty[: c.n_layer], empty[c.n_layer :])
 
     @torch.no_grad()
     def step(self, ids: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
-        """One token a row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned."""
+        """One token per row, ids (b,): logits (b, vocab_size) and the state, which is changed in place and returned.
+
+        Raises ValueError for ids outside the vocabulary or not as many as the state's rows.
+        """
+        ids = self._checked_step(ids, state)
+        if not self._is_plain(state):
+            with evaluating(self):
+                logits, new = self(ids[:, None], state)
+            state.keys[:], state.values[:], state.length, state.begin = new.keys, new.values, new.length, new.begin
+            return logits[:, 0], state
         at = state.length
         if at >= state.keys[0].shape[2]:
             _grow(state)
         mask = None
         if state.begin is not None:
             mask = (torch.arange(at + 1, device=ids.device) >= state.begin[:, None])[:, None, None]
-        rotation = self._rotation(at, 1)
-        x = F.embedding(ids, self.backbone.embedding.weight)
-        for i, layer in enumerate(self.backbone.layers):
-            x = layer.step(x, state.keys[i], state.values[i], at, rotation, mask)
+        x = self.backbone.embedding(ids)
+        rotation = self.backbone.rotation(at, 1, x)
+        for i, block in enumerate(self.backbone.blocks):
+            x = block.step(x, state.keys[i], state.values[i], at, rotation, mask)
         state.length += 1
         return self.lm_head(self.backbone.norm_f(x))[:, : self.config.vocab_size], state
+
+    def _is_plain(self, state: KVCache) -> bool:
+        """Whether `step` may go around the modules."""
+        watch = _watches.get(state)
+        if watch is None or not watch.sees_no_change(self):
+            if not all(is_plain(module, _KNOWN) for module in self.modules()):
+                return False
+            _watches[state] = Watch(self)
+        return True
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TransformerLM:
@@ -320,13 +356,11 @@ class TransformerLM(LanguageModel):
         """Writes config.json and model.pt. Raises UserError where the folder cannot be written."""
         checkpoint.save_model(folder, self.config, self.state_dict())
 
-    def _rotation(self, start: int, l: int) -> tuple[Tensor, Tensor]:
-        """Angles of the places start to start + l, in digits that late ones need, then in those of the activations."""
-        weight = self.lm_head.weight
-        positions = torch.arange(start, start + l, device=weight.device, dtype=widest(weight.device))
-        cos, sin = rotary_angles(positions, self.config.headdim, self.config.rope_base)
-        kept = torch.promote_types(weight.dtype, torch.float32)
-        return cos.to(kept), sin.to(kept)
+
+_KNOWN = forwards(
+    TransformerLM, TransformerBackbone, Block, Attention, SwiGLU, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList
+)
+_watches: WeakKeyDictionary[KVCache, Watch] = WeakKeyDictionary()  # of the model with which a text is written
 
 
 def _visible(
@@ -357,21 +391,3 @@ def _grow(state: KVCache) -> None:
     for tensors in (state.keys, state.values):
         for i, old in enumerate(tensors):
             tensors[i] = F.pad(old[:, :, : state.length], (0, 0, 0, room))
-
-
-@torch.no_grad()
-def init_parameters(model: TransformerLM, generator: torch.Generator) -> None:
-    """Draws every parameter of a new model by the rules of `mamba2_min.models.mamba2.init_parameters`.
-
-    Embedding N(0, 0.02), projections U(+-1/sqrt(inputs)), norms 1; the projections that end on the residual stream, two
-    a layer, are divided by sqrt(2 n_layer).
-    """
-    model.backbone.embedding.weight.normal_(0, 0.02, generator=generator)
-    if not model.config.tie_embeddings:
-        model.lm_head.weight.normal_(0, 0.02, generator=generator)
-    for layer in model.backbone.layers:
-        for part in (layer.mixer, layer.mlp):
-            for name, projection in part.named_children():
-                ends = 2 * model.config.n_layer if name == "out_proj" else 1
-                bound = 1 / math.sqrt(projection.in_features * ends)
-                projection.weight.uniform_(-bound, bound, generator=generator)

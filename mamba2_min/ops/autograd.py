@@ -58,6 +58,13 @@ def no_compile(function: Callable) -> Callable:
     return run
 
 
+def is_traced() -> bool:
+    """Whether a transform of torch.func runs, or torch.export: neither can be asked for the value of a tensor."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def is_rounded() -> bool:
     """Whether a CPU may round float32 matrices to bf16 in their products, as `devices.matmul_precision` has it."""
     try:

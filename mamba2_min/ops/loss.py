@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.ops.autograd import handwritten_backward, is_rounded
+from mamba2_min.ops.autograd import handwritten_backward, is_rounded, is_traced
 
 IGNORE = -100  # a target that does not count
 
@@ -43,21 +43,29 @@ def linear_cross_entropy(
     device: its own assertion, or an infinite loss). Under autocast the products run in its dtype, the softmax in
     float32; `compiled` has the softmax of a GPU compiled.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
-    if hidden.shape[:-1] != targets.shape:
-        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])}, as hidden is, not {tuple(targets.shape)}")
+    size = vocab_size or weight.shape[0]
+    check_targets(hidden, targets, size, reduction)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    targets, size = targets.reshape(-1), vocab_size or weight.shape[0]
-    if targets.device.type == "cpu" and ((targets != IGNORE) & ((targets < 0) | (targets >= size))).any():
-        raise ValueError(f"targets must lie in [0, {size}), the vocabulary, or be {IGNORE}")
+    targets = targets.reshape(-1)
     # What a target weighs. It scales rows of `hidden`, never the logits.
     weights = (targets != IGNORE).to(torch.promote_types(hidden.dtype, torch.float32))
     if reduction == "mean":
         weights /= weights.sum().clamp_min(1)
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _LinearCrossEntropy.apply(flat, weight, targets, weights, size, dtype, compiled)
+
+
+def check_targets(hidden: Tensor, targets: Tensor, vocab_size: int, reduction: str) -> None:
+    """Raises ValueError where these are not what `linear_cross_entropy` asks for."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])}, as hidden is, not {tuple(targets.shape)}")
+    if targets.device.type != "cpu" or is_traced():
+        return
+    if ((targets != IGNORE) & ((targets < 0) | (targets >= vocab_size))).any():
+        raise ValueError(f"targets must lie in [0, {vocab_size}), the vocabulary, or be {IGNORE}")
 
 
 def slice_elements(device: torch.device) -> int:
