@@ -15,6 +15,7 @@ import pytest
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError, printable
+from mamba2_min.inference import dialogue, terminal
 from mamba2_min.inference.completer import Completer
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.ops.sampling import Sampler
@@ -76,7 +77,7 @@ def process(folder, *arguments, **options):
 def test_a_script_gets_the_completion_alone(folder):
     done = process(folder, "--max-tokens", "12", "--seed", "3", "--temperature", "1.5", input=b"The owl\n")
     text = written(folder, "The owl", 12, Sampler(1.5, seed=3))
-    assert done.stdout.decode() == printable(text, keep="\n\t").removesuffix("\n") + "\n"
+    assert done.stdout.decode() == text.removesuffix("\n") + "\n"
     said = done.stderr.decode()
     assert done.returncode == 0
     assert said.splitlines()[0].startswith(f"model     {folder}, ")
@@ -129,10 +130,10 @@ def test_standard_input_loses_the_line_end_that_echo_adds_and_nothing_else(call)
         (["--top-p", "1.5"], "--top-p must be a number from 0 to 1, not 1.5"),
         (["--temperature", "nan"], "--temperature must be a number of at least 0, not nan"),
         (["--repeat-penalty", "0"], "--repeat-penalty must be"),
-        (["--seed", "-1"], "--seed must be a whole number"),
+        (["--seed", "-1"], "--seed must be an integer from 0 to 2^63 - 1, not -1"),
         (["--top-k", "some"], "argument --top-k: invalid int value: 'some'"),
-        (["--max-tokens", "0"], "argument --max-tokens: must be a whole number of at least 1, not '0'"),
-        (["--max-tokens", "x"], "argument --max-tokens: must be a whole number of at least 1, not 'x'"),
+        (["--max-tokens", "0"], "argument --max-tokens: must be an integer of at least 1, not '0'"),
+        (["--max-tokens", "x"], "argument --max-tokens: must be an integer of at least 1, not 'x'"),
         (["--stop", ""], "argument --stop: a stop text cannot be empty"),
         (["--stop", "\udc80"], "argument --stop: character 1 is not UTF-8"),
         (["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
@@ -177,7 +178,7 @@ def test_a_stop_text_and_the_end_of_the_document_stop(call, folder):
     text = written(folder, "The owl", 30, Sampler(0))
     stop = text[4:7]
     said = call("--prompt", "The owl", "--temperature", "0", "--stop", stop)
-    assert said.out == printable(text[: text.index(stop)], keep="\n\t") + "\n"
+    assert said.out == text[: text.index(stop)].removesuffix("\n") + "\n"
     assert "a stop text follows" in said.err
 
 
@@ -198,12 +199,12 @@ HARMLESS = "\\x1b]0;title\\x07\tok\n\ufffd31m\\u202e\\r\\x08\\x7f\\x00\n"
 
 
 @pytest.mark.parametrize("at_terminal", [True, False])
-def test_nothing_that_a_terminal_would_act_on_is_written(call, monkeypatch, capsys, at_terminal):
+def test_a_terminal_is_written_nothing_that_it_would_act_on_and_a_file_gets_the_text(call, monkeypatch, at_terminal):
     ids = iter([*(byte + 1 for byte in HARMFUL), 0])
     monkeypatch.setattr(Sampler, "pick", lambda self, logits, history: next(ids))
     monkeypatch.setenv("NO_COLOR", "1")
     if not at_terminal:
-        assert call("--prompt", "\x1b\x02").out == HARMLESS
+        assert call("--prompt", "\x1b\x02").out == HARMFUL.decode(errors="replace") + "\n"
         return
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", FakeTerminal())
@@ -224,13 +225,13 @@ def test_a_long_prompt_shows_its_end(call, monkeypatch):
 @pytest.fixture
 def answers(folder, capsys):
     """A dialogue without its terminal: what it answers to a line."""
-    dialogue = run.Dialogue(Completer.load(folder), Sampler(0), max_tokens=8, stop=())
+    talk = dialogue.Dialogue(Completer.load(folder), Sampler(0), max_tokens=8, stop=())
 
     def answers(line):
-        dialogue.answer(line)
+        talk.answer(line)
         return capsys.readouterr().out
 
-    answers.dialogue = dialogue
+    answers.dialogue = talk
     return answers
 
 
@@ -246,15 +247,15 @@ def answers(folder, capsys):
         ("/top-p 0.9", "top-p is 0.9"),
         ("/top-p 2", "top-p must be a number from 0 to 1, not 2.0; it stays off"),
         ("/top-k 5", "top-k is 5"),
-        ("/top-k 5.5", "top-k must be a whole number from 0 to 2^63 - 1, not '5.5'; it stays off"),
+        ("/top-k 5.5", "top-k must be an integer from 0 to 2^63 - 1, not '5.5'; it stays off"),
         ("/top-k off", "top-k is off"),
         ("/min-p nan", "min-p must be a number from 0 to 1, not nan; it stays off"),
         ("/repeat-penalty 1.2", "repeat-penalty is 1.2"),
         ("/seed 7", "seed is 7"),
-        ("/seed -7", "seed must be a whole number from 0 to 2^63 - 1, not -7; it stays off"),
+        ("/seed -7", "seed must be an integer from 0 to 2^63 - 1, not -7; it stays off"),
         ("/length 50", "length is 50"),
-        ("/length 0", "length must be a whole number of at least 1, not 0; it stays 8"),
-        ("/length off", "length must be a whole number of at least 1, not 'off'; it stays 8"),
+        ("/length 0", "length must be an integer from 1 to 2^63 - 1, not 0; it stays 8"),
+        ("/length off", "length must be an integer from 1 to 2^63 - 1, not 'off'; it stays 8"),
         ("/temprature 1", "there is no /temprature; did you mean /temperature?"),
         ("/topk 3", "there is no /topk; did you mean /top-k?"),
         ("/stat", "there is no /stat; did you mean /stats?"),
@@ -270,8 +271,11 @@ def test_a_command_is_answered_in_one_line(answers, line, answer):
 def test_values_are_listed_and_kept(answers):
     for line in ("/top-k 12", "/top-k x", "/seed 5", "/length 3"):
         answers(line)
-    listed = {line.split()[0]: line for line in answers("/help").splitlines()[: len(run.SETTINGS) + len(run.ACTIONS)]}
-    assert list(listed) == [*run.SETTINGS, *run.ACTIONS]
+    listed = {
+        line.split()[0]: line
+        for line in answers("/help").splitlines()[: len(dialogue.SETTINGS) + len(dialogue.ACTIONS)]
+    }
+    assert list(listed) == [*dialogue.SETTINGS, *dialogue.ACTIONS]
     assert all(len(line) <= 80 for line in listed.values())
     assert " 12 " in listed["/top-k"] and " 5 " in listed["/seed"] and " 3 " in listed["/length"]
 
@@ -421,3 +425,118 @@ def test_a_session_at_a_terminal(folder, tmp_path):
         session.until("length is 5\n\n> ")
         session.type("exit\n")
         assert session.child.wait(60) == 0
+
+
+def set_width(screen, columns):
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "bare"])
+def test_lines_that_are_pasted_are_one_prompt(folder, tmp_path, terminal, marked):
+    """Also where a line of them is `exit`, or a command. A terminal that was asked for marks always gives them."""
+    if terminal == "xterm" and not marked:
+        pytest.skip("this one gives marks")
+    pasted = "The owl\nexit\n/stats\nthe tower"
+    arguments = ("--model", str(folder), "--temperature", "0", "--max-tokens", "5")
+    with Process(*arguments, XDG_STATE_HOME=str(tmp_path), TERM=terminal) as session:
+        session.until("> ")
+        session.type(f"\x1b[200~{pasted}\x1b[201~\r" if marked else pasted + "\n")
+        shown = session.until("cut at the length; /continue goes on]\n\n" if terminal == "dumb" else "goes on]\n\n")
+        assert pasted in shown.replace("\r", "") and "there is no" not in shown and "prompt  " not in shown
+        session.until("> ")
+        session.type("/stats\n")
+        told = session.until("KiB, after the first token as after the last\n")
+        tokens = len(WordTokenizer.load(folder / "tokenizer.json").encode(pasted)) + 1
+        assert f"prompt  {tokens} tokens" in told
+        session.until("> ")
+        session.type("exit\n")
+        assert session.child.wait(60) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
+def test_no_word_is_broken_at_the_edge_of_a_terminal(folder):
+    prompt = "the quick brown fox jumped over the lazy dog and into a\vverylongword again"
+    with Process("--model", str(folder), "--prompt", prompt, "--max-tokens", "1", "--temperature", "0") as session:
+        set_width(session.screen, 24)
+        lines = session.until("second, cut at the length\n").split("\n\n", 1)[0].split("\n")
+    text = lines[3:]
+    assert text[:4] == ["the quick brown fox", "jumped over the lazy dog", "and into", "a\\x0bverylongword again"]
+
+
+@pytest.mark.parametrize("columns", [0, 1, 5, 12, 80])
+def test_wrapping_adds_line_ends_in_the_place_of_spaces_and_changes_nothing_else(monkeypatch, columns):
+    text = "Once upon  a time\n\n東京へ行く 🦉🦉 e\u0301te\u0301 supercalifragilistic\tend  \n x"
+    monkeypatch.setattr(sys, "stdout", FakeTerminal())
+    monkeypatch.setattr(terminal, "_columns", lambda: columns)
+    writer = terminal.WrappedText()
+    for k in range(0, len(text), 3):
+        writer.write(text[k : k + 3])
+    writer.finish()
+    shown = sys.stdout.shown()
+    assert "".join(shown.split()) == "".join(text.split())
+    if columns in (0, 80):
+        assert shown == text
+    elif columns >= 5:
+        words = [word for line in shown.split("\n") for word in line.split()]
+        assert {"Once", "upon", "time", "x"} <= set(words)
+        assert all(terminal._width(line) <= columns for line in shown.split("\n") if "super" not in line)
+
+
+@pytest.mark.parametrize(
+    ("typed", "stop"), [(r"\n", "\n"), (r"a\tb\\n", "a\tb\\n"), (r"\d \x", r"\d \x"), ("é", "é"), (r"\f\r", "\f\r")]
+)
+def test_a_stop_text_may_have_escapes(typed, stop):
+    assert run._parse(["--stop", typed]).stop == [stop]
+
+
+def test_a_form_feed_goes_to_a_file_as_it_is(call, monkeypatch):
+    ids = iter([1 + ord("\f"), 1 + ord("a"), 0])
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits, history: next(ids))
+    assert call("--prompt", "x").out == "\fa\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_answered_in_one_line(folder):
+    command = [sys.executable, str(SCRIPT), "--model", str(folder), "--prompt", "The owl", "--max-tokens", "5"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.decode().splitlines()[-1] == "error: cannot write the text: No space left on device"
+    assert "Traceback" not in done.stderr.decode()
+
+
+class NotebookStream(io.StringIO):
+    """What a notebook has in the place of standard output: it can be written to, and not much else."""
+
+    reconfigure = property()
+
+    def fileno(self):
+        raise io.UnsupportedOperation
+
+
+def test_run_in_a_notebook(folder, monkeypatch):
+    """`%run run.py`: IPython runs a script in its own process, whose streams are a notebook's."""
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    out, errors = NotebookStream(), NotebookStream()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", errors)
+        shell.run_line_magic("run", f"{SCRIPT} --model {folder} --prompt 'The owl' --max-tokens 5 --temperature 0")
+    assert out.getvalue() == written(folder, "The owl", 5, Sampler(0)).removesuffix("\n") + "\n"
+    assert "5 tokens at" in errors.getvalue()
+
+
+def test_a_notebook_without_a_person_is_told_to_give_a_prompt(answers, monkeypatch):
+    def nobody(prompt=""):
+        raise NotImplementedError
+
+    monkeypatch.setattr("builtins.input", nobody)
+    with pytest.raises(UserError, match="nobody can type here; give --prompt TEXT"):
+        answers.dialogue.run()

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba2_min import validate
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.data.tokenizer import StreamDecoder, WordTokenizer
 from mamba2_min.errors import UserError
@@ -306,8 +307,7 @@ class _CtrlCLater:
 
 
 def _checked(max_tokens: int, stop: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
-        raise ValueError(f"max_tokens must be a whole number of at least 0, not {max_tokens!r}")
+    validate.integer("max_tokens", max_tokens, 0, 2**63 - 1)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stop):
         raise ValueError("a stop text cannot be empty")

@@ -121,7 +121,8 @@ class LanguageModel(nn.Module, ABC):
             if config.tie_embeddings:
                 self.lm_head.weight = self.backbone.embedding.weight
             init(self, torch.Generator("cpu").manual_seed(seed))
-        self.to(target)
+        if target.type not in ("cpu", "meta"):
+            self.to(target)
 
     @abstractmethod
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:

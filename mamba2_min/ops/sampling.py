@@ -19,13 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba2_min import validate
+
+_LARGEST = 2**63 - 1
+
 
 def penalise(scores: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
     """The logits with every token of `ids` made less likely, however often it occurs (CTRL, arXiv:1909.05858, 4.1).
 
     scores (v,) float; ids within [0, v). Returns a new (v,): positive logits divided by `penalty`, others multiplied.
     """
-    index = torch.tensor(sorted(set(ids)), dtype=torch.long)
+    index = torch.tensor(sorted(set(ids)), dtype=torch.long, device=scores.device)
     old = scores[index]
     return scores.index_put((index,), torch.where(old > 0, old / penalty, old * penalty))
 
@@ -34,15 +38,15 @@ def draw(weights: Tensor, mass: float = math.inf, generator: torch.Generator | N
     """The index of one token, drawn by weight from the nucleus: the fewest likeliest that together weigh `mass`.
 
     weights (v,) float64 on the CPU, >= 0, of any finite sum above 0; among equal weights the lower index comes first.
-    The likeliest token always belongs to the nucleus. Instead of a sort, rejection: a token is drawn from all of them,
-    and if those before it already weigh `mass`, it and all behind it are dropped and the draw is repeated. What is
-    drawn in the end is distributed by weight over the nucleus, after about 1 / top_p rounds.
+    The likeliest token always belongs to the nucleus. It samples by rejection instead of sorting: a token is drawn from
+    all of them, and if those before it already weigh `mass`, it and all behind it are dropped and the draw is repeated.
+    The result is distributed by weight over the nucleus, after about 1 / top_p rounds.
     """
     while True:
         # Inverse of the cumulative distribution. A uniform double is at most 1 - 2^-53, so the product stays below the
         # sum, and with right=True a token of weight 0 is never found.
         cumulative = weights.cumsum(0)
-        uniform = torch.rand((), dtype=torch.float64, generator=generator)
+        uniform = torch.rand((), dtype=torch.float64, generator=generator, device="cpu")
         found = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
         if mass == math.inf:
             return found
@@ -54,12 +58,16 @@ def draw(weights: Tensor, mass: float = math.inf, generator: torch.Generator | N
             return found
 
 
+def _cpu_generator() -> torch.Generator:
+    return torch.Generator("cpu")
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """Picks tokens. Its values are checked where it is made (ValueError, one line); it owns its random numbers.
+    """Picks tokens. Its values are checked at construction (ValueError, one line); it owns its random numbers.
 
     temperature     0 is greedy, the lowest id among equals; 1 is the model's own distribution
-    top_k           only the k likeliest, any of those that are equal in the last place; 0 is off
+    top_k           only the k likeliest, whichever of those that are equal in the last place; 0 is off
     top_p           only the fewest likeliest that hold this share of what top_k left; 1 is off, 0 keeps one
     min_p           only those at least this fraction as likely as the likeliest; 0 is off
     repeat_penalty  above 1, tokens among the last `repeat_window` become less likely; 1 is off
@@ -73,20 +81,19 @@ class Sampler:
     repeat_penalty: float = 1.0
     seed: int | None = None
     repeat_window: int = 64
-    _generator: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False, compare=False)
+    _generator: torch.Generator = field(default_factory=_cpu_generator, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0, math.inf, "a number of at least 0")
-        _check_number("top_p", self.top_p, 0, 1, "a number from 0 to 1")
-        _check_number("min_p", self.min_p, 0, 1, "a number from 0 to 1")
-        _check_number("repeat_penalty", self.repeat_penalty, 1e-3, 1e3, "a number from 0.001 to 1000")
-        _check_whole("top_k", self.top_k)
-        _check_whole("repeat_window", self.repeat_window)
+        validate.number("temperature", self.temperature, 0, math.inf)
+        validate.number("top_p", self.top_p, 0, 1)
+        validate.number("min_p", self.min_p, 0, 1)
+        validate.number("repeat_penalty", self.repeat_penalty, 1e-3, 1e3)
+        validate.integer("top_k", self.top_k, 0, _LARGEST)
+        validate.integer("repeat_window", self.repeat_window, 0, _LARGEST)
         if self.seed is None:
             self._generator.seed()
         else:
-            _check_whole("seed", self.seed)
-            self._generator.manual_seed(self.seed)
+            self._generator.manual_seed(validate.integer("seed", self.seed, 0, _LARGEST))
 
     def adjusted(self, **changes: Any) -> Sampler:
         """A sampler with other values that goes on with the same random numbers (a new seed starts new ones)."""
@@ -118,14 +125,3 @@ class Sampler:
             weights = torch.where(weights >= self.min_p, weights, 0.0)
         found = draw(weights, mass, self._generator)
         return found if ids is None else int(ids[found])
-
-
-def _check_number(name: str, value: Any, low: float, high: float, wanted: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} must be {wanted}, not {value!r}")
-
-
-def _check_whole(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise ValueError(f"{name} must be a whole number from 0 to 2^63 - 1, not {value!r}")

@@ -1,0 +1,185 @@
+"""The completer at a terminal: a line is a prompt or, where it begins with "/", a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mamba2_min import console, validate
+from mamba2_min.errors import UserError, printable
+from mamba2_min.inference.terminal import BOLD, DIM, LineEditor, WrappedText, styled
+
+if TYPE_CHECKING:  # importing torch takes seconds, and `run.py --help` should not wait for it
+    from mamba2_min.inference.completer import Completer
+    from mamba2_min.ops.sampling import Sampler
+
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "seed": None}  # what changes nothing
+_SHOWN_PROMPT = 1000  # characters; of a longer prompt the terminal shows the end
+
+# What the dialogue sets: a value's name, how it is read, and a line of help.
+SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "/temperature": ("temperature", float, "0: always the likeliest; 1: as the model has it"),
+    "/top-k": ("top_k", int, "only this many of the likeliest words"),
+    "/top-p": ("top_p", float, "only the likeliest, up to this share, e.g. 0.9"),
+    "/min-p": ("min_p", float, "only those this likely beside the likeliest, e.g. 0.05"),
+    "/repeat-penalty": ("repeat_penalty", float, "above 1, e.g. 1.1: recent words become less likely"),
+    "/length": ("max_tokens", int, "at most this many tokens"),
+    "/seed": ("seed", int, "a number: a prompt gets the same text every time"),
+}
+ACTIONS = {
+    "/continue": "goes on exactly where the text stopped",
+    "/stats": "speeds, and the size of the model's state",
+    "/help": "shows this",
+    "/quit": "leaves, as exit and Ctrl-D do",
+}
+
+
+class Dialogue:
+    """Answers what is typed until the user leaves."""
+
+    def __init__(self, completer: Completer, sampler: Sampler, max_tokens: int, stop: Sequence[str]):
+        self.completer, self.sampler, self.max_tokens, self.stop = completer, sampler, max_tokens, stop
+
+    def run(self) -> None:
+        print("\nType the beginning of a text, or /help. Ctrl-C stops the words, Ctrl-D leaves.")
+        with LineEditor() as editor:
+            while True:
+                try:
+                    print()
+                    line = editor.read("> ")
+                    if line.strip(" \t") in ("exit", "/exit", "/quit"):
+                        return
+                    self.answer(line)
+                except EOFError:
+                    print()
+                    return
+                except KeyboardInterrupt:
+                    print("\n(Ctrl-D or /quit leaves)")
+                except UnicodeDecodeError:
+                    print("error: that line is not UTF-8")
+                except NotImplementedError:  # a notebook that is run without a person
+                    raise UserError("nobody can type here; give --prompt TEXT") from None
+                except (UserError, FloatingPointError) as error:
+                    print(f"error: {printable(str(error))}")
+
+    def answer(self, line: str) -> None:
+        """Does what one line asks for. Raises UserError, FloatingPointError or KeyboardInterrupt; the state stays."""
+        command, _, value = line.strip().partition(" ")
+        if not line.startswith("/") or "\n" in line:
+            sampler = dataclasses.replace(self.sampler)  # begins with its seed again
+            pieces = self.completer.complete(line, self.max_tokens, sampler, self.stop)
+            self.sampler = sampler
+            self._write(pieces, line)
+        elif command in SETTINGS:
+            self._set(command, value.strip())
+        elif command == "/continue":
+            self._write(self.completer.continue_(self.max_tokens, self.sampler))
+        elif command == "/stats":
+            self._print_stats()
+        elif command == "/help":
+            for name, (_, _, what) in SETTINGS.items():
+                print(f"  {name:16}{self._value(name):>5}  {what}")
+            for name, what in ACTIONS.items():
+                print(f"  {name:16}{'':5}  {what}")
+            print('"off" as a value switches one off. Any other line is the beginning of a text;')
+            print("with an empty one, the model begins a document itself.")
+        else:
+            near = difflib.get_close_matches(command, [*SETTINGS, *ACTIONS], n=1)
+            hint = f"did you mean {near[0]}?" if near else "see /help (a space before the / makes it a text)"
+            print(f"there is no {printable(command[:40])}; {hint}")
+
+    def _write(self, pieces: Iterable[str], prompt: str = "") -> None:
+        try:
+            show(pieces, prompt)
+        except KeyboardInterrupt:
+            print()
+        further = "begins another" if self.completer.stopped_by == "end" else "goes on"
+        print(styled(f"[{how_it_ended(self.completer)}; /continue {further}]", DIM))
+
+    def _set(self, command: str, text: str) -> None:
+        if not text:
+            print(f"{command[1:]} is {self._value(command)}")
+            return
+        name, read, _ = SETTINGS[command]
+        try:
+            value = OFF[name] if text == "off" and name in OFF else read(text)
+        except ValueError:
+            value = text  # of the wrong type, which is answered as any wrong value
+        try:
+            if name == "max_tokens":
+                self.max_tokens = validate.integer("length", value, 1, 2**63 - 1)
+            else:
+                self.sampler = self.sampler.adjusted(**{name: value})
+        except ValueError as error:
+            print(f"{printable(in_words(error))}; it stays {self._value(command)}")
+        else:
+            print(f"{command[1:]} is {self._value(command)}")
+
+    def _value(self, command: str) -> str:
+        name = SETTINGS[command][0]
+        return str(self.max_tokens) if name == "max_tokens" else _shown(self.sampler, name)
+
+    def _print_stats(self) -> None:
+        stats = self.completer.stats
+        print(f"prompt  {stats.prompt_tokens:,} tokens, {stats.prompt_tokens_per_second:,.0f} tokens/s")
+        print(f"text    {stats.tokens:,} tokens, {stats.tokens_per_second:,.0f} tokens/s")
+        print(f"state   {stats.state_bytes / 1024:,.0f} KiB, after the first token as after the last")
+
+
+def show(pieces: Iterable[str], prompt: str = "") -> None:
+    """Shows a prompt and the text that follows it as it comes, with a line end after it: control characters as escapes,
+    and at a terminal no word broken at its edge."""
+    text, piece = WrappedText(), "\n"
+    try:
+        text.write(prompt if len(prompt) <= _SHOWN_PROMPT else "…" + prompt[-_SHOWN_PROMPT:], BOLD)
+        for piece in _while_it_is_read(pieces):
+            text.write(piece)
+    finally:
+        text.finish()
+    if prompt or not piece.endswith("\n"):
+        print(flush=True)
+
+
+def write_out(pieces: Iterable[str]) -> None:
+    """Writes a text to a file or a pipe as it comes: the text itself, with a line end after it."""
+    piece = "\n"
+    for piece in _while_it_is_read(pieces):
+        print(piece, end="", flush=True)
+    if not piece.endswith("\n"):
+        print(flush=True)
+
+
+def _while_it_is_read(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces, until what they are written to is gone."""
+    for piece in pieces:
+        yield piece
+        if console.failure():
+            return
+
+
+def how_it_ended(completer: Completer) -> str:
+    stats = completer.stats
+    ended = {
+        "end": "the document ends here",
+        "stop": "a stop text follows",
+        "length": "cut at the length",
+        "interrupted": "interrupted",
+    }
+    return f"{stats.tokens:,} tokens at {stats.tokens_per_second:,.0f} a second, {ended[completer.stopped_by or '']}"
+
+
+def described(sampler: Sampler) -> str:
+    return ", ".join(f"{name.replace('_', '-')} {_shown(sampler, name)}" for name in ("temperature", *OFF))
+
+
+def _shown(sampler: Sampler, name: str) -> str:
+    value = getattr(sampler, name)
+    return "off" if name in OFF and value == OFF[name] else str(value)
+
+
+def in_words(error: ValueError) -> str:
+    """A message that begins with a field's name, with that name as the user knows it."""
+    name, rest = str(error).split(" ", 1)
+    return f"{name.replace('_', '-')} {rest}"
