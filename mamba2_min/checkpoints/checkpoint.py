@@ -43,7 +43,7 @@ def save_tensors(path: str | Path, value: Any) -> None:
         except RuntimeError as error:  # how torch reports any failure to write, without its cause
             raise recorder.error or error from None
         file.flush()
-        damaged = zipfile.ZipFile(file.name).testzip()  # compares every record with its checksum
+        damaged = zipfile.ZipFile(file).testzip()  # compares every record with its checksum
         if damaged:
             raise OSError(f"{damaged} was not read back as it was written")
 
