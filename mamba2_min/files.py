@@ -35,6 +35,7 @@ from mamba2_min.errors import UserError
 
 JSON_BYTES = 16 << 20  # of a config, an index, settings: the largest in use have a few hundred kilobytes
 JSON_VALUES = 1 << 20  # a value of two characters takes 64 bytes in memory
+_JSON_DEPTH = 100  # of values in values: a walk that recurs has room for it
 
 _CLOSED = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
@@ -108,11 +109,18 @@ def parse_json(text: str | bytes, max_values: int = JSON_VALUES) -> Any:
     if sum(map(text.count, marks)) > max_values:  # type: ignore[arg-type]
         raise ValueError(f"it has more than {max_values:,} values")
     try:
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=_object)
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
     except ValueError as error:
         raise ValueError(str(error).splitlines()[0][:200]) from None
+    level, depth = [value] if isinstance(value, (dict, list)) else [], 0
+    while level and depth <= _JSON_DEPTH:
+        parts = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
+        level, depth = [part for part in parts if isinstance(part, (dict, list))], depth + 1
+    if level:
+        raise ValueError("its values are nested too deeply")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mamba2_min.checkpoints import layouts
+from mamba2_min import files
+from mamba2_min.checkpoints import archive, layouts, pickles
+from mamba2_min.checkpoints import weights as tensors
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 from mamba2_min.files import load_json, make_folder, save_json, write_atomically
 
 if TYPE_CHECKING:
-    from torch import nn
+    from mamba2_min.models.base import LanguageModel
 
 CONFIG, WEIGHTS, TOKENIZER, RESUME, METRICS, CURVE, SETTINGS = (
     "config.json",
@@ -34,16 +35,21 @@ RUN_FILES = (CONFIG, WEIGHTS, TOKENIZER, RESUME, METRICS, CURVE, SETTINGS)
 
 
 def save_tensors(path: str | Path, value: Any) -> None:
-    """`torch.save`, atomically: the old file stays until the new one is on disk and has been read back."""
+    """`torch.save`, atomically: the old file stays until the new one is on disk, was read back, and can be loaded."""
 
     def write(file: BinaryIO) -> None:
         recorder = _Recorder(file)
         try:
-            torch.save(value, recorder)
+            torch.save(value, cast(IO[bytes], recorder))
         except RuntimeError as error:  # how torch reports any failure to write, without its cause
             raise recorder.error or error from None
         file.flush()
-        damaged = zipfile.ZipFile(file).testzip()  # compares every record with its checksum
+        try:
+            damaged = archive.damaged_record(file, _check_archive(file))
+        except pickles.ForeignObject as error:
+            raise UserError(f"{path} was not written: it would hold {error}, which is not loaded again") from error
+        except ValueError as error:
+            raise UserError(f"{path} was not written: {error}") from error
         if damaged:
             raise OSError(f"{damaged} was not read back as it was written")
 
@@ -54,7 +60,8 @@ class _Recorder:
     """Passes what is written on to a file, and remembers the error that ended it."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:
@@ -67,34 +74,76 @@ class _Recorder:
         self.file.flush()
 
 
-def load_tensors(path: str | Path) -> Any:
-    """What `save_tensors` wrote, on the CPU; code in the file is refused, never run, and no more memory is taken than
-    the file is long. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            bomb = _is_inflated(file)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # an archive's directory may be damaged in any way
-        raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
-    if bomb:
-        raise UserError(f"{path} is compressed, which no checkpoint is; it was not loaded")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of a foreign file's details; what counts is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds something other than tensors and numbers; it was not loaded") from error
-    except Exception as error:  # a truncated or foreign file fails in torch's reader in many ways
-        raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
+def load_tensors(path: str | Path, max_bytes: int | None = None) -> Any:
+    """What `save_tensors` wrote, on the CPU. Raises UserError for anything else.
+
+    Code in the file is refused, never run. Before torch reads it, archive.py and pickles.py have found that it takes no
+    more memory than it is long, and that what it holds is a tree of tensors and plain values. torch's format of before
+    2020, which cannot be judged like that, is refused.
+    """
+    with files.open_regular(path, max_bytes) as file:
+        try:
+            if archive.is_legacy(file):
+                hint = "load and save it again with torch, which then writes the format of today"
+                raise UserError(f"{path} is in torch's format of before 2020, which is not read here: {hint}")
+            _check_archive(file)
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of a foreign file's details; what counts is said below
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except UserError:
+            raise
+        except (pickles.ForeignObject, pickle.UnpicklingError) as error:
+            what = f" ({_first_line(error)})" if isinstance(error, pickles.ForeignObject) else ""
+            raise UserError(
+                f"{path} holds something other than tensors and numbers{what}; it was not loaded"
+            ) from error
+        except archive.Compressed as error:
+            raise UserError(f"{path} is compressed, which no checkpoint is; it was not loaded") from error
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        except Exception as error:  # a truncated or foreign file fails in torch's reader in many ways
+            raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
 
 
-def _is_inflated(file: BinaryIO) -> bool:
-    """Whether a file is an archive whose records are longer than itself: torch never compresses, bombs do."""
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return sum(record.file_size for record in archive.infolist()) > os.fstat(file.fileno()).st_size
+def _check_archive(file: BinaryIO) -> dict[str, archive.Record]:
+    """The records of an archive that may be read. Raises ValueError for any other."""
+    records = archive.read_directory(file)
+    if "data.pkl" not in records:
+        raise ValueError("it has no data.pkl")
+    sizes = {name.removeprefix("data/"): one.size for name, one in records.items() if name.startswith("data/")}
+    pickles.check(archive.read_record(file, records["data.pkl"]), sizes)
+    return records
+
+
+def plain_model(model: nn.Module) -> LanguageModel:
+    """The model in what torch.compile, DataParallel and the like wrap around it, ready to be trained and saved.
+
+    A head that its config ties to the embedding, and that was untied by load_state_dict(assign=True), is tied again.
+    Raises UserError where its weights are not those that its config asks for, as with an adapter around a projection or
+    a tied head with numbers of its own: what is trained could not be saved.
+    """
+    while isinstance(inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None), nn.Module):
+        model = inner
+    config: Any = getattr(model, "config", None)
+    try:
+        if not isinstance(getattr(model, "lm_head", None), nn.Module) or not hasattr(config, "tie_embeddings"):
+            raise ValueError(
+                f"it is a {type(model).__name__}, not a language model of this package or a wrapper of one"
+            )
+        weights = tensors.with_plain_names(model.state_dict())
+        if isinstance(config, Mamba2Config):
+            tensors.check_shapes(tensors.parameter_shapes(config), weights)
+        for name, tensor in weights.items():
+            tensors.check_kind(name, tensor, anywhere=True)
+        lm = cast("LanguageModel", model)
+        if config.tie_embeddings and weights[tensors.HEAD].data_ptr() != weights[tensors.EMBEDDING].data_ptr():
+            if not tensors.same(weights[tensors.HEAD], weights[tensors.EMBEDDING]):
+                raise ValueError("its config ties the head to the embedding, and they differ; say tie_embeddings=False")
+            lm.lm_head.weight = cast(nn.Parameter, lm.get_parameter("backbone.embedding.weight"))
+    except ValueError as error:
+        raise UserError(f"the model cannot be trained, for it could not be saved: {_first_line(error)}") from error
+    return lm
 
 
 def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tensor], format: str = "own") -> None:
@@ -108,14 +157,14 @@ def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tens
     if format not in layouts.WEIGHT_FILES:
         raise ValueError(f"format must be one of {', '.join(layouts.WEIGHT_FILES)}, not {format!r}")
     try:
+        config, weights = _savable(config, weights)
         values = layouts.config_to(format, config)
     except ValueError as error:
-        raise UserError(f'the model cannot be saved in the layout "{format}": {error}') from error
+        raise UserError(f'the model cannot be saved in the layout "{format}": {_first_line(error)}') from error
     folder = make_folder(folder)
-    if (folder / CONFIG).exists() and _read_config(folder)[0] != format:
+    if files.exists(folder / CONFIG) and _read_config(folder)[0] != format:
         raise UserError(f"{folder} holds a model in another layout, which this one would break; choose another folder")
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    weights = layouts.weights_to(format, config, on_cpu)
+    weights = layouts.weights_to(format, config, weights)
     path = folder / layouts.WEIGHT_FILES[format][0]
     if format == "hf":
         data = _safetensors(path).save(weights, metadata={"format": "pt"})
@@ -126,6 +175,25 @@ def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tens
     save_json(folder / CONFIG, values)  # last: without it a folder holds no model
 
 
+def _savable(config: Mamba2Config, weights: dict[str, Tensor]) -> tuple[Mamba2Config, dict[str, Tensor]]:
+    """The weights as the reader wants them, and the config that they have. Raises ValueError where there is none.
+
+    A head that has come to differ from the embedding that the config ties it to is saved, with a config that says so.
+    """
+    weights = tensors.with_plain_names(weights)
+    for name, tensor in weights.items():
+        tensors.check_kind(name, tensor, anywhere=True)
+    weights = tensors.unshared(weights)
+    head, embedding = weights.get(tensors.HEAD), weights.get(tensors.EMBEDDING)
+    if config.tie_embeddings and head is not None and embedding is not None and not tensors.same(head, embedding):
+        config = dataclasses.replace(config, tie_embeddings=False)
+    if isinstance(config, Mamba2Config):  # a TransformerConfig is saved here too
+        weights = tensors.with_tied_head(weights, config.tie_embeddings)
+        tensors.check_shapes(tensors.parameter_shapes(config), weights)
+    tensors.check_tensors(weights, config.tie_embeddings)
+    return config, weights
+
+
 def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
     """The config and the weights in a folder of any of the three layouts, under our names and on the CPU.
 
@@ -134,24 +202,25 @@ def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
     `Mamba2LM` does not have.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not files.is_folder(folder):
         raise UserError(f"{folder} is not a folder; train a model first, or name the folder of one")
-    if not (folder / CONFIG).is_file():
+    if not files.is_file(folder / CONFIG):
+        files.names_in(folder)  # says so where the folder cannot be read
         raise UserError(f"{folder} holds no {CONFIG}: no model was saved there")
     layout, values = _read_config(folder)
     try:
         config = layouts.config_from(layout, values)
     except ValueError as error:
         raise UserError(f"{folder / CONFIG}: {_first_line(error)}") from error
-    files = layouts.WEIGHT_FILES[layout]
-    path = next((folder / name for name in files if (folder / name).is_file()), None)
+    names = layouts.WEIGHT_FILES[layout]
+    path = next((folder / name for name in names if files.is_file(folder / name)), None)
     if path is None:
-        raise UserError(f"{folder} holds no {' or '.join(files)}: no model was saved there")
-    weights = _read_weights(path)
+        raise UserError(f"{folder} holds no {' or '.join(names)}: no model was saved there")
     try:
-        weights = layouts.with_tied_head(layouts.weights_from(layout, weights), config.tie_embeddings)
-        layouts.check_shapes(layouts.parameter_shapes(config), weights)
-        layouts.check_tensors(weights, config.tie_embeddings)
+        weights = tensors.with_plain_names(_read_weights(path, _most_bytes(config)))
+        weights = tensors.with_tied_head(weights, config.tie_embeddings)
+        tensors.check_shapes(tensors.parameter_shapes(config), weights)
+        tensors.check_tensors(weights, config.tie_embeddings)
     except ValueError as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
     return config, weights
@@ -159,12 +228,21 @@ def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Copies weights into a model, whose dtype they take. Raises UserError for the first name or shape that differs."""
-    weights = layouts.with_tied_head(weights, model.config.tie_embeddings)
+    config: Any = model.config
+    own = model.state_dict()
     try:
-        layouts.check_shapes(((name, tensor.shape) for name, tensor in model.state_dict().items()), weights)
+        weights = tensors.with_tied_head(tensors.with_plain_names(weights), config.tie_embeddings)
+        expected = tensors.with_plain_names(own)
+        tensors.check_shapes(((name, tuple(tensor.shape)) for name, tensor in expected.items()), weights)
     except ValueError as error:
         raise UserError(f"{source}: {_first_line(error)}") from error
-    model.load_state_dict(weights)
+    model.load_state_dict({name: weights[tensors.plain_name(name)] for name in own})
+
+
+def _most_bytes(config: Mamba2Config) -> int:
+    """The longest that a file of a config's weights can be: in float64, with both of a tied pair, and some room."""
+    tied = config.padded_vocab_size * config.d_model
+    return 8 * (config.num_parameters() + tied) + 4096 * (16 * config.n_layer + 256)
 
 
 def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -175,28 +253,35 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     return layouts.layout_of(values), values
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file, or of the shards that an index names."""
-    files = [path]
+def _read_weights(path: Path, most: int) -> dict[str, Tensor]:
+    """All tensors of one file of at most `most` bytes, or of the shards that an index names. Raises ValueError too."""
+    paths = [path]
     if path.name.endswith(layouts.INDEX):
-        try:
-            files = [path.parent / name for name in layouts.shards(load_json(path))]
-        except ValueError as error:
-            raise UserError(f"{path}: {_first_line(error)}") from error
+        paths = [path.parent / name for name in layouts.shards(load_json(path))]
     weights: dict[str, Tensor] = {}
-    for file in files:
-        part = _read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file)
+    for one in paths:
+        part = _read_safetensors(one, most) if one.suffix == ".safetensors" else load_tensors(one, most)
         if not isinstance(part, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in part.items()):
-            raise UserError(f"{file} is not a model's weights")
+            inner = [key for key in ("state_dict", "model", "model_state_dict") if _is_dict_of_tensors(part, key)]
+            if inner:
+                raise ValueError(f"its tensors are one level down, under {inner[0]!r}; save that dictionary alone")
+            raise UserError(f"{one} is not a dictionary of tensors")
         for name in part:
             if name in weights:
-                raise UserError(f"{file} holds the tensor {name!r}, which another shard holds too")
-        weights.update(part)
+                raise ValueError(f"{one.name} holds {name!r}, which another shard holds too")
+        weights |= part
+        most -= sum(tensor.nbytes for tensor in part.values())
     return weights
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _is_dict_of_tensors(values: Any, key: str) -> bool:
+    inner = values.get(key) if isinstance(values, dict) else None
+    return isinstance(inner, dict) and bool(inner) and all(isinstance(tensor, Tensor) for tensor in inner.values())
+
+
+def _read_safetensors(path: Path, most: int) -> dict[str, Tensor]:
     safetensors = _safetensors(path)
+    files.open_regular(path, most).close()
     try:
         return safetensors.load_file(path)
     except OSError as error:

@@ -10,15 +10,16 @@
     headdim                 ssm_cfg.headdim                   head_dim (and num_heads)
     ngroups                 ssm_cfg.ngroups                   n_groups
     tie_embeddings          tie_embeddings                    tie_word_embeddings
-    norm_eps                always 1e-5                       layer_norm_epsilon
-    norm_before_gate        ssm_cfg.norm_before_gate          always False
+    norm_eps                always 1e-5                       layer_norm_epsilon, norm_eps
+    norm_before_gate        ssm_cfg.norm_before_gate          always False, norm_before_gate
     norm_per_group          always True                       always True
     weights                 pytorch_model.bin                 model.safetensors, or in shards, or pytorch_model.bin
 
-Our tensors have the official names; transformers says `embeddings` for `embedding`. Nothing here touches a file:
-configs are dicts as JSON gives them, weights are dicts of tensors, and what cannot be said in the other's terms is a
-ValueError of one line. The defaults below are those programs' own: a key that a config leaves out means what it means
-there.
+Where the right column has two names, the second is flash-linear-attention's, which has the same model_type. Nothing
+here touches a file: configs are dicts as JSON gives them, weights are dicts of tensors, and what cannot be expressed in
+the other's terms is a ValueError of one line. A key that a config leaves out means what it means in its program. Every
+key is read, or must have the one value that this model has, or is known not to change the function (config_keys.py);
+any other is refused by name.
 
 `norm_per_group`: the norm after the scan runs over each group on its own in the official code, in its kernels, and in
 transformers from version 5 on. The slow path of transformers 4 ran it over all channels, which for ngroups > 1 was
@@ -28,98 +29,48 @@ another function of the same weights; it is not what those weights were trained 
 from __future__ import annotations
 
 import difflib
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mamba2_min.checkpoints import config_keys as keys
+from mamba2_min.checkpoints.weights import EMBEDDING, HEAD, parameter_shapes, with_tied_head
 from mamba2_min.config import Mamba2Config
+
+__all__ = ["WEIGHT_FILES", "config_from", "config_to", "layout_of", "parameter_shapes", "shards", "weights_to"]
 
 # For each layout, the files that weights may be in, the first that exists being the one that counts. An index names
 # the shards that it is cut into.
 INDEX = ".index.json"
 WEIGHT_FILES = {
     "own": ("model.pt",),
-    "official": ("pytorch_model.bin",),
+    "official": ("pytorch_model.bin", "model.safetensors"),
     "hf": ("model.safetensors", "model.safetensors" + INDEX, "pytorch_model.bin", "pytorch_model.bin" + INDEX),
 }
 
-# ours: (theirs, its default there)
-_OFFICIAL_TOP = {
-    "vocab_size": ("vocab_size", 50277),
-    "d_model": ("d_model", 2560),
-    "n_layer": ("n_layer", 64),
-    "pad_vocab_size_multiple": ("pad_vocab_size_multiple", 8),
-    "tie_embeddings": ("tie_embeddings", True),
-    "residual_in_fp32": ("residual_in_fp32", True),
-}
-_OFFICIAL_SSM = {
-    "d_state": ("d_state", 128),
-    "d_conv": ("d_conv", 4),
-    "expand": ("expand", 2),
-    "headdim": ("headdim", 64),
-    "ngroups": ("ngroups", 1),
-    "chunk_size": ("chunk_size", 256),
-    "norm_before_gate": ("norm_before_gate", False),
-    "conv_bias": ("conv_bias", True),
-    "proj_bias": ("bias", False),
-    "dt_min": ("dt_min", 1e-3),
-    "dt_max": ("dt_max", 0.1),
-    "dt_init_floor": ("dt_init_floor", 1e-4),
-}
-# What else a config may hold without changing the function that the weights compute: the choice of a kernel, how
-# parameters were drawn before training, how the work was spread.
-_OFFICIAL_TOP_OTHER = ("d_intermediate", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm", "fused_add_norm")
-_OFFICIAL_SSM_OTHER = (
-    "layer",
-    "d_ssm",
-    "D_has_hdim",
-    "rmsnorm",
-    "dt_limit",
-    "conv_init",
-    "A_init_range",
-    "use_mem_eff_path",
-    "sequence_parallel",
-)
-_OFFICIAL_NORM_EPS = 1e-5
-
-_HF = {
-    "vocab_size": ("vocab_size", 32768),
-    "d_model": ("hidden_size", 4096),
-    "n_layer": ("num_hidden_layers", 64),
-    "d_state": ("state_size", 128),
-    "d_conv": ("conv_kernel", 4),
-    "expand": ("expand", 2),
-    "headdim": ("head_dim", 64),
-    "ngroups": ("n_groups", 8),
-    "chunk_size": ("chunk_size", 256),
-    "tie_embeddings": ("tie_word_embeddings", False),
-    "norm_eps": ("layer_norm_epsilon", 1e-5),
-    "conv_bias": ("use_conv_bias", True),
-    "proj_bias": ("use_bias", False),
-    "residual_in_fp32": ("residual_in_fp32", True),
-    "dt_min": ("time_step_min", 1e-3),
-    "dt_max": ("time_step_max", 0.1),
-    "dt_init_floor": ("time_step_floor", 1e-4),
-}
 # What a Hugging Face config has no key for, kept under one of our own, which transformers carries along unread.
 _HF_OURS = "mamba2_min"
 _HF_OURS_KEYS = ("vocab_size", "pad_vocab_size_multiple", "a_init", "dropout")
-
-_HF_EMBEDDING, _EMBEDDING, _HEAD = "backbone.embeddings.weight", "backbone.embedding.weight", "lm_head.weight"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HF_EMBEDDING = "backbone.embeddings.weight"
 
 
 def layout_of(values: dict[str, Any]) -> str:
-    """Whose config this is: "own", "official" or "hf", told by keys that no other has (model_type, ssm_cfg...)."""
-    if "model_type" in values:
-        return "hf"
-    if any(key in values for key in _OFFICIAL_TOP_OTHER):
+    """Whose config this is: "own", "official" or "hf".
+
+    Keys that shape the model decide, ssm_cfg first: a tool of the hub adds model_type and architectures to any.
+    """
+    if "ssm_cfg" in values:
         return "official"
-    return "own"
+    if "d_state" in values or "a_init" in values:
+        return "own"
+    if "model_type" in values or "hidden_size" in values:
+        return "hf"
+    official = {*keys.OFFICIAL_TOP_OTHER, *keys.FIXED_TOP}
+    return "official" if official & values.keys() else "own"
 
 
 def config_from(layout: str, values: dict[str, Any]) -> Mamba2Config:
@@ -128,94 +79,19 @@ def config_from(layout: str, values: dict[str, Any]) -> Mamba2Config:
 
 
 def config_to(layout: str, config: Mamba2Config) -> dict[str, Any]:
-    """A layout's config.json for a config. Raises ValueError for what that layout cannot say."""
+    """A layout's config.json for a config. Raises ValueError for what that layout cannot express."""
     return _WRITERS[layout](config)
-
-
-def weights_from(layout: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A layout's tensors under our names. Raises ValueError where two would get the same."""
-    if layout != "hf" or _HF_EMBEDDING not in weights:  # some published folders keep the official name of that one
-        return weights
-    if _EMBEDDING in weights:
-        raise ValueError(f"both {_EMBEDDING} and {_HF_EMBEDDING} are there, and they are two names of one tensor")
-    return {_EMBEDDING if name == _HF_EMBEDDING else name: tensor for name, tensor in weights.items()}
 
 
 def weights_to(layout: str, config: Mamba2Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under a layout's names. A tied head is left out, but for the official code, which wants it twice."""
     if config.tie_embeddings:
-        weights = {name: tensor for name, tensor in weights.items() if name != _HEAD}
+        weights = {name: tensor for name, tensor in weights.items() if name != HEAD}
     if layout == "official":
         return with_tied_head(weights, config.tie_embeddings)
     if layout == "hf":
-        return {_HF_EMBEDDING if name == _EMBEDDING else name: tensor for name, tensor in weights.items()}
+        return {_HF_EMBEDDING if name == EMBEDDING else name: tensor for name, tensor in weights.items()}
     return weights
-
-
-def parameter_shapes(config: Mamba2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The name and shape of every tensor of a `Mamba2LM(config)`, one by one and without building anything.
-
-    A config can ask for more than any memory holds; compared with the tensors that are there, the first that differs
-    ends the matter.
-    """
-    c = config
-    yield _EMBEDDING, (c.padded_vocab_size, c.d_model)
-    for i in range(c.n_layer):
-        block = f"backbone.layers.{i}"
-        yield f"{block}.norm.weight", (c.d_model,)
-        yield f"{block}.mixer.in_proj.weight", (c.d_in_proj, c.d_model)
-        yield f"{block}.mixer.conv1d.weight", (c.conv_dim, 1, c.d_conv)
-        if c.conv_bias:
-            yield f"{block}.mixer.conv1d.bias", (c.conv_dim,)
-        for name in ("dt_bias", "A_log", "D"):
-            yield f"{block}.mixer.{name}", (c.nheads,)
-        yield f"{block}.mixer.norm.weight", (c.d_inner,)
-        yield f"{block}.mixer.out_proj.weight", (c.d_model, c.d_inner)
-        if c.proj_bias:
-            yield f"{block}.mixer.in_proj.bias", (c.d_in_proj,)
-            yield f"{block}.mixer.out_proj.bias", (c.d_model,)
-    yield "backbone.norm_f.weight", (c.d_model,)
-    yield _HEAD, (c.padded_vocab_size, c.d_model)
-
-
-def with_tied_head(weights: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """The weights with the head that a file may leave out where it is the embedding."""
-    if tied and _HEAD not in weights and _EMBEDDING in weights:
-        return {**weights, _HEAD: weights[_EMBEDDING]}
-    return weights
-
-
-def check_shapes(expected: Iterable[tuple[str, tuple[int, ...]]], weights: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for the first tensor that is missing, of another shape, or not expected at all."""
-    names = set()
-    for name, shape in expected:
-        if name not in weights or not isinstance(weights[name], Tensor):
-            raise ValueError(f"lacks the tensor {name}, which the config asks for")
-        if tuple(weights[name].shape) != tuple(shape):
-            raise ValueError(f"{name} is {tuple(weights[name].shape)}, and the config asks for {tuple(shape)}")
-        names.add(name)
-    for name in weights:
-        if name not in names:
-            raise ValueError(f"holds an unexpected tensor {name!r}")
-
-
-def check_tensors(weights: Mapping[str, Tensor], tied: bool) -> None:
-    """Raises ValueError for tensors that a model cannot use: not plain floats, not really there, not finite; or a tied
-    head that is not the embedding."""
-    for name, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name!r} is {tensor.dtype}, {tensor.layout}; weights are plain tensors of floats")
-    # A view can repeat one number over any shape: a file of a kilobyte would ask for a terabyte when it is copied.
-    claimed = sum(tensor.nbytes for name, tensor in weights.items() if name != _HEAD or not tied)
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights.values()}
-    if claimed > sum(held.values()):
-        raise ValueError(f"its tensors claim {claimed} bytes and hold {sum(held.values())}")
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or its training had gone astray")
-    head, embedding = weights[_HEAD], weights[_EMBEDDING]
-    if tied and (head.dtype != embedding.dtype or not torch.equal(head, embedding)):
-        raise ValueError(f"the config ties the head to the embedding, and {_HEAD} is not {_EMBEDDING}")
 
 
 def shards(index: Any) -> list[str]:
@@ -232,7 +108,7 @@ def shards(index: Any) -> list[str]:
 
 
 def _from_own(values: dict[str, Any]) -> Mamba2Config:
-    return Mamba2Config.from_dict(values)
+    return Mamba2Config.from_dict({key: value for key, value in values.items() if key not in keys.GENERIC})
 
 
 def _to_own(config: Mamba2Config) -> dict[str, Any]:
@@ -242,34 +118,27 @@ def _to_own(config: Mamba2Config) -> dict[str, Any]:
 def _from_official(values: dict[str, Any]) -> Mamba2Config:
     ssm = values.get("ssm_cfg", {})
     if not isinstance(ssm, dict):
-        raise ValueError(f"ssm_cfg must be an object, not {ssm!r}")
-    _refuse_unknown(values, _OFFICIAL_TOP, _OFFICIAL_TOP_OTHER)
-    _refuse_unknown(ssm, _OFFICIAL_SSM, _OFFICIAL_SSM_OTHER)
-    layer = ssm.get("layer", "Mamba1")
-    if layer != "Mamba2":
-        raise ValueError(f'the layers are {layer!r}, which ssm_cfg.layer names; this model has "Mamba2" alone')
-    if values.get("attn_layer_idx"):
-        raise ValueError(f"attn_layer_idx {values['attn_layer_idx']!r} asks for attention; this model has none")
-    if values.get("d_intermediate", 0) != 0:
-        raise ValueError(f"d_intermediate {values['d_intermediate']!r} asks for MLPs; this model has none")
-    if values.get("rms_norm", True) is not True or ssm.get("rmsnorm", True) is not True:
-        raise ValueError("rms_norm and ssm_cfg.rmsnorm must be true: this model normalises by RMSNorm alone")
-    if ssm.get("D_has_hdim", False) is not False:
-        raise ValueError("ssm_cfg.D_has_hdim asks for a D a channel; this model has one a head")
+        raise ValueError(f"ssm_cfg must be an object, not {_shown(ssm)}")
+    ssm = {"layer": "Mamba1", **ssm}  # the default there
+    _require_fixed(values, keys.FIXED_TOP)
+    _require_fixed(ssm, keys.FIXED_SSM, "ssm_cfg.")
     _require_no_limit("ssm_cfg.dt_limit", ssm.get("dt_limit"))
-    fields = _translate(_OFFICIAL_TOP, values) | _translate(_OFFICIAL_SSM, ssm)
-    config = Mamba2Config(**fields, norm_eps=_OFFICIAL_NORM_EPS, norm_per_group=fields["ngroups"] != 1)
+    top, layer = _theirs(keys.OFFICIAL_TOP), _theirs(keys.OFFICIAL_SSM)
+    _refuse_unknown(values, {*top, *keys.FIXED_TOP, *keys.OFFICIAL_TOP_OTHER}, keys.GENERIC)
+    _refuse_unknown(ssm, {*layer, *keys.FIXED_SSM, *keys.OFFICIAL_SSM_OTHER})
+    fields = _translate(keys.OFFICIAL_TOP, values) | _translate(keys.OFFICIAL_SSM, ssm)
+    config = Mamba2Config(**fields, norm_eps=keys.OFFICIAL_NORM_EPS, norm_per_group=fields["ngroups"] != 1)
     if ssm.get("d_ssm") not in (None, config.d_inner):
-        raise ValueError(f"ssm_cfg.d_ssm {ssm['d_ssm']!r} leaves channels to an MLP; this model has none")
+        raise ValueError(f"ssm_cfg.d_ssm {_shown(ssm['d_ssm'])} leaves channels to an MLP; this model has none")
     return config
 
 
 def _to_official(config: Mamba2Config) -> dict[str, Any]:
     _require_norm_per_group(config, "the official code")
-    if config.norm_eps != _OFFICIAL_NORM_EPS:
-        raise ValueError(f"norm_eps is {config.norm_eps}, and the official code has {_OFFICIAL_NORM_EPS} alone")
-    top = {theirs: getattr(config, ours) for ours, (theirs, _) in _OFFICIAL_TOP.items()}
-    ssm = {theirs: getattr(config, ours) for ours, (theirs, _) in _OFFICIAL_SSM.items()}
+    if config.norm_eps != keys.OFFICIAL_NORM_EPS:
+        raise ValueError(f"norm_eps is {config.norm_eps}, and the official code has {keys.OFFICIAL_NORM_EPS} alone")
+    top = {theirs: getattr(config, ours) for ours, (theirs, _) in keys.OFFICIAL_TOP.items()}
+    ssm = {theirs: getattr(config, ours) for ours, (theirs, _) in keys.OFFICIAL_SSM.items()}
     return {
         **top,
         "d_intermediate": 0,
@@ -282,16 +151,17 @@ def _to_official(config: Mamba2Config) -> dict[str, Any]:
 
 
 def _from_hf(values: dict[str, Any]) -> Mamba2Config:
-    if values["model_type"] != "mamba2":
-        raise ValueError(f'model_type is {values["model_type"]!r}; only "mamba2" can be read')
-    activation = values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):  # two names of one function
-        raise ValueError(f'hidden_act is {activation!r}; this model has "silu" alone')
-    if values.get("rms_norm", True) is not True:
-        raise ValueError("rms_norm must be true: this model normalises by RMSNorm alone")
+    if values.get("model_type") != "mamba2":
+        raise ValueError(f'model_type is {_shown(values.get("model_type"))}; only "mamba2" can be read')
+    _require_fixed(values, keys.FIXED_HF)
+    is_fla = bool(keys.FLA_ONLY & values.keys())
+    read = _theirs(keys.HF) | set(keys.FIXED_HF) | keys.HF_OTHER | {_HF_OURS}
+    _refuse_unknown(values, read, keys.GENERIC)
+    values = _with_one_name(values)
     _require_no_limit("time_step_limit", values.get("time_step_limit"))
-    # norm_before_gate is left unread: old configs say true, and transformers has gated before the norm all along
-    fields = _translate(_HF, values)
+    fields = _translate({ours: (name, fla if is_fla else hf) for ours, (name, hf, fla) in keys.HF.items()}, values)
+    if is_fla:  # in transformers' configs it is left unread: old ones say true, and the norm has come after the gate
+        fields["norm_before_gate"] = values.get("norm_before_gate", False)
     ours = values.get(_HF_OURS)
     if isinstance(ours, dict):
         own = {key: ours[key] for key in _HF_OURS_KEYS if key in ours}
@@ -299,20 +169,37 @@ def _from_hf(values: dict[str, Any]) -> Mamba2Config:
         if Mamba2Config(**{**fields, **own}).padded_vocab_size == fields["vocab_size"]:
             fields |= own
     config = Mamba2Config(**fields, norm_per_group=fields["ngroups"] != 1)
-    heads = values.get("num_heads", 128)
+    heads = values.get("num_heads", config.nheads if is_fla else 128)
     if heads != config.nheads:
         raise ValueError(
             f"num_heads * head_dim must equal expand * hidden_size = {config.expand} * {config.d_model} = "
-            f"{config.d_inner}, and num_heads {heads!r}, head_dim {config.headdim} do not"
+            f"{config.d_inner}, and num_heads {_shown(heads)}, head_dim {config.headdim} do not"
         )
     return config
+
+
+def _with_one_name(values: dict[str, Any]) -> dict[str, Any]:
+    """The config with transformers' names for what flash-linear-attention calls otherwise.
+
+    Where both are there, and differ, a key that only its configs have decides that its own name counts.
+    """
+    renamed = dict(values)
+    its_own = bool(keys.FLA_ONLY - set(keys.FLA_NAMES.values()) & values.keys())
+    for name, other in keys.FLA_NAMES.items():
+        if other not in values:
+            continue
+        if name in values and values[name] != values[other] and not its_own:
+            both = f"{name} is {_shown(values[name])} and {other} is {_shown(values[other])}"
+            raise ValueError(f"{both}, which are two names of one setting; take out the one that does not count")
+        renamed[name] = renamed.pop(other)
+    return renamed
 
 
 def _to_hf(config: Mamba2Config) -> dict[str, Any]:
     _require_norm_per_group(config, "transformers")
     if config.norm_before_gate:
         raise ValueError("norm_before_gate is true, and transformers gates before the norm")
-    values = {theirs: getattr(config, ours) for ours, (theirs, _) in _HF.items()}
+    values = {theirs: getattr(config, ours) for ours, (theirs, _, _) in keys.HF.items()}
     return {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
@@ -341,28 +228,60 @@ _READERS: dict[str, Callable[[dict[str, Any]], Mamba2Config]] = {
 _WRITERS: dict[str, Callable[[Mamba2Config], dict[str, Any]]] = {"own": _to_own, "official": _to_official, "hf": _to_hf}
 
 
+def _theirs(table: dict[str, tuple[Any, ...]]) -> set[str]:
+    return {theirs for theirs, *_ in table.values()}
+
+
 def _translate(table: dict[str, tuple[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
     return {ours: values.get(theirs, default) for ours, (theirs, default) in table.items()}
 
 
-def _refuse_unknown(values: dict[str, Any], table: dict[str, tuple[str, Any]], others: tuple[str, ...]) -> None:
-    known = [theirs for theirs, _ in table.values()] + list(others)
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"unknown config key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+def _require_fixed(values: dict[str, Any], table: dict[str, tuple[tuple[Any, ...], str]], where: str = "") -> None:
+    """Raises ValueError for a key that asks for another function than this model's."""
+    for key, (allowed, why) in table.items():
+        value = values.get(key, allowed[0])
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            wanted = json.dumps(allowed[0])
+            raise ValueError(f"{where}{key} is {_shown(value)}; {where}{key} must be {wanted}: this model {why}")
+
+
+def _refuse_unknown(values: dict[str, Any], known: Iterable[str], harmless: Iterable[str] = ()) -> None:
+    """Raises ValueError for a key that nobody has said anything about: it may change the function."""
+    known = set(known)
+    for key, value in values.items():
+        if key in known or key in harmless or key.startswith("_") or value is None:
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        raise ValueError(
+            f"unknown config key {key[:80]!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "; take it out if it does not change what is computed")
+        )
 
 
 def _require_no_limit(name: str, limit: Any) -> None:
-    """Both programs can clamp dt to a range; softplus never leaves (0, inf), the only range that is read.
+    """Other programs can clamp dt to a range; softplus never leaves (0, inf), the only range that is read.
 
-    JSON has no infinity: Python writes it as a bare word, transformers as an object.
+    JSON has no infinity: Python writes it as a bare word, transformers as an object, other tools as a text or as null.
     """
     if limit is None:
         return
-    read = [math.inf if v == {"__float__": "Infinity"} else v for v in limit] if isinstance(limit, list) else limit
-    if read != [0, math.inf]:
-        raise ValueError(f"{name} is {limit!r}; this model does not clamp dt, so only [0, Infinity] can be read")
+    if isinstance(limit, (list, tuple)) and len(limit) == 2:
+        low, high = (_number(end) for end in limit)
+        if (low is None or low <= 0) and (high is None or high == math.inf):
+            return
+    raise ValueError(f"{name} is {_shown(limit)}; this model does not clamp dt, so only [0, Infinity] can be read")
+
+
+def _number(value: Any) -> float | None:
+    """An end of a range, None where there is none; NaN for what is not a number."""
+    if value is None:
+        return None
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        value = value["__float__"]
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _require_norm_per_group(config: Mamba2Config, whose: str) -> None:
@@ -370,3 +289,9 @@ def _require_norm_per_group(config: Mamba2Config, whose: str) -> None:
         raise ValueError(
             f"ngroups is {config.ngroups} with norm_per_group false, and {whose} normalises each group on its own"
         )
+
+
+def _shown(value: Any) -> str:
+    """A value on one short line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
