@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamba2_min import files, validate
+from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import Score
-from mamba2_min.settings import ACCEPTABLE, LARGEST, Settings, defaults
+from mamba2_min.settings import ACCEPTABLE, Settings, defaults
+from mamba2_min.training.last import check_fit, check_last, optimizer_state
 
 if TYPE_CHECKING:
     from mamba2_min.training.trainer import Trainer
@@ -48,12 +49,17 @@ def restore(trainer: Trainer, accept_documents: bool) -> None:
     path = trainer.out / checkpoint.RESUME
     saved = checkpoint.load_tensors(path)
     try:
+        check_last(saved)
         _check_same_run(trainer, saved, accept_documents)
+        same = saved["documents"] == trainer.corpus.digest
+        validation = (len(trainer.corpus.validation), trainer.corpus.validation_bytes)
+        data = trainer.windows.state_dict() if same else None
+        check_fit(saved, trainer.model, trainer.optimizer, data, validation)
         checkpoint.load_weights(trainer.model, saved["model"], path)
-        _restore_optimizer(trainer.optimizer, saved["optimizer"])
+        trainer.optimizer.load_state_dict(optimizer_state(saved["optimizer"], trainer.optimizer))
         _restore_counts(trainer, saved)
         trainer.guard.load_state_dict(saved["guard"])
-        if saved["documents"] == trainer.corpus.digest:
+        if same:
             trainer.windows.load_state_dict(saved["windows"])
         else:
             trainer.best, trainer.best_step, trainer.evaluated_step, trainer.stale = None, 0, -1, 0
@@ -133,16 +139,7 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    optimizer.load_state_dict(state)
-    for parameter, moments in optimizer.state.items():
-        if moments["exp_avg"].shape != parameter.shape or moments["exp_avg_sq"].shape != parameter.shape:
-            raise ValueError("its optimizer state belongs to another model")
-
-
 def _restore_counts(trainer: Trainer, saved: dict[str, Any]) -> None:
-    for name in ("step", "best_step", "evaluated_step", "stale", "records", "micro_batch"):
-        validate.integer(name, saved[name], -1 if name == "evaluated_step" else 0, LARGEST)
     trainer.step, trainer.best_step, trainer.stale = saved["step"], saved["best_step"], saved["stale"]
     trainer.evaluated_step, trainer.saved_records = saved["evaluated_step"], saved["records"]
     trainer.seconds, trainer.pending = float(saved["seconds"]), [float(loss) for loss in saved["pending"]]

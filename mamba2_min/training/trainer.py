@@ -82,7 +82,7 @@ class Trainer:
         self.autocast = devices.autocast(self.device, self.precision)
         if settings.deterministic and self.device.type == "cuda":
             devices.make_deterministic()
-        self.model = model.to(self.device)
+        self.model = checkpoint.plain_model(model).to(self.device)
         self.model.recompute = settings.recompute
         self.windows = Windows(corpus.train, settings.context, settings.batch_size, settings.seed)
         self.asked, self.settings = settings, _resolved(settings, self.windows)

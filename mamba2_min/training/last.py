@@ -1,0 +1,268 @@
+"""What last.pt must hold before a training resumes from it: type and range of every value, and what agrees with what.
+
+    check_last   each value on its own, by the table _LAST, and the counts among each other
+    check_fit    the tensors and places against the model, optimizer and data of the trainer that resumes
+
+Both raise ValueError of one line. Nothing is changed, and whatever the file holds, nothing else is raised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamba2_min import validate
+from mamba2_min.checkpoints import weights as tensors
+from mamba2_min.settings import Settings
+from mamba2_min.training.guards import JUMPED, NOT_FINITE
+
+Check = Callable[[str, Any], Any]
+
+_LARGEST = 2**31 - 1
+_LOSS = 1e30  # no loss or sum of losses of a run is larger
+_SECONDS = 1e12
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _integer(low: int = 0, high: int = _LARGEST) -> Check:
+    return lambda name, value: validate.integer(name, value, low, high)
+
+
+def _number(low: float, high: float) -> Check:
+    return lambda name, value: validate.number(name, value, low, high)
+
+
+def _one_of(*choices: str) -> Check:
+    return lambda name, value: validate.one_of(name, value, choices)
+
+
+def _list(check: Check) -> Check:
+    def of_list(name: str, value: Any) -> None:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list")
+        for one in value:
+            check(f"each of {name}", one)
+
+    return of_list
+
+
+def _record(fields: Mapping[str, Check], more: bool = False) -> Check:
+    """A dictionary with these fields; with `more`, others may be there, and are not read."""
+
+    def of_record(name: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be a dictionary")
+        for key, check in fields.items():
+            if key not in value:
+                raise ValueError(f"{name} lacks {key}")
+            check(f"{name}.{key}", value[key])
+        if len(value) != len(fields) and not more:
+            raise ValueError(f"{name} must have only {', '.join(fields)}")
+
+    return of_record
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _digest(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{name} must be a sha256 in hexadecimal")
+
+
+def _scalars(name: str, value: Any) -> None:
+    """A dictionary of plain values, as JSON could hold it."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} must be a dictionary of plain values")
+    for key, one in value.items():
+        plain = one is None or isinstance(one, (bool, str)) or (isinstance(one, float) and math.isfinite(one))
+        if not plain and not (isinstance(one, int) and abs(one) < 1 << 63):
+            raise ValueError(f"{name}.{key[:40]} must be a number, a text or nothing")
+        if isinstance(one, str) and len(one) > 1000:
+            raise ValueError(f"{name}.{key[:40]} is too long")
+
+
+def _settings(name: str, value: Any) -> None:
+    """Settings, of which an earlier version may lack some and have others."""
+    _scalars(name, value)
+    Settings(
+        **{key: one for key, one in value.items() if key in {field.name for field in dataclasses.fields(Settings)}}
+    )
+
+
+def _bytes(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.dim() != 1 or value.device.type != "cpu":
+        raise ValueError(f"{name} must be a row of bytes")
+
+
+def _cpu_generator(name: str, value: Any) -> None:
+    _bytes(name, value)
+    try:
+        torch.Generator().set_state(value.clone())
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{name} must be the state of a random generator") from None
+
+
+_LAST = _record(
+    {
+        "step": _integer(),
+        "seconds": _number(0, _SECONDS),
+        "pending": _list(_number(-_LOSS, _LOSS)),
+        "records": _integer(),
+        "best": _optional(
+            _record({"nats": _number(0, _LOSS), "tokens": _integer(1, 2**62), "n_bytes": _integer(1, 2**62)})
+        ),
+        "best_step": _integer(),
+        "evaluated_step": _integer(-1),
+        "stale": _integer(),
+        "micro_batch": _integer(1),
+        "windows": _record(
+            {
+                "seed": _integer(0, 2**63 - 1),
+                "epoch": _integer(),
+                "position": _integer(),
+                "context": _integer(1),
+                "tokens": _integer(2, 2**62),
+            }
+        ),
+        "guard": _record(
+            {
+                "recent": _list(_number(-_LOSS, _LOSS)),
+                "in_a_row": _integer(),
+                "skipped": _integer(),
+                "reason": _one_of("", NOT_FINITE, JUMPED),
+            }
+        ),
+        "settings": _settings,
+        "config": _scalars,
+        "environment": _scalars,
+        "documents": _digest,
+        "tokenizer": _digest,
+        "torch_rng": _cpu_generator,
+        "cuda_rng": _list(_bytes),
+        "model": _record({}, more=True),
+        "optimizer": _record(
+            {"state": _record({}, more=True), "param_groups": _list(_record({"lr": _number(0, 1e12)}, more=True))}
+        ),
+    },
+    more=True,
+)
+
+
+def check_last(values: Any) -> None:
+    """Raises ValueError unless `values` can be what a trainer saved: every type, every range, the counts in order."""
+    _LAST("it", values)
+    guard, step = values["guard"], values["step"]
+    in_order = (
+        (values["evaluated_step"], step, "the last evaluation comes after the last step"),
+        (values["best_step"], max(values["evaluated_step"], 0), "the best step comes after the last evaluation"),
+        (values["stale"], step + 1, "there are more evaluations than steps"),
+        (guard["skipped"], step, "more steps were skipped than there were"),
+        (guard["in_a_row"], guard["skipped"], "more steps were skipped in a row than in all"),
+    )
+    for low, high, fault in in_order:
+        if low > high:
+            raise ValueError(fault)
+    if guard["in_a_row"] and not guard["reason"]:
+        raise ValueError("steps were skipped for no reason")
+    if values["best"] is None and values["best_step"]:
+        raise ValueError("there is a best step and no best score")
+
+
+def check_fit(
+    values: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Mapping[str, int] | None,
+    validation: tuple[int, int],
+) -> None:
+    """Raises ValueError unless the tensors and places in `values`, which passed check_last, belong to this training.
+
+    data: `Windows.state_dict()` of the trainer, None where the documents are others than before and are read from their
+    start; validation: the tokens and bytes of the validation part, which the best score must be of.
+    """
+    _check_model(values["model"], model)
+    _check_optimizer(values, optimizer)
+    if data is None:
+        return
+    for name in ("seed", "context", "tokens"):
+        if values["windows"][name] != data[name]:
+            raise ValueError(f"its place in the data has {name} {values['windows'][name]}, and not {data[name]}")
+    best = values["best"]
+    if best and (best["tokens"], best["n_bytes"]) != validation:
+        raise ValueError("its best score is of another validation part")
+
+
+def optimizer_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes: the saved moments and rates, with the options that the settings give."""
+    groups = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+    return {"state": saved["state"], "param_groups": [{**own, "lr": group["lr"]} for own, group in groups]}
+
+
+def _check_model(saved: dict[Any, Any], model: nn.Module) -> None:
+    config: Any = model.config
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in saved.items()):
+        raise ValueError("its model is not a dictionary of tensors")
+    weights = tensors.with_tied_head(tensors.with_plain_names(saved), config.tie_embeddings)
+    expected = tensors.with_plain_names(model.state_dict())
+    tensors.check_shapes(((name, tuple(tensor.shape)) for name, tensor in expected.items()), weights)
+    tensors.check_tensors(weights, config.tie_embeddings)
+
+
+def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's moments: one pair for each parameter, of its shape and own memory, finite, and possible together."""
+    saved, groups = values["optimizer"], optimizer.state_dict()["param_groups"]
+    if [group.get("params") for group in saved["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("its optimizer belongs to another model")
+    taken = values["step"] - values["guard"]["skipped"]
+    parameters = {
+        i: p
+        for group, own in zip(groups, optimizer.param_groups, strict=True)
+        for i, p in zip(group["params"], own["params"], strict=True)
+    }
+    if saved["state"].keys() != (parameters.keys() if taken else set()):
+        raise ValueError("its optimizer does not have one state for each parameter")
+    memory = set()
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        bound = _largest_ratio(*own["betas"])
+        for i in group["params"] if taken else ():
+            name, state = f"the optimizer's state {i}", saved["state"][i]
+            if not isinstance(state, dict) or state.keys() != {"step", *_MOMENTS}:
+                raise ValueError(f"{name} must have only step, {', '.join(_MOMENTS)}")
+            step = state["step"]
+            if not isinstance(step, Tensor) or step.shape != () or step.dtype != torch.float32:
+                raise ValueError(f"{name}.step must be a number")
+            tensors.check_kind(f"{name}.step", step)
+            if float(step) != taken:
+                raise ValueError(f"{name}.step is {float(step):g}, and {taken} steps were taken")
+            for moment in _MOMENTS:
+                _check_moment(f"{name}.{moment}", state[moment], parameters[i])
+                memory.add(state[moment].untyped_storage().data_ptr() or (i, moment))
+            mean, square = (state[moment] for moment in _MOMENTS)
+            exact = mean.dtype in (torch.float32, torch.float64)
+            if square.min() < 0 or (exact and (mean.abs() > bound * square.sqrt() + 1e-15).any()):
+                raise ValueError(f"{name}: its moments contradict each other")
+    if taken and len(memory) != len(_MOMENTS) * len(parameters):
+        raise ValueError("its optimizer has one tensor in several places")
+
+
+def _check_moment(name: str, tensor: Any, parameter: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+        raise ValueError(f"{name} must be a tensor of {tuple(parameter.shape)}")
+    tensors.check_kind(name, tensor)
+    if not tensor.is_contiguous() or not tensor.isfinite().all():
+        raise ValueError(f"{name} must have finite numbers, row by row")
+
+
+def _largest_ratio(beta1: float, beta2: float) -> float:
+    """The most that AdamW's mean of gradients can be, in units of the root of its mean of squares (Cauchy-Schwarz)."""
+    if beta1**2 >= beta2:
+        return math.inf
+    return 1.001 * (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
