@@ -79,14 +79,14 @@ def _digest(name: str, value: Any) -> None:
 
 def _scalars(name: str, value: Any) -> None:
     """A dictionary of plain values, as JSON could hold it."""
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+    if not isinstance(value, dict) or not all(isinstance(key, str) and key.isidentifier() for key in value):
         raise ValueError(f"{name} must be a dictionary of plain values")
     for key, one in value.items():
         plain = one is None or isinstance(one, (bool, str)) or (isinstance(one, float) and math.isfinite(one))
         if not plain and not (isinstance(one, int) and abs(one) < 1 << 63):
             raise ValueError(f"{name}.{key[:40]} must be a number, a text or nothing")
-        if isinstance(one, str) and len(one) > 1000:
-            raise ValueError(f"{name}.{key[:40]} is too long")
+        if isinstance(one, str) and not (len(one) <= 1000 and one.isprintable()):
+            raise ValueError(f"{name}.{key[:40]} must be a short text of one line")
 
 
 def _settings(name: str, value: Any) -> None:
@@ -110,6 +110,7 @@ def _cpu_generator(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be the state of a random generator") from None
 
 
+_GROUP = {"lr": _number(0, 1e12), "params": _list(_integer())}  # its other options come from the settings
 _LAST = _record(
     {
         "step": _integer(),
@@ -148,9 +149,7 @@ _LAST = _record(
         "torch_rng": _cpu_generator,
         "cuda_rng": _list(_bytes),
         "model": _record({}, more=True),
-        "optimizer": _record(
-            {"state": _record({}, more=True), "param_groups": _list(_record({"lr": _number(0, 1e12)}, more=True))}
-        ),
+        "optimizer": _record({"state": _record({}, more=True), "param_groups": _list(_record(_GROUP, more=True))}),
     },
     more=True,
 )
@@ -219,7 +218,7 @@ def _check_model(saved: dict[Any, Any], model: nn.Module) -> None:
 def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
     """AdamW's moments: one pair for each parameter, of its shape and own memory, finite, and possible together."""
     saved, groups = values["optimizer"], optimizer.state_dict()["param_groups"]
-    if [group.get("params") for group in saved["param_groups"]] != [group["params"] for group in groups]:
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
         raise ValueError("its optimizer belongs to another model")
     taken = values["step"] - values["guard"]["skipped"]
     parameters = {
@@ -229,7 +228,9 @@ def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer
     }
     if saved["state"].keys() != (parameters.keys() if taken else set()):
         raise ValueError("its optimizer does not have one state for each parameter")
-    memory = set()
+    memory: set[Any] = set()
+    clip = values["settings"].get("clip", 0)
+    most = 1.01 * clip**2 if clip else math.inf  # no number of a gradient is larger than its norm
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         bound = _largest_ratio(*own["betas"])
         for i in group["params"] if taken else ():
@@ -237,11 +238,11 @@ def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer
             if not isinstance(state, dict) or state.keys() != {"step", *_MOMENTS}:
                 raise ValueError(f"{name} must have only step, {', '.join(_MOMENTS)}")
             step = state["step"]
-            if not isinstance(step, Tensor) or step.shape != () or step.dtype != torch.float32:
+            if not isinstance(step, Tensor) or step.shape != () or not step.is_floating_point():
                 raise ValueError(f"{name}.step must be a number")
             tensors.check_kind(f"{name}.step", step)
-            if float(step) != taken:
-                raise ValueError(f"{name}.step is {float(step):g}, and {taken} steps were taken")
+            if step.item() != taken:
+                raise ValueError(f"{name}.step is {step.item():g}, and {taken} steps were taken")
             for moment in _MOMENTS:
                 _check_moment(f"{name}.{moment}", state[moment], parameters[i])
                 memory.add(state[moment].untyped_storage().data_ptr() or (i, moment))
@@ -249,6 +250,8 @@ def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer
             exact = mean.dtype in (torch.float32, torch.float64)
             if square.min() < 0 or (exact and (mean.abs() > bound * square.sqrt() + 1e-15).any()):
                 raise ValueError(f"{name}: its moments contradict each other")
+            if square.max() > most:
+                raise ValueError(f"{name}: its moments are beyond what clipped gradients can have")
     if taken and len(memory) != len(_MOMENTS) * len(parameters):
         raise ValueError("its optimizer has one tensor in several places")
 
