@@ -73,7 +73,11 @@ def open_regular(path: str | Path, max_bytes: int | None = None, follow: bool = 
 def read_bytes(path: str | Path, max_bytes: int, follow: bool = True) -> bytes:
     """The content of a regular file of at most `max_bytes`. Raises UserError."""
     with open_regular(path, max_bytes, follow) as file, _explained("read", path):
-        content = file.read(max_bytes + 1)  # the system's own files have no length, and some no end
+        content = file.read(os.fstat(file.fileno()).st_size + 1)
+        while len(content) <= max_bytes and (
+            more := file.read(1 << 16)
+        ):  # the system's own files say 0, some never end
+            content += more
     if len(content) > max_bytes:
         raise UserError(f"{path} has more than the {max_bytes:,} bytes that are read")
     return content
@@ -115,7 +119,7 @@ def parse_json(text: str | bytes, max_values: int = JSON_VALUES) -> Any:
     except ValueError as error:
         raise ValueError(str(error).splitlines()[0][:200]) from None
     level, depth = [value] if isinstance(value, (dict, list)) else [], 0
-    while level and depth <= _JSON_DEPTH:
+    while level and depth < _JSON_DEPTH:
         parts = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
         level, depth = [part for part in parts if isinstance(part, (dict, list))], depth + 1
     if level:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mamba2_min.errors import UserError
-from mamba2_min.files import write_atomically
+from mamba2_min.files import open_regular, parse_json, write_atomically
 
 _DTYPES = {
     "F64": torch.float64,
@@ -71,21 +71,17 @@ def save_safetensors(
 def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, on the CPU, and the metadata of a file. Raises UserError, one line, for whatever is not whole."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             length = os.fstat(file.fileno()).st_size
-            try:
-                header, start = _read_header(file, length)
-                tensors = {
-                    name: _read_tensor(file, entry, start, length)
-                    for name, entry in header.items()
-                    if name != "__metadata__"
-                }
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} is not a whole safetensors file: {str(error)[:200]}") from error
+            header, start = _read_header(file, length)
+            places = {name: _place(entry, length - start) for name, entry in header.items() if name != "__metadata__"}
+            if sum(end - begin for _, _, begin, end in places.values()) != length - start:
+                raise ValueError("its tensors overlap or leave bytes over")
+            tensors = {name: _read_tensor(file, start, *place) for name, place in places.items()}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if sum(tensor.nbytes for tensor in tensors.values()) != length - start:
-        raise UserError(f"{path} is not a whole safetensors file: its tensors overlap or leave bytes over")
+    except (ValueError, RuntimeError) as error:  # the latter for shapes that torch cannot have
+        raise UserError(f"{path} is not a whole safetensors file: {str(error).splitlines()[0][:200]}") from error
     metadata = header.get("__metadata__", {})
     return tensors, {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
 
@@ -101,25 +97,30 @@ def _read_header(file: Any, length: int) -> tuple[dict[str, Any], int]:
     size = struct.unpack("<Q", first)[0] if len(first) == 8 else _MAX_HEADER + 1
     if size > min(_MAX_HEADER, length - 8):
         raise ValueError("its header is longer than the file")
-    header = json.loads(file.read(size).decode("utf-8"))
+    header = parse_json(file.read(size))
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     return header, 8 + size
 
 
-def _read_tensor(file: Any, entry: Any, start: int, length: int) -> Tensor:
+def _place(entry: Any, most: int) -> tuple[torch.dtype, list[int], int, int]:
+    """A tensor's dtype and shape, and where its bytes begin and end behind the header."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _DTYPES:
         raise ValueError("a tensor has no known dtype")
     dtype, shape, offsets = _DTYPES[entry["dtype"]], entry.get("shape"), entry.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError("a tensor's shape or place is not a list of integers >= 0")
     begin, end = offsets
-    if end - begin != math.prod(shape) * torch.empty((), dtype=dtype).element_size() or start + end > length:
+    if end - begin != math.prod(shape) * torch.empty((), dtype=dtype).element_size() or end > most:
         raise ValueError("a tensor's shape does not match its bytes")
+    return dtype, shape, begin, end
+
+
+def _read_tensor(file: Any, start: int, dtype: torch.dtype, shape: list[int], begin: int, end: int) -> Tensor:
     file.seek(start + begin)
     content = bytearray(file.read(end - begin))
     return torch.frombuffer(content, dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
+    return isinstance(values, list) and len(values) <= 64 and all(type(v) is int and 0 <= v < 1 << 48 for v in values)

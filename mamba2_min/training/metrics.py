@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from mamba2_min import files
 from mamba2_min.errors import UserError
-from mamba2_min.files import write_atomically
+from mamba2_min.files import append_line, write_atomically
+
+_MAX_BYTES = 1 << 30  # ten million lines
 
 
 class MetricsLog:
@@ -26,30 +27,12 @@ class MetricsLog:
     def append(self, **values: Any) -> None:
         """Writes one line, whole or not at all. Raises UserError where that fails, as on a full disk."""
         line = json.dumps({k: _plain(v) for k, v in values.items()}, allow_nan=False) + "\n"
-        try:
-            with open(self.path, "ab", buffering=0) as file:  # a buffer would write the rest of a torn line later
-                before = file.tell()
-                try:
-                    rest = line.encode()
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        file.truncate(before)
-                    raise
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        append_line(self.path, line.encode())
         self.records += 1
 
     def flush(self) -> None:
         """Returns when every line is on the disk."""
-        if not self.path.exists():
-            return
-        try:
-            with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        files.flush(self.path)
 
     def rewind(self, records: int) -> None:
         """Keeps only the first `records` lines. Raises UserError where one of them is damaged."""
@@ -73,19 +56,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    try:
-        return path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was never finished
-    except FileNotFoundError:
+    if not files.exists(path):
         return []
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    content = files.read_bytes(path, _MAX_BYTES)
+    return content.split(b"\n")[:-1]  # what follows the last line end was never finished
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = files.parse_json(line)
         _check(record)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}, line {number} is not a measurement: {str(error)[:200]}") from error
     return record
 
