@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import SHAPE, make_trainer, write_documents
 from torch.nn import functional as F
 
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint, layouts
 from mamba2_min.config import Mamba2Config
+from mamba2_min.data.corpus import load_corpus
 from mamba2_min.errors import UserError
+from mamba2_min.evaluation.perplexity import evaluate
 from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.training.trainer import Trainer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -704,3 +708,495 @@ def test_without_safetensors(tmp_path, monkeypatch):
     assert 'pip install "mamba2-min[hf]"' in refusal(lambda: Mamba2LM.from_pretrained(tmp_path))
     assert 'pip install "mamba2-min[hf]"' in refusal(lambda: model.save_pretrained(tmp_path / "new", format="hf"))
     assert not list((tmp_path / "new").iterdir())
+
+
+# What is written passes the reader's rules
+
+
+FORMATS = ["own", "official", "hf"]
+
+
+def saved_and_read(model: Mamba2LM, folder: Path, format: str = "own") -> Mamba2LM:
+    """What is read back of a model that was saved; both compute the same."""
+    if format == "hf":
+        pytest.importorskip("safetensors", reason="safetensors is not installed")
+    model.save_pretrained(folder, format=format)
+    read = Mamba2LM.from_pretrained(folder)
+    assert logits(read, ids_for(model)).equal(logits(model.eval(), ids_for(model)))
+    return read
+
+
+def untied_by_assignment(differ: bool) -> Mamba2LM:
+    """A model whose config ties the head, and whose head load_state_dict(assign=True) has made another tensor."""
+    model = lively(**CONFIGS["plain"])
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    assert model.lm_head.weight is not model.backbone.embedding.weight
+    if differ:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+    return model
+
+
+@pytest.mark.parametrize("differ", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_head_that_was_untied_by_assignment(tmp_path, format, differ):
+    read = saved_and_read(untied_by_assignment(differ), tmp_path, format)
+    assert read.config.tie_embeddings is not differ
+    assert (read.lm_head.weight is read.backbone.embedding.weight) is not differ
+
+
+def tie_by_hand(model):
+    model.lm_head.weight = model.backbone.embedding.weight
+
+
+def share_a_weight(model):
+    first, second = model.backbone.layers
+    second.mixer.in_proj.weight = first.mixer.in_proj.weight
+    second.norm = first.norm
+
+
+def make_views(model):
+    """All the vectors of a layer lie in one storage, as fused optimizers arrange them; and one of them backwards."""
+    mixer = model.backbone.layers[0].mixer
+    flat = torch.cat([mixer.dt_bias, mixer.A_log, mixer.D]).detach()
+    for name, part in zip(("dt_bias", "A_log", "D"), flat.split(len(mixer.D)), strict=True):
+        setattr(mixer, name, torch.nn.Parameter(part))
+    mixer.out_proj.weight = torch.nn.Parameter(mixer.out_proj.weight.detach().t().contiguous().t())
+
+
+@pytest.mark.parametrize("change", [tie_by_hand, share_a_weight, make_views])
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_that_share_memory_are_cloned(tmp_path, format, change):
+    model = lively(**CONFIGS["untied"])
+    change(model)
+    read = saved_and_read(model, tmp_path, format)
+    assert read.config == model.config
+    assert len({p.data_ptr() for p in read.parameters()}) == len(list(read.parameters()))
+    path = tmp_path / layouts.WEIGHT_FILES[format][0]
+    size = sum(p.nbytes for p in read.parameters())
+    assert size < path.stat().st_size < size + 20_000
+
+
+def spoil(name, value):
+    def change(model):
+        with torch.no_grad():
+            model.get_parameter(name).flatten()[0] = value
+
+    return change
+
+
+def on_meta(model):
+    model.backbone.norm_f.weight = torch.nn.Parameter(model.backbone.norm_f.weight.to("meta"))
+
+
+def adapted(model):
+    inner = model.backbone.layers[0].mixer.in_proj
+    model.backbone.layers[0].mixer.in_proj = torch.nn.Sequential(inner)
+
+
+def parametrized(model):
+    torch.nn.utils.parametrizations.weight_norm(model.backbone.layers[0].mixer.out_proj)
+
+
+def another_shape(model):
+    model.backbone.norm_f.weight = torch.nn.Parameter(torch.ones(7))
+
+
+CHANGES = [
+    (spoil("backbone.norm_f.weight", math.nan), "backbone.norm_f.weight holds NaN"),
+    (spoil("backbone.embedding.weight", math.inf), "backbone.embedding.weight holds NaN or infinity"),
+    (on_meta, "on meta"),
+    (adapted, "lacks the tensor backbone.layers.0.mixer.in_proj.weight"),
+    (parametrized, "lacks the tensor backbone.layers.0.mixer.out_proj.weight"),
+    (another_shape, "norm_f.weight is (7,)"),
+    (lambda model: model.register_buffer("extra", torch.ones(1)), "unexpected tensor 'extra'"),
+    (lambda model: model.to(torch.complex64), "complex64"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), CHANGES, ids=[says for _, says in CHANGES])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_could_not_be_read_is_not_written(tmp_path, format, change, says):
+    model = lively(**CONFIGS["plain"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of complex modules
+        change(model)
+    assert says in refusal(lambda: model.save_pretrained(tmp_path / "new", format=format))
+    assert not (tmp_path / "new").exists()
+
+
+# Wrappers
+
+
+class Wrapper(torch.nn.Module):
+    """As an accelerator, a trainer or a checkpointing tool would wrap a model, under an attribute of some name."""
+
+    def __init__(self, inner, name):
+        super().__init__()
+        setattr(self, name, inner)
+
+
+def compiled(model):
+    return torch.compile(model)
+
+
+def compiled_layer(model):
+    model.backbone.layers[1] = torch.compile(model.backbone.layers[1])
+    return model
+
+
+WRAPPED = {
+    "torch.compile": compiled,
+    "DataParallel": lambda model: torch.nn.DataParallel(model),
+    "compiled and parallel": lambda model: torch.nn.DataParallel(torch.compile(model)),
+    "a trainer's model": lambda model: Wrapper(model, "model"),
+    "a compiled layer": compiled_layer,
+    "sharded": lambda model: Wrapper(Wrapper(model, "_fsdp_wrapped_module"), "module"),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_names_of_a_wrapped_model_are_read(tmp_path, format, name):
+    if format == "hf":
+        pytest.importorskip("safetensors", reason="safetensors is not installed")
+    model = lively(**CONFIGS["untied"])
+    expected = logits(model, ids_for(model))
+    model.save_pretrained(tmp_path, format=format)
+    weights = WRAPPED[name](model).state_dict()
+    assert weights.keys() != dict(lively(**CONFIGS["untied"]).state_dict()).keys()
+    self = TestFilesThatAreWrong()
+    self.write(tmp_path / layouts.WEIGHT_FILES[format][0], {key: tensor.clone() for key, tensor in weights.items()})
+    assert logits(Mamba2LM.from_pretrained(tmp_path), ids_for(model)).equal(expected)
+
+
+def test_names_without_backbone_and_of_another_program_are_read(tmp_path):
+    model = lively(**CONFIGS["untied"])
+    model.save_pretrained(tmp_path)
+    for change in ("", "model.", "embeddings"):
+        weights = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
+        if change == "embeddings":
+            weights["embeddings.weight"] = weights.pop("embedding.weight")
+        else:
+            weights = {change + name: tensor for name, tensor in weights.items()}
+        torch.save(weights, tmp_path / "model.pt")
+        assert logits(Mamba2LM.from_pretrained(tmp_path), ids_for(model)).equal(logits(model, ids_for(model)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda w: {**w, "module.lm_head.weight": w["lm_head.weight"]}, "are two names of one tensor"),
+        (lambda w: {**w, "backbone.embeddings.weight": w["backbone.embedding.weight"]}, "two names of one tensor"),
+        (lambda w: {"state_dict": w}, "one level down, under 'state_dict'"),
+        (lambda w: {"model": w, "step": 3}, "one level down, under 'model'"),
+        (
+            lambda w: {"base_model.model." + k.replace("in_proj.", "in_proj.base_layer."): t for k, t in w.items()},
+            "a part of an adapter; merge the adapter",
+        ),
+        (
+            lambda w: {**w, "backbone.layers.0.mixer.in_proj.lora_A.default.weight": torch.ones(8, 32)},
+            "a part of an adapter; merge the adapter",
+        ),
+    ],
+)
+def test_names_that_cannot_be_read_are_named(tmp_path, change, says):
+    model = lively(**CONFIGS["untied"])
+    model.save_pretrained(tmp_path)
+    torch.save(change(dict(model.state_dict())), tmp_path / "model.pt")
+    assert says in refusal(lambda: Mamba2LM.from_pretrained(tmp_path))
+
+
+class TestTrainer:
+    """What is trained can be saved, or is refused before the first step."""
+
+    @pytest.fixture(autouse=True)
+    def _data(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Trainer, "_draw", lambda self: None)
+        self.data, self.out = write_documents(tmp_path / "data"), tmp_path / "run"
+
+    def model(self, **values) -> Mamba2LM:
+        size = len(load_corpus(self.data, min_count=1).tokenizer)
+        return Mamba2LM(Mamba2Config(vocab_size=size, **SHAPE, **values), seed=0)
+
+    def trained(self, model) -> None:
+        """Trains, and finds the best loss again in memory, on disk, and after going on."""
+        before = {p: p.detach().clone() for p in model.parameters()}
+        trainer = make_trainer(self.out, self.data, model=model, max_steps=6, eval_every=3)
+        best = trainer.train().best
+        assert any(not torch.equal(old, p) for p, old in before.items())  # the caller's own parameters were trained
+        corpus = trainer.corpus
+        for one in (trainer.model, Mamba2LM.from_pretrained(self.out)):
+            score = evaluate(one, corpus.validation, corpus.validation_bytes, corpus.tokenizer.eos_id)
+            assert score.loss == pytest.approx(best.loss, rel=1e-6)
+        weights = checkpoint.load_tensors(self.out / "last.pt")["model"]
+        assert all(not name.startswith(("_orig_mod", "module")) for name in weights)
+        again = make_trainer(self.out, self.data, model=trainer.model, max_steps=8, eval_every=3, resume=True)
+        assert again.step == 6 and again.train().step == 8
+
+    def refused(self, model, says) -> None:
+        text = refusal(lambda: make_trainer(self.out, self.data, model=model, max_steps=6))
+        assert says in text and "the model cannot be trained" in text
+        assert not self.out.exists()
+
+    @pytest.mark.parametrize("name", ["torch.compile", "DataParallel", "compiled and parallel"])
+    def test_a_wrapped_model(self, name):
+        self.trained(WRAPPED[name](self.model()))
+
+    def test_a_head_that_was_untied_is_tied_again(self):
+        model = self.model()
+        model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+        self.trained(model)
+        assert model.lm_head.weight is model.backbone.embedding.weight
+
+    def test_a_head_that_is_another_tensor(self):
+        model = self.model()
+        model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+        with torch.no_grad():
+            model.lm_head.weight.add_(0.1)
+        self.refused(model, "its config ties the head to the embedding, and they differ")
+
+    @pytest.mark.parametrize("change", [tie_by_hand, make_views])
+    def test_weights_that_share_memory(self, change):
+        model = self.model(tie_embeddings=False)
+        change(model)
+        self.trained(model)
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (on_meta, "on meta"),
+            (adapted, "lacks the tensor"),
+            (parametrized, "lacks the tensor"),
+            (another_shape, "norm_f.weight is (7,)"),
+            (lambda model: torch.nn.Linear(2, 2), "it is a Linear"),
+            (lambda model: Wrapper(model, "inner"), "it is a Wrapper"),
+        ],
+    )
+    def test_what_could_not_be_saved_is_not_trained(self, change, says):
+        model = self.model()
+        self.refused(change(model) or model, says)
+
+    def test_an_adapter_of_peft(self):
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        model = self.model()
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["in_proj"], r=2), model)
+        self.refused(model, "a part of an adapter; merge the adapter")
+
+    def test_a_transformer(self):
+        from mamba2_min.models.transformer import TransformerConfig, TransformerLM
+
+        size = len(load_corpus(self.data, min_count=1).tokenizer)
+        model = TransformerLM(TransformerConfig(vocab_size=size, d_model=16, n_layer=1, headdim=8), seed=0)
+        make_trainer(self.out, self.data, model=torch.compile(model), max_steps=2).train()
+        read = TransformerLM.from_pretrained(self.out)
+        ids = torch.tensor([[1, 2, 3]])
+        assert read(ids)[0].equal(model.eval()(ids)[0])
+
+
+# Keys of configs
+
+INFINITE = [
+    [0, math.inf],
+    [0.0, math.inf],
+    [0.0, {"__float__": "Infinity"}],
+    ["0", "inf"],
+    ["0.0", "Infinity"],
+    [0.0, "infinity"],
+    [0, None],
+    [None, None],
+    [-1.0, math.inf],
+    [-math.inf, math.inf],
+    None,
+]
+FINITE = [
+    [0.0, 0.1],
+    [1e-3, math.inf],
+    [0.0, 1e30],
+    [math.nan, math.inf],
+    [0, "none"],
+    [0, True],
+    [False, math.inf],
+    [0],
+    [0, 1, math.inf],
+    [],
+    {},
+    "none",
+    0,
+    True,
+    [0, {"__float__": "1.0"}],
+    [0, 10**400],
+]
+
+
+FLA = {  # as flash-linear-attention saves it, from version 0.4 on
+    **{"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"], "vocab_size": 61, "hidden_size": 32},
+    **{"state_size": 16, "num_hidden_layers": 2, "conv_kernel": 4, "expand": 2, "n_groups": 1, "head_dim": 16},
+    **{"num_heads": 4, "norm_eps": 1e-5, "use_bias": False, "use_conv_bias": True, "conv_init": None},
+    **{"A_init_range": [1, 16], "D_has_hdim": False, "hidden_act": "silu", "initializer_range": 0.02},
+    **{"residual_in_fp32": True, "dt_min": 0.001, "dt_max": 0.1, "dt_init_floor": 1e-4, "rmsnorm": True},
+    **{"dt_limit": [0.0, math.inf], "rescale_prenorm_residual": True, "use_cache": True, "chunk_size": 256},
+    **{"norm_before_gate": False, "fuse_norm": True, "fuse_cross_entropy": True, "use_l2warp": False},
+    **{"fuse_linear_cross_entropy": False, "tie_word_embeddings": False, "transformers_version": "4.57.0"},
+}
+
+
+class TestKeys:
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path):
+        pytest.importorskip("safetensors", reason="safetensors is not installed")
+        self.folder = tmp_path
+
+    def save(self, layout, **values) -> Mamba2LM:
+        """Saves a model, and changes its config.json by `values`; those that are `...` are taken out."""
+        self.model = lively(**CONFIGS["plain"])
+        self.model.save_pretrained(self.folder, format=layout)
+        config = json.loads((self.folder / "config.json").read_text())
+        config.update(values)
+        (self.folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+        return self.model
+
+    def reads_the_same(self, layout, **values) -> None:
+        self.save(layout, **values)
+        read = Mamba2LM.from_pretrained(self.folder)
+        assert logits(read, ids_for(read)).equal(logits(self.model, ids_for(read)))
+
+    def is_refused(self, layout, *named, **values) -> None:
+        self.save(layout, **values)
+        text = refusal(lambda: Mamba2LM.from_pretrained(self.folder))
+        assert all(name in text for name in named), text
+
+    @pytest.mark.parametrize("limit", INFINITE, ids=repr)
+    @pytest.mark.parametrize("key", ["time_step_limit", "dt_limit"])
+    def test_no_limit(self, key, limit):
+        self.reads_the_same("hf", **{key: limit})
+
+    @pytest.mark.parametrize("limit", FINITE, ids=lambda value: repr(value)[:30])
+    @pytest.mark.parametrize("key", ["time_step_limit", "dt_limit"])
+    def test_a_limit(self, key, limit):
+        self.is_refused("hf", "time_step_limit", "does not clamp dt", **{key: limit})
+
+    @pytest.mark.parametrize("limit", INFINITE, ids=repr)
+    def test_no_limit_in_the_official_layout(self, limit):
+        self.reads_the_same("official")
+        config = json.loads((self.folder / "config.json").read_text())
+        config["ssm_cfg"]["dt_limit"] = limit
+        (self.folder / "config.json").write_text(json.dumps(config))
+        assert Mamba2LM.from_pretrained(self.folder).config == self.model.config.from_dict(
+            {**self.model.config.to_dict(), "norm_per_group": False}
+        )
+
+    @pytest.mark.parametrize("layout", FORMATS)
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "transformers_version": "4.57.1"},
+            {"model_type": "mamba2"},
+            {
+                "torch_dtype": "bfloat16",
+                "dtype": "float16",
+                "_name_or_path": "a/b",
+                "use_cache": True,
+                "eos_token_id": 0,
+            },
+            {"auto_map": {"AutoConfig": "x.Y"}, "max_position_embeddings": 2048, "unsloth_version": "2025.1"},
+            {"_anything_private": 1, "id2label": {"0": "a"}, "nothing_is_said": None},
+        ],
+    )
+    def test_harmless_keys_change_nothing(self, layout, values):
+        self.reads_the_same(layout, **values)
+
+    @pytest.mark.parametrize("layout", FORMATS)
+    @pytest.mark.parametrize(
+        "values",
+        [{"logit_scale": 0.5}, {"residual_multiplier": 0.22}, {"final_logit_softcapping": 30.0}, {"odd": False}],
+    )
+    def test_unknown_keys_are_named(self, layout, values):
+        self.is_refused(layout, f"unknown config key {next(iter(values))!r}", **values)
+
+    @pytest.mark.parametrize(
+        ("layout", "values"),
+        [
+            ("hf", {"attn_layer_idx": [1]}),
+            ("hf", {"attn": {"layers": [1]}}),
+            ("hf", {"d_intermediate": 64}),
+            ("hf", {"hidden_act": "relu"}),
+            ("hf", {"rmsnorm": False}),
+            ("hf", {"D_has_hdim": True}),
+            ("hf", {"quantization_config": {"bits": 4}}),
+            ("hf", {"is_encoder_decoder": True}),
+            ("hf", {"pruned_heads": {"0": [1]}}),
+            ("official", {"quantization_config": {"bits": 4}}),
+            ("official", {"d_intermediate": 64}),
+        ],
+    )
+    def test_keys_that_ask_for_another_function_are_named(self, layout, values):
+        self.is_refused(layout, next(iter(values)), "this model", **values)
+
+    def test_every_key_of_transformers_is_known(self, transformers):
+        config = transformers.Mamba2Config(num_heads=4, head_dim=16, hidden_size=32, n_groups=1)
+        for values in (config.to_dict(), json.loads(config.to_json_string(use_diff=False))):
+            assert layouts.config_from("hf", json.loads(json.dumps(values))).nheads == 4
+
+    def fla(self, change, **values) -> tuple[Mamba2LM, dict]:
+        """Our model of a config of flash-linear-attention's, and its weights: written from the format."""
+        save_file = pytest.importorskip("safetensors.torch").save_file
+        model = lively(vocab_size=61, d_model=32, d_state=16, headdim=16, tie_embeddings=False, **values)
+        weights = {k.replace("embedding.", "embeddings."): t.clone() for k, t in model.state_dict().items()}
+        save_file(weights, self.folder / "model.safetensors")
+        (self.folder / "config.json").write_text(json.dumps({**FLA, **change}))
+        return Mamba2LM.from_pretrained(self.folder), dict(model.state_dict())
+
+    @pytest.mark.parametrize(
+        ("change", "values"),
+        [
+            ({}, {}),
+            ({"norm_eps": 0.01}, {"norm_eps": 0.01}),
+            ({"norm_before_gate": True}, {"norm_before_gate": True}),
+            ({"norm_eps": 0.01, "layer_norm_epsilon": 1e-5}, {"norm_eps": 0.01}),
+            ({"n_groups": 2}, {"ngroups": 2}),
+        ],
+    )
+    def test_flash_linear_attention(self, change, values):
+        model, weights = self.fla(change, **values)
+        for name, value in values.items():
+            assert getattr(model.config, name) == value
+        ids = ids_for(model, 20)
+        assert worst(logits(model, ids)[0], reference(model.config, weights, ids[0])) < 2e-5
+
+    def test_flash_linear_attention_of_before(self):
+        old = {"dt_min": ..., "dt_max": ..., "dt_init_floor": ..., "dt_limit": ..., "rmsnorm": ...}
+        new = {"time_step_min": 1e-3, "time_step_max": 0.2, "time_step_limit": [0.0, math.inf], "rms_norm": True}
+        values = {k: v for k, v in {**FLA, **old, **new, "norm_eps": 0.01}.items() if v is not ...}
+        config = layouts.config_from("hf", values)
+        assert (config.norm_eps, config.dt_max, config.ngroups) == (0.01, 0.2, 1)
+
+    def test_flash_linear_attention_s_defaults(self):
+        config = layouts.config_from("hf", {"model_type": "mamba2", "fuse_norm": True})
+        assert (config.vocab_size, config.d_model, config.n_layer, config.ngroups) == (32000, 2048, 48, 1)
+        config = layouts.config_from("hf", {"model_type": "mamba2"})
+        assert (config.vocab_size, config.d_model, config.n_layer, config.ngroups) == (32768, 4096, 64, 8)
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"norm_eps": 0.01}, ["layer_norm_epsilon is 1e-05 and norm_eps is 0.01"]),
+            ({"dt_limit": [0.0, 0.1]}, ["time_step_limit", "does not clamp"]),
+            ({"dt_max": 0.5}, ["time_step_max is 0.1 and dt_max is 0.5"]),
+        ],
+    )
+    def test_two_names_of_one_setting(self, change, named):
+        self.is_refused("hf", *named, **change)
+        if "norm_eps" in change:
+            self.save("hf", layer_norm_epsilon=..., **change)
+            assert Mamba2LM.from_pretrained(self.folder).config.norm_eps == 0.01
+
+    def test_the_gate_of_old_configs_of_transformers(self):
+        self.reads_the_same("hf", norm_before_gate=True, rms_norm=True)
+
+    @pytest.mark.parametrize("values", [{"norm_before_gate": True}, {"norm_eps": 0.01}, {"hidden_size": 64}])
+    def test_another_programs_key_in_an_official_config(self, values):
+        self.is_refused("official", f"unknown config key {next(iter(values))!r}", **values)
+
+    def test_a_config_without_a_model_type(self):
+        self.is_refused("hf", "model_type is None", model_type=...)

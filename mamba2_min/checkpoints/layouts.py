@@ -28,10 +28,11 @@ another function of the same weights; it is not what those weights were trained 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -108,7 +109,8 @@ def shards(index: Any) -> list[str]:
 
 
 def _from_own(values: dict[str, Any]) -> Mamba2Config:
-    return Mamba2Config.from_dict({key: value for key, value in values.items() if key not in keys.GENERIC})
+    fields = {field.name for field in dataclasses.fields(Mamba2Config)}
+    return Mamba2Config.from_dict({k: value for k, value in values.items() if k in fields or not _harmless(k, value)})
 
 
 def _to_own(config: Mamba2Config) -> dict[str, Any]:
@@ -124,8 +126,8 @@ def _from_official(values: dict[str, Any]) -> Mamba2Config:
     _require_fixed(ssm, keys.FIXED_SSM, "ssm_cfg.")
     _require_no_limit("ssm_cfg.dt_limit", ssm.get("dt_limit"))
     top, layer = _theirs(keys.OFFICIAL_TOP), _theirs(keys.OFFICIAL_SSM)
-    _refuse_unknown(values, {*top, *keys.FIXED_TOP, *keys.OFFICIAL_TOP_OTHER}, keys.GENERIC)
-    _refuse_unknown(ssm, {*layer, *keys.FIXED_SSM, *keys.OFFICIAL_SSM_OTHER})
+    _refuse_unknown(values, {*top, *keys.FIXED_TOP, *keys.OFFICIAL_TOP_OTHER})
+    _refuse_unknown(ssm, {*layer, *keys.FIXED_SSM, *keys.OFFICIAL_SSM_OTHER}, generic=False)
     fields = _translate(keys.OFFICIAL_TOP, values) | _translate(keys.OFFICIAL_SSM, ssm)
     config = Mamba2Config(**fields, norm_eps=keys.OFFICIAL_NORM_EPS, norm_per_group=fields["ngroups"] != 1)
     if ssm.get("d_ssm") not in (None, config.d_inner):
@@ -156,7 +158,7 @@ def _from_hf(values: dict[str, Any]) -> Mamba2Config:
     _require_fixed(values, keys.FIXED_HF)
     is_fla = bool(keys.FLA_ONLY & values.keys())
     read = _theirs(keys.HF) | set(keys.FIXED_HF) | keys.HF_OTHER | {_HF_OURS}
-    _refuse_unknown(values, read, keys.GENERIC)
+    _refuse_unknown(values, read)
     values = _with_one_name(values)
     _require_no_limit("time_step_limit", values.get("time_step_limit"))
     fields = _translate({ours: (name, fla if is_fla else hf) for ours, (name, hf, fla) in keys.HF.items()}, values)
@@ -245,17 +247,21 @@ def _require_fixed(values: dict[str, Any], table: dict[str, tuple[tuple[Any, ...
             raise ValueError(f"{where}{key} is {_shown(value)}; {where}{key} must be {wanted}: this model {why}")
 
 
-def _refuse_unknown(values: dict[str, Any], known: Iterable[str], harmless: Iterable[str] = ()) -> None:
+def _refuse_unknown(values: dict[str, Any], known: set[str], generic: bool = True) -> None:
     """Raises ValueError for a key that nobody has said anything about: it may change the function."""
-    known = set(known)
     for key, value in values.items():
-        if key in known or key in harmless or key.startswith("_") or value is None:
+        if key in known or (generic and _harmless(key, value)):
             continue
         near = difflib.get_close_matches(key, known, n=1)
         raise ValueError(
             f"unknown config key {key[:80]!r}"
             + (f"; did you mean {near[0]!r}?" if near else "; take it out if it does not change what is computed")
         )
+
+
+def _harmless(key: str, value: Any) -> bool:
+    """Whether a key that no table of its program names is one that any config on the hub may have."""
+    return key in keys.GENERIC or key.startswith("_") or value is None
 
 
 def _require_no_limit(name: str, limit: Any) -> None:

@@ -108,7 +108,13 @@ def check_tensors(weights: Mapping[str, Tensor], tied: bool) -> None:
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights.values()}
     if claimed > sum(held.values()):
         raise ValueError(f"its tensors claim {claimed} bytes and hold {sum(held.values())}")
+    check_values(weights, tied)
+
+
+def check_values(weights: Mapping[str, Tensor], tied: bool) -> None:
+    """The same for tensors of a known size, which may lie in memory as they like."""
     for name, tensor in weights.items():
+        check_kind(name, tensor)
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or its training diverged")
     head, embedding = weights.get(HEAD), weights.get(EMBEDDING)

@@ -200,9 +200,24 @@ def check_fit(
 
 
 def optimizer_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What `optimizer.load_state_dict` takes: the saved moments and rates, with the options that the settings give."""
+    """What `optimizer.load_state_dict` takes: the saved moments and rates, with the options that the settings give.
+
+    A moment gets the strides of its parameter: fused AdamW walks through the memory of both side by side.
+    """
     groups = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
-    return {"state": saved["state"], "param_groups": [{**own, "lr": group["lr"]} for own, group in groups]}
+    state = {i: dict(one) for i, one in saved["state"].items()}
+    parameters = _parameters(optimizer)
+    for i, one in state.items():
+        for moment in _MOMENTS:
+            if one[moment].stride() != parameters[i].stride():
+                one[moment] = torch.empty_like(parameters[i], device="cpu").copy_(one[moment])
+    return {"state": state, "param_groups": [{**own, "lr": group["lr"]} for own, group in groups]}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
+    """The optimizer's parameters by the numbers that its state_dict has for them."""
+    groups = zip(optimizer.state_dict()["param_groups"], optimizer.param_groups, strict=True)
+    return {i: p for group, own in groups for i, p in zip(group["params"], own["params"], strict=True)}
 
 
 def _check_model(saved: dict[Any, Any], model: nn.Module) -> None:
@@ -212,7 +227,7 @@ def _check_model(saved: dict[Any, Any], model: nn.Module) -> None:
     weights = tensors.with_tied_head(tensors.with_plain_names(saved), config.tie_embeddings)
     expected = tensors.with_plain_names(model.state_dict())
     tensors.check_shapes(((name, tuple(tensor.shape)) for name, tensor in expected.items()), weights)
-    tensors.check_tensors(weights, config.tie_embeddings)
+    tensors.check_values(weights, config.tie_embeddings)  # weights that the model shares by hand are shared here too
 
 
 def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -221,11 +236,7 @@ def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
         raise ValueError("its optimizer belongs to another model")
     taken = values["step"] - values["guard"]["skipped"]
-    parameters = {
-        i: p
-        for group, own in zip(groups, optimizer.param_groups, strict=True)
-        for i, p in zip(group["params"], own["params"], strict=True)
-    }
+    parameters = _parameters(optimizer)
     if saved["state"].keys() != (parameters.keys() if taken else set()):
         raise ValueError("its optimizer does not have one state for each parameter")
     memory: set[Any] = set()
@@ -260,8 +271,8 @@ def _check_moment(name: str, tensor: Any, parameter: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
         raise ValueError(f"{name} must be a tensor of {tuple(parameter.shape)}")
     tensors.check_kind(name, tensor)
-    if not tensor.is_contiguous() or not tensor.isfinite().all():
-        raise ValueError(f"{name} must have finite numbers, row by row")
+    if tensor.untyped_storage().nbytes() < tensor.nbytes or not tensor.isfinite().all():
+        raise ValueError(f"{name} must have finite numbers, and each of its own")
 
 
 def _largest_ratio(beta1: float, beta2: float) -> float:
