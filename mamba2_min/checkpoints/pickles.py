@@ -106,6 +106,8 @@ class _Machine:
     def step(self, name: str, argument: Any) -> None:
         """Follows one instruction."""
         if name in ("BINPUT", "LONG_BINPUT"):
+            if argument > MAX_VALUES:
+                raise ValueError("its structure is damaged")
             self.memo[argument] = self._top()
             return
         if name == "PROTO":
