@@ -149,9 +149,11 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     before = _identity(refuse_link(path))
     try:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK | _CLOSED, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK | _CLOSED
+        handle = os.open(temporary, flags, 0o666)
         try:
-            with os.fdopen(handle, "w+b") as file:  # a writer may read back what it wrote
+            # A writer may read back what it wrote, by the file or by its name.
+            with open(temporary, "w+b", opener=lambda path, _: handle) as file:
                 write(file)
                 file.flush()
                 _flush(file.fileno(), path)

@@ -480,6 +480,7 @@ ALLOWED = {
     "files": {"*"},
     "console": {"open", "os.open"},  # of os.devnull alone
     "checkpoints.checkpoint": {"torch.load", "torch.save", "load_file"},  # of a file that open_regular has opened
+    "datagen.lists": {"read_text"},  # of the package's own data
     "devices": {"read_text"},  # of the system's own files, whose length is 0
     "training.plots": {"savefig"},  # into a file that write_atomically has opened
 }

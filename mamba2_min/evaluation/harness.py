@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mamba2_min import files
 from mamba2_min.errors import UserError, run_script
 
 TASKS = Path(__file__).parent / "tasks"
@@ -30,7 +31,7 @@ def task_config(kind: str, name: str, data: Path) -> dict[str, Any]:
     """The harness's description of one of KINDS, read from its YAML file, for the items in `data`."""
     import yaml
 
-    config = yaml.safe_load((TASKS / f"{kind}.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load(files.read_text(TASKS / f"{kind}.yaml", 1 << 20))
     return {**config, "task": f"{name}_{kind}", "dataset_kwargs": {"data_files": {"test": str(data.resolve())}}}
 
 
@@ -96,9 +97,8 @@ def main() -> int:
         results = run(args, Path(cache))
     print(table(results))
     if args.out:
-        from mamba2_min.files import save_json
 
-        save_json(args.out, results)
+        files.save_json(args.out, results)
     return 0
 
 
@@ -119,8 +119,8 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if args.include is not None and not Path(args.include).is_dir():
         raise UserError(f"--include: {args.include} is not a folder")
     if args.data:
-        files = make_items(args.data, scratch / "items", args.limit or 200)
-        tasks: list[Any] = [task_config(kind, "documents", path) for kind, path in files.items()]
+        made = make_items(args.data, scratch / "items", args.limit or 200)
+        tasks: list[Any] = [task_config(kind, "documents", path) for kind, path in made.items()]
     elif args.include:
         tasks = args.tasks or []
         if not tasks:

@@ -59,7 +59,7 @@ class Backbone(nn.Module):
     """Embedding, blocks and last norm, under the names of the official checkpoints. A model adds the `forward`."""
 
     recompute = False  # whether training computes each block again in the backward pass, instead of keeping it
-    compiled = False  # whether training runs the blocks compiled
+    compiled: dict[type, Callable[..., Any]] | None = None  # compiled forwards by class of block; None: not compiled
 
     def __init__(self, config: Any, block: Callable[[Any], nn.Module]):
         super().__init__()
@@ -70,18 +70,15 @@ class Backbone(nn.Module):
 
     def run_block(self, block: nn.Module, *args: Any) -> Any:
         """Calls a block, as training asks for it. One that is hooked, or holds what is, is not compiled but called."""
-        if not self.training or not (self.compiled or self.recompute):
+        if not self.training or (self.compiled is None and not self.recompute):
             return block(*args)
         run: Callable[..., Any] = block
-        if self.compiled and not any(map(is_hooked, block.modules())):
-            run = functools.partial(compiled(type(block).forward), block)
+        if self.compiled is not None and not any(map(is_hooked, block.modules())):
+            kind = type(block)
+            if kind not in self.compiled:
+                self.compiled[kind] = torch.compile(kind.forward, dynamic=False)
+            run = functools.partial(self.compiled[kind], block)
         return checkpoint(run, *args, use_reentrant=False) if self.recompute else run(*args)
-
-
-@functools.cache
-def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a class of blocks, compiled once for all its instances."""
-    return torch.compile(forward, dynamic=False)
 
 
 class LanguageModel(nn.Module, ABC):
@@ -103,7 +100,7 @@ class LanguageModel(nn.Module, ABC):
     def compile_blocks(self, on: bool = True) -> None:
         """Has training compile one block for all layers to use, and on a GPU the loss. Errors of the compiler come with
         the first batch. What is not training has changing lengths and is not compiled."""
-        self.backbone.compiled = on
+        self.backbone.compiled = {} if on else None
 
     def _build(
         self, config: Any, backbone: Callable[[Any], Backbone], init: Callable[[Any, torch.Generator], None], seed: Any
@@ -201,7 +198,7 @@ class LanguageModel(nn.Module, ABC):
         hidden, state = self.hidden(input_ids, state, seq_idx, inputs_embeds)
         head = self.lm_head
         if is_plain(head, _LINEAR) and head.bias is None:
-            compiled = self.training and self.backbone.compiled
+            compiled = self.training and self.backbone.compiled is not None
             return linear_cross_entropy(hidden, head.weight, targets, size, reduction, compiled), state
         return cross_entropy_by_module(head, hidden, targets, size, reduction), state
 
