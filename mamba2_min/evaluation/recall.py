@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_min import validate
-from mamba2_min.models.base import LanguageModel, decay_groups
+from mamba2_min.models.base import LanguageModel, decay_groups, evaluating
 from mamba2_min.ops.loss import IGNORE
 
 Batch = tuple[Tensor, Tensor]  # input_ids, targets
@@ -142,11 +142,10 @@ def train_on_task(
 @torch.no_grad()
 def accuracy(model: nn.Module, batch: Batch) -> float:
     """The share of a batch's targets that the model finds likeliest. The model's training mode is restored."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     input_ids, targets = (t.to(device) for t in batch)
-    answers = model(input_ids)[0].argmax(-1)
-    model.train(training)
+    with evaluating(model):
+        answers = model(input_ids)[0].argmax(-1)
     asked = targets != IGNORE
     return (answers == targets)[asked].double().mean().item()
 

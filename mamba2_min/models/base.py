@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import index
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -59,7 +59,7 @@ class Backbone(nn.Module):
     """Embedding, blocks and last norm, under the names of the official checkpoints. A model adds the `forward`."""
 
     recompute = False  # whether training computes each block again in the backward pass, instead of keeping it
-    compiled: dict[type, Callable[..., Any]] | None = None  # compiled forwards by class of block; None: not compiled
+    compiled: Mapping[type, Callable[..., Any]] = {}  # in training: each class of blocks with its compiled forward
 
     def __init__(self, config: Any, block: Callable[[Any], nn.Module]):
         super().__init__()
@@ -70,15 +70,17 @@ class Backbone(nn.Module):
 
     def run_block(self, block: nn.Module, *args: Any) -> Any:
         """Calls a block, as training asks for it. One that is hooked, or holds what is, is not compiled but called."""
-        if not self.training or (self.compiled is None and not self.recompute):
+        if not self.training or not (self.compiled or self.recompute):
             return block(*args)
         run: Callable[..., Any] = block
-        if self.compiled is not None and not any(map(is_hooked, block.modules())):
-            kind = type(block)
-            if kind not in self.compiled:
-                self.compiled[kind] = torch.compile(kind.forward, dynamic=False)
-            run = functools.partial(self.compiled[kind], block)
+        forward = self.compiled.get(type(block))
+        if forward is not None and not any(map(is_hooked, block.modules())):
+            run = functools.partial(forward, block)
         return checkpoint(run, *args, use_reentrant=False) if self.recompute else run(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a file, is not compiled: compiled functions cannot be copied."""
+        return {name: value for name, value in super().__getstate__().items() if name != "compiled"}
 
 
 class LanguageModel(nn.Module, ABC):
@@ -100,7 +102,8 @@ class LanguageModel(nn.Module, ABC):
     def compile_blocks(self, on: bool = True) -> None:
         """Has training compile one block for all layers to use, and on a GPU the loss. Errors of the compiler come with
         the first batch. What is not training has changing lengths and is not compiled."""
-        self.backbone.compiled = {} if on else None
+        classes: set[type[nn.Module]] = set(map(type, self.backbone.layers)) if on else set()
+        self.backbone.compiled = {cls: torch.compile(cls.forward, dynamic=False) for cls in classes}
 
     def _build(
         self, config: Any, backbone: Callable[[Any], Backbone], init: Callable[[Any, torch.Generator], None], seed: Any
@@ -198,7 +201,7 @@ class LanguageModel(nn.Module, ABC):
         hidden, state = self.hidden(input_ids, state, seq_idx, inputs_embeds)
         head = self.lm_head
         if is_plain(head, _LINEAR) and head.bias is None:
-            compiled = self.training and self.backbone.compiled is not None
+            compiled = self.training and bool(self.backbone.compiled)
             return linear_cross_entropy(hidden, head.weight, targets, size, reduction, compiled), state
         return cross_entropy_by_module(head, hidden, targets, size, reduction), state
 
@@ -310,7 +313,8 @@ class LanguageModel(nn.Module, ABC):
             raise ValueError(f"input_ids must be (b, l) with l >= 1, not {tuple(ids.shape)}")
         size = self.config.vocab_size
         # On a GPU the check would wait for the device; there the embedding's own assertion stands guard.
-        to_check = ids.device.type == "cpu" and ids.numel() and not (torch.compiler.is_compiling() or is_traced())
+        to_check = type(ids) is Tensor and ids.device.type == "cpu" and ids.numel()
+        to_check = to_check and not (torch.compiler.is_compiling() or is_traced())
         if to_check and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise ValueError(f"input_ids must lie in [0, {size}), the vocabulary")
         return ids, ids.shape

@@ -97,10 +97,7 @@ def sample_of(model: LanguageModel, tokenizer: WordTokenizer) -> Callable[[int],
     eos = tokenizer.eos_id
 
     def sample(seed: int) -> str:
-        training = model.training
-        model.eval()
         ids = list(model.generate([eos], 32, temperature=0.7, top_p=0.95, seed=seed, stop_ids=[eos]))
-        model.train(training)
         return printable(" ".join(tokenizer.decode(ids).split()))
 
     return sample
