@@ -374,3 +374,42 @@ def test_of_two_starts_at_once_one_has_to_wait(server, tmp_path):
     for thread in threads:
         thread.join()
     assert sum(text == "held" for text in found) == 1 and any("another data_generator.py" in text for text in found)
+
+
+# --- every leaf ---
+
+ODD = [
+    *(None, True, False, 0, -1, 1, 2**63, -(2**63), 10**400, 0.5, 1e308, float("nan"), float("inf"), -0.0),
+    *("", "\ud800", "\udfff\ud800", "\x00", "\x1b[2J", "../x", "/etc/passwd", "x" * 100_000, "\u202e", "é", "\n", "𝟙"),
+    *([], [[]], {}, {"a": {}}, [None] * 1000, ["\ud800"], {"\ud800": 1}, {"": float("nan")}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["manifest.jsonl", "rejected.jsonl", ".pending.json"])
+def test_any_leaf_of_any_line_may_be_odd(server, folder, name):
+    server.misbehave = lambda seed: "short" if seed == 2 else "ok"
+    assert generate(server, folder, 3).returncode == 0
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    source = "manifest.jsonl" if name == ".pending.json" else name
+    line = json.loads(files[source].splitlines()[-1])
+    for key in [*line, "unheard of"]:
+        for odd in ODD:
+            for path in folder.iterdir():
+                path.unlink()
+            for other, content in files.items():
+                (folder / other).write_bytes(content)
+            changed = (json.dumps({**line, key: odd}) + "\n").encode()
+            lines = files[source].splitlines(keepends=True)[:-1]
+            if name == ".pending.json":
+                (folder / "manifest.jsonl").write_bytes(b"".join(lines))
+                (folder / name).write_bytes(changed)
+            else:
+                (folder / name).write_bytes(b"".join(lines) + changed)
+            done = generate(server, folder, 3)
+            if done.returncode:
+                one_line(done)
+            assert len(done.stdout) < 10_000
+            assert set(files) - {"rejected.jsonl"} <= {
+                path.name.removesuffix(".orphan") for path in folder.iterdir()
+            }, f"{key}: {odd!r} lost a file"

@@ -184,3 +184,72 @@ def test_reasons_are_on_record_in_the_words_of_the_server(server, tmp_path):
         ):
             generate(Job(STORIES, 50), [client(server, retries=1)], store, threading.Event())
         assert store.rejected == {"no answer: server error 429: slow down, friend": 5}
+
+
+# --- odd leaves ---
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    10**30,
+    0.5,
+    float("nan"),
+    "",
+    "\ud800",
+    "\x1b[2J",
+    "x" * 10_000,
+    [],
+    [[]],
+    {},
+    {"a": {}},
+    [None],
+]
+PIECE = {
+    "model": "llama3.1",
+    "created_at": "2025-01-01T00:00:00Z",
+    "message": {"role": "assistant", "content": "Once", "thinking": "Hm.", "tool_calls": []},
+    "done": True,
+    "done_reason": "stop",
+    "total_duration": 1,
+    "eval_count": 1,
+    "error": "",
+}
+TAGS = {"models": [{"name": "llama3.1:latest", "model": "llama3.1:latest", "size": 1, "details": {"family": "llama"}}]}
+SHOW = {"details": {"family": "llama"}, "model_info": {}, "capabilities": ["completion"], "modified_at": "2025-01-01"}
+
+
+def leaves(value: object, path: tuple = ()):
+    """The path to every value inside, the containers too."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from leaves(value[key], (*path, key))
+
+
+def changed(value: object, path: tuple, leaf: object) -> object:
+    copy = json.loads(json.dumps(value))
+    at = copy
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = leaf
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("place", "whole"), [("/api/chat", PIECE), ("/api/tags", TAGS), ("/api/show", SHOW)], ids=["chat", "tags", "show"]
+)
+def test_any_leaf_of_an_answer_may_be_odd(server, place, whole):
+    asker = client(server, retries=0)
+    for path in leaves(whole):
+        for odd in ODD:
+            body = json.dumps(changed(whole, path, odd)).encode() + b"\n"
+            server.replies = lambda asked, payload, body=body: (200, {}, body) if asked == place else None
+            try:
+                if place == "/api/chat":
+                    text = asker.ask("Write.", 1).text
+                    assert text == "" or path in (("message", "content"),) or text == "Once"
+                else:
+                    asker.check_model()
+            except (NoAnswer, UserError) as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba2_min.errors import shortened
-from mamba2_min.printable import MOST_MARKS, Printer, folded, is_invisible, one_line, printable, visible
+from mamba2_min.printable import MOST_MARKS, Printer, folded, one_line, printable, visible, without_invisible
 
 ORDINARY = [
     "Plain English, “quotes” — dashes… 1 < 2 & 3 £5 ½ × ≤ \u00a0 \u3000 §",
@@ -82,7 +82,7 @@ def test_every_character_by_its_category():
     hidden, shown = [], []
     for c in map(chr, (*range(0x20000), *range(0xE0000, 0xF0000))):
         category = unicodedata.category(c)
-        if category in ("Cc", "Cs", "Co", "Zl", "Zp") or is_invisible(c):
+        if category in ("Cc", "Cs", "Co", "Zl", "Zp") or not without_invisible(c):
             hidden.append(c)
         elif category[0] in "LNPSZM":
             shown.append(c)
@@ -133,6 +133,14 @@ def test_pieces_are_printed_as_the_whole_is(text, chance: random.Random):
         pieces.append(printer.feed(text[at : at + size]))
         at += size
     assert "".join(pieces) == printable(text, "\n")
+
+
+def test_common_characters_are_the_same_one_by_one():
+    """The short cut for common texts lets nothing through that the rules would not."""
+    common = [c for c in map(chr, range(0x20000)) if Printer()._common.fullmatch(c)]
+    assert len(common) > 30_000
+    for c in common:
+        assert unicodedata.category(c)[0] in "LNPSZ" and without_invisible(c) == c, hex(ord(c))
 
 
 def test_what_a_file_holds():

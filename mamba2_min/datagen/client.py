@@ -123,7 +123,7 @@ class OllamaClient:
             if not _has(names, self.model) and (not isinstance(error, _Failed) or error.status == 404):
                 raise self._missing(names) from error
             return
-        if "thinking" in (shown.capabilities or ()):
+        if "thinking" in (getattr(shown, "capabilities", None) or ()):  # clients before 0.5 do not tell
             self._think = {"think": False}  # thoughts would be dropped, so they need not be waited for
 
     def ask(self, prompt: str, seed: int) -> Answer:

@@ -14,12 +14,16 @@ sqrt(0.25 / 128) = 0.044, whatever the length of the texts.
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 
 import numpy as np
 
 from mamba2_min.datagen.judging import words
-from mamba2_min.printable import is_invisible
+from mamba2_min.printable import without_invisible
+
+# The blocks of combining marks that belong to no script of their own; the vowel signs of Hebrew or Hindi stay.
+_ACCENT = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]")
 
 RUN_LENGTH = 3
 ORDERS = 128
@@ -30,15 +34,8 @@ def comparable(text: str) -> str:
 
     Invisible characters and accents are left out, and compatible characters (ligatures, full-width letters) are one.
     """
-    if text.isascii() and "".join(text.split()).isprintable():
-        return text
-    plain = unicodedata.normalize("NFKD", text)
-    return unicodedata.normalize("NFC", "".join(c for c in plain if not is_invisible(c) and not _is_accent(c)))
-
-
-def _is_accent(c: str) -> bool:
-    """A mark of no script of its own, as é has; the vowel signs of Hebrew or Hindi belong to a script."""
-    return unicodedata.combining(c) > 0 and unicodedata.name(c, "").startswith("COMBINING")
+    plain = unicodedata.normalize("NFKD", without_invisible(text))
+    return unicodedata.normalize("NFC", _ACCENT.sub("", plain))
 
 
 def runs_of(text: str) -> set[str]:
