@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba2_min.errors import shortened
+from mamba2_min.inference.terminal import WrappedText
 from mamba2_min.printable import MOST_MARKS, Printer, folded, one_line, printable, visible, without_invisible
 
 ORDINARY = [
@@ -99,6 +100,14 @@ def test_heaps_of_marks_are_cut(mark):
     assert len(printable(mark * 400)) == MOST_MARKS
     printer = Printer()
     assert len("".join(printer.feed(c) for c in "a" + mark * 400)) == MOST_MARKS + 1
+
+
+def test_what_a_model_writes_piece_by_piece_is_printed_as_a_whole(capsys):
+    text = WrappedText()
+    for piece in ["a", *["\u0301"] * 400, " 👩", "\u200d", "👩", " ", "b", "\u200d", "b"]:
+        text.write(piece)
+    text.finish()
+    assert capsys.readouterr().out == "a" + "\u0301" * MOST_MARKS + " 👩\u200d👩 b\\u200db"
 
 
 def test_a_selector_or_joiner_counts_once():

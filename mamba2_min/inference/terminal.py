@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from mamba2_min.errors import printable
+from mamba2_min.printable import Printer
 
 BOLD, DIM = "\033[1m", "\033[2m"
 _LONG_WORD = 40  # characters: a word that grows beyond them is shown as it comes
@@ -33,16 +33,17 @@ def styled(text: str, style: str) -> str:
 class WrappedText:
     """Writes a text to the terminal as it grows, and breaks its lines between words instead of at the edge.
 
-    A word is held back until its end is known. Control characters are written as escapes.
+    A word is held back until its end is known. What would change the screen unseen is written as escapes.
     """
 
     def __init__(self) -> None:
+        self._printer = Printer(keep="\n\t")  # one for all pieces: what stays depends on what was before
         self._column = 0
         self._space = self._word = ""  # what is held back: white space and the word after it
 
     def write(self, text: str, style: str = "") -> None:
         columns, ready = _columns(), ""
-        for piece in _PIECE.findall(printable(text, keep="\n\t")):
+        for piece in _PIECE.findall(self._printer.feed(text)):
             alone = piece.isspace() or _IDEOGRAPHS.match(piece)
             if alone or len(self._word) > _LONG_WORD:
                 ready += self._let_go(columns)
