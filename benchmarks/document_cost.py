@@ -1,8 +1,8 @@
-"""What the data generator itself costs a document, beside what the language model takes: the prompt, the cleaning, the
-judgement, the search for duplicates and the files.
+"""What the data generator itself takes per document, beside the language model: the prompt, the cleaning, the judging,
+the search for duplicates, and the files.
 
-In processor time: how long a disk takes to flush is the disk's affair, and the next answer is under way by then. The
-documents are the bundled ones, a file's parts between <end> lines, into a folder that fills up as it goes.
+In processor time: flushing takes as long as the disk takes, and the next answer is under way by then. The documents are
+the bundled ones, into a folder that fills up as it goes.
 """
 
 from __future__ import annotations

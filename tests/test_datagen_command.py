@@ -143,7 +143,7 @@ def check_after_a_kill(out: Path) -> None:
     assert all(path.read_text("utf-8").endswith("\n") for path in out.glob("*.md"))
 
 
-@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_stopping_says_how_to_go_on(server, tmp_path, sign, status):
     server.pace = 0.02
     out = tmp_path / "out"
