@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 from mamba2_min import Mamba2Config, Mamba2LM, State
-from mamba2_min.models.base import evaluating
+from mamba2_min.models.evaluating import evaluating
 from mamba2_min.models.transformer import TransformerLM
 
 each_model = pytest.mark.parametrize("build", [mamba, transformer], ids=lambda f: f.__name__)

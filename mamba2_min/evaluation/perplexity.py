@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mamba2_min.data.corpus import validation_windows
-from mamba2_min.models.base import LanguageModel, evaluating
+from mamba2_min.models.base import LanguageModel
+from mamba2_min.models.evaluating import evaluating
 from mamba2_min.ops.autograd import widest
 
 WINDOW = 2048  # tokens per forward pass; the state is carried over, so the result does not depend on it

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_min import validate
-from mamba2_min.models.base import LanguageModel, decay_groups, evaluating
+from mamba2_min.models.base import LanguageModel, decay_groups
+from mamba2_min.models.evaluating import evaluating
 from mamba2_min.ops.loss import IGNORE
 
 Batch = tuple[Tensor, Tensor]  # input_ids, targets

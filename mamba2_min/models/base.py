@@ -6,15 +6,11 @@ use nothing else, so that exchanging the model is enough to compare one architec
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import index
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from mamba2_min import validate
 from mamba2_min.models.bypass import forwards, is_hooked, is_plain
 from mamba2_min.models.called import cross_entropy_by_module
-from mamba2_min.ops.autograd import is_traced
+from mamba2_min.models.evaluating import evaluating
+from mamba2_min.models.inputs import as_ids, check_inputs, one_prompt
 from mamba2_min.ops.loss import linear_cross_entropy
 from mamba2_min.ops.norm import rms_norm
 from mamba2_min.ops.sampling import Sampler
@@ -144,7 +141,7 @@ class LanguageModel(nn.Module, ABC):
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """What the head reads: (b, l, d_model) after the last norm, and the state. Arguments as for `forward`."""
-        input_ids, shape = self._checked(input_ids, inputs_embeds)
+        input_ids, shape = check_inputs(input_ids, inputs_embeds, self.config)
         if seq_idx is not None and seq_idx.shape != shape:
             raise ValueError(f"seq_idx must be {tuple(shape)}, as the input is, not {tuple(seq_idx.shape)}")
         if state is None:
@@ -218,7 +215,7 @@ class LanguageModel(nn.Module, ABC):
         It is read in slices, which bounds what is held at a time (in one piece where there is seq_idx), and in
         evaluation mode: without dropout, as `step` reads what follows it.
         """
-        input_ids, shape = self._checked(input_ids, inputs_embeds)
+        input_ids, shape = check_inputs(input_ids, inputs_embeds, self.config)
         step = _PREFILL_SLICE if seq_idx is None else shape[1]
         with evaluating(self):
             for start in range(0, shape[1], step):
@@ -257,9 +254,7 @@ class LanguageModel(nn.Module, ABC):
         """
         sampler = Sampler(temperature, top_k, top_p, min_p, repeat_penalty, seed)
         validate.integer("max_new_tokens", max_new_tokens, 0, 2**63 - 1)
-        history = _one_prompt(prompt_ids)
-        if not history:
-            raise ValueError("the prompt is empty; start a document with its end-of-document token")
+        history = one_prompt(prompt_ids)
         return self._generate(history, max_new_tokens, sampler, frozenset(stop_ids))
 
     @torch.no_grad()
@@ -285,90 +280,6 @@ class LanguageModel(nn.Module, ABC):
     def is_called(self) -> bool:
         """Whether the model as a whole has to be called, because a call does more than `hidden` and the head."""
         return is_hooked(self) or type(self).forward is not LanguageModel.forward
-
-    def _checked_step(self, ids: Tensor, state: Any) -> Tensor:
-        """The ids of `step` as int64. Raises ValueError."""
-        if ids.__class__ is not Tensor or ids.dtype != torch.int64:
-            ids = as_ids(ids, "ids")
-        batch = state.batch
-        if ids.shape != (batch,):
-            raise ValueError(f"the state has {batch} rows, and ids must be ({batch},), not {tuple(ids.shape)}")
-        if batch and not ids.is_cuda and ids.device.type == "cpu":
-            rows, size = ids.tolist(), self.config.vocab_size
-            if min(rows) < 0 or max(rows) >= size:
-                raise ValueError(f"ids must lie in [0, {size}), the vocabulary")
-        return ids
-
-    def _checked(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor | None, torch.Size]:
-        """input_ids as int64, and (b, l) of whichever of the two is given. Raises ValueError."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is not None:
-            d = self.config.d_model
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] < 1 or inputs_embeds.shape[2] != d:
-                raise ValueError(f"inputs_embeds must be (b, l, {d}) with l >= 1, not {tuple(inputs_embeds.shape)}")
-            return None, inputs_embeds.shape[:2]
-        ids = as_ids(input_ids, "input_ids")
-        if ids.dim() != 2 or ids.shape[1] < 1:
-            raise ValueError(f"input_ids must be (b, l) with l >= 1, not {tuple(ids.shape)}")
-        size = self.config.vocab_size
-        # On a GPU the check would wait for the device; there the embedding's own assertion stands guard.
-        to_check = type(ids) is Tensor and ids.device.type == "cpu" and ids.numel()
-        to_check = to_check and not (torch.compiler.is_compiling() or is_traced())
-        if to_check and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            raise ValueError(f"input_ids must lie in [0, {size}), the vocabulary")
-        return ids, ids.shape
-
-
-def as_ids(ids: Any, name: str) -> Tensor:
-    """Integers of any dtype as int64. Raises ValueError for anything else."""
-    if not isinstance(ids, Tensor):
-        raise ValueError(f"{name} must be a tensor of integers, not a {type(ids).__name__}")
-    if ids.dtype == torch.bool or ids.dtype.is_floating_point or ids.dtype.is_complex:
-        raise ValueError(f"{name} must be integers, not {ids.dtype}")
-    return ids.long()
-
-
-def _one_prompt(prompt_ids: Any) -> list[int]:
-    try:
-        if getattr(prompt_ids, "ndim", 1) != 1:
-            raise TypeError
-        return list(map(index, prompt_ids))
-    except TypeError:
-        raise ValueError(
-            "prompt_ids must be one prompt, a flat sequence of ids; read several, padded on the left, by "
-            "prefill(input_ids, seq_idx=...), and go on with step"
-        ) from None
-
-
-_evaluating: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
-_evaluating_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each of its modules is in the mode that it was in.
-
-    Threads may do so side by side: the first to come switches, and the last to leave switches back.
-    """
-    with _evaluating_lock:
-        inside, trained = _evaluating.get(model, (0, []))
-        if not inside:
-            trained = [module for module in model.modules() if module.training]
-            for module in trained:
-                module.training = False
-        _evaluating[model] = inside + 1, trained
-    try:
-        yield
-    finally:
-        with _evaluating_lock:
-            inside, trained = _evaluating[model]
-            if inside > 1:
-                _evaluating[model] = inside - 1, trained
-            else:
-                del _evaluating[model]
-                for module in trained:
-                    module.training = True
 
 
 def register_state(cls: type) -> type:

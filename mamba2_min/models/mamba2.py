@@ -28,10 +28,12 @@ from torch.nn import functional as F
 
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.models.base import Backbone, LanguageModel, RMSNorm, evaluating, register_state
+from mamba2_min.models.base import Backbone, LanguageModel, RMSNorm, register_state
 from mamba2_min.models.bypass import forwards, is_plain
 from mamba2_min.models.called import conv_silu_by_module
+from mamba2_min.models.evaluating import evaluating
 from mamba2_min.models.init import init_mamba2
+from mamba2_min.models.inputs import check_step
 from mamba2_min.ops.autograd import widen
 from mamba2_min.ops.conv import causal_conv_silu
 from mamba2_min.ops.norm import gated_rms_norm
@@ -207,7 +209,7 @@ class Mamba2LM(LanguageModel):
         The registered stepper computes it, where there is one and it takes this model; otherwise it is the forward with
         l = 1, in evaluation mode. Raises ValueError for ids outside the vocabulary or not as many as the state's rows.
         """
-        ids = self._checked_step(ids, state)
+        ids = check_step(ids, state.batch, self.config.vocab_size)
         if _stepper is not None and (logits := _stepper(self, ids, state)) is not None:
             return logits[:, : self.config.vocab_size], state
         with torch.inference_mode(False), torch.no_grad(), evaluating(self):  # the state may still be trained from

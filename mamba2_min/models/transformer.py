@@ -30,9 +30,11 @@ from mamba2_min import files, validate
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import LARGEST_SIZE, Mamba2Config
 from mamba2_min.errors import UserError
-from mamba2_min.models.base import Backbone, LanguageModel, RMSNorm, evaluating, register_state
+from mamba2_min.models.base import Backbone, LanguageModel, RMSNorm, register_state
 from mamba2_min.models.bypass import Watch, forwards, is_plain
+from mamba2_min.models.evaluating import evaluating
 from mamba2_min.models.init import init_transformer
+from mamba2_min.models.inputs import check_step
 from mamba2_min.ops.autograd import widest
 
 _ARCHITECTURE = "transformer"  # in a saved config, so that it is not taken for a Mamba-2's
@@ -312,7 +314,7 @@ class TransformerLM(LanguageModel):
 
         Raises ValueError for ids outside the vocabulary or not as many as the state's rows.
         """
-        ids = self._checked_step(ids, state)
+        ids = check_step(ids, state.batch, self.config.vocab_size)
         if not self._is_plain(state):
             with evaluating(self):
                 logits, new = self(ids[:, None], state)
