@@ -30,6 +30,7 @@ LABELS = {
     "transformer-deep": "our Transformer, same size and depth",
     "transformers-mamba2": "`transformers` Mamba2",
     "mamba_ssm": "`mamba_ssm`",
+    "llama.cpp": "llama.cpp",
     "plain-autograd": "plain autograd",
     FLOOR: "matrix products alone",
 }
@@ -47,7 +48,10 @@ def describe(result: Measurement) -> str:
     about = result["about"]
     if result["benchmark"] == "scan":
         return f"b {about['b']}, l {about['l']:,}, h {about['h']}"
-    model = f"d {about['model']['d_model']}, {about['model']['n_layer']} layers, b {about['batch']}"
+    model = f"d {about['model']['d_model']}, {about['model']['n_layer']} layers"
+    if result["benchmark"] == "llama_cpp":
+        return f"{model}, {'reading' if about['written'] == 1 else 'writing'}"
+    model += f", b {about['batch']}"
     if result["benchmark"] == "decode":
         return f"{model}, after {about['context']:,} tokens"
     return f"{model}, l {about['length']:,}"
@@ -100,6 +104,7 @@ def length_cell(benchmark: str, peer: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[list[Measurement]], str]] = {
     "train_step": row_table,
     "decode": row_table,
+    "llama_cpp": row_table,
     "scan": length_table,
     "memory": length_table,
 }

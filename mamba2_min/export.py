@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--type",
         choices=TYPES,
-        default="f16",
+        default="f32",
         help="of the matrices: exact, half or a quarter of the size (%(default)s)",
     )
     parser.add_argument(
@@ -94,13 +94,11 @@ def export(model: str, out: str, kind: str = "f32", template: str = "text", appr
     if template == "text" and "<start>" in tokenizer.special_words:
         say("note", "documents of this run have the form request<start>answer; --template request answers prompts")
     name = folder.resolve().name
-    print("next:")
-    for command in (
-        ["ollama", "create", name, "-f", str(folder / MODELFILE)],
-        ["ollama", "run", name, "Once upon a time"],
-        ["llama-completion", "-m", str(folder / GGUF), "-no-cnv", *SAMPLING, "-p", "Once upon a time"],
-    ):
-        print("  " + printable(shlex.join(command)))
+    prompt = "Once upon a time"
+    say("next", shlex.join(["ollama", "create", name, "-f", str(folder / MODELFILE)]))
+    say("", shlex.join(["ollama", "run", name, prompt]))
+    say("or", shlex.join(["llama-completion", "-m", str(folder / GGUF), "-no-cnv", *SAMPLING, "-p", prompt]))
+    say("", "(in older builds of llama.cpp that program is llama-cli)")
 
 
 SAMPLING = ["--temp", "0.8", "--top-k", "0", "--top-p", "1", "--min-p", "0"]

@@ -23,7 +23,7 @@ def missing() -> str:
 class LlamaCpp:
     """One model in llama.cpp. In a `with`: the process ends with it."""
 
-    def __init__(self, path: str | Path, context: int = 4096):
+    def __init__(self, path: str | Path, context: int = 4096, threads: int = 1):
         self._process = subprocess.Popen(
             ["node", "llama.mjs"],
             cwd=FOLDER,
@@ -32,7 +32,9 @@ class LlamaCpp:
             text=True,
             encoding="utf-8",
         )
-        self.suppressed = self._ask("load", path=str(Path(path).resolve()), context=context)["suppressed"]
+        self.suppressed = self._ask("load", path=str(Path(path).resolve()), context=context, threads=threads)[
+            "suppressed"
+        ]
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -54,9 +56,14 @@ class LlamaCpp:
         """The sum of -log p over ids[1:]."""
         return self._ask("nats", ids=ids)
 
-    def generate(self, ids: list[int], count: int, temperature: float = 0.0, seed: int = 0) -> list[int]:
-        """At most `count` ids that follow `ids`, until the end of the document, without what the file suppresses."""
-        return self._ask("generate", ids=ids, count=count, temperature=temperature, seed=seed)["ids"]
+    def generate(
+        self, ids: list[int], count: int, temperature: float = 0.0, seed: int = 0, through: bool = False
+    ) -> list[int]:
+        """At most `count` ids that follow `ids`, until the end of the document or `through` it.
+
+        What the file suppresses is never written.
+        """
+        return self._ask("generate", ids=ids, count=count, temperature=temperature, seed=seed, through=through)
 
     def text(self, ids: list[int]) -> str:
         """What `ids` say, special words included."""

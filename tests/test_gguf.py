@@ -310,9 +310,9 @@ class TestCommand:
         assert done.returncode == 0 and not done.stderr
         assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "model.gguf"]
         lines = done.stdout.splitlines()
-        assert lines[-3] == f"  ollama create mine -f '{out}/Modelfile'"
-        assert lines[-2] == "  ollama run mine 'Once upon a time'"
-        assert lines[-1].startswith(f"  llama-completion -m '{out}/model.gguf' ")
+        assert lines[-4].split(maxsplit=1)[1] == f"ollama create mine -f '{out}/Modelfile'"
+        assert lines[-3].strip() == "ollama run mine 'Once upon a time'"
+        assert lines[-2].split(maxsplit=1)[1].startswith(f"llama-completion -m '{out}/model.gguf' ")
         modelfile = (out / "Modelfile").read_text()
         assert modelfile.startswith('FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\n')
         assert "PARAMETER top_k 0\n" in modelfile and "PARAMETER num_ctx 1048576\n" in modelfile

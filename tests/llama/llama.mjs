@@ -3,14 +3,14 @@ import readline from "node:readline";
 import { getLlama, LlamaLogLevel, TokenBias } from "node-llama-cpp";
 
 const llama = await getLlama({
-    gpu: false, build: "never", skipDownload: true, maxThreads: 1, logLevel: LlamaLogLevel.error,
+    gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error,
 });
 let model, sequence, never;
 
-async function load({ path, context = 4096 }) {
+async function load({ path, context, threads }) {
     await model?.dispose();
     model = await llama.loadModel({ modelPath: path, gpuLayers: 0 });
-    sequence = (await model.createContext({ contextSize: context, threads: 1 })).getSequence();
+    sequence = (await model.createContext({ contextSize: context, threads })).getSequence();
     const { suppress_tokens: suppressed = [] } = model.fileInfo.metadata.tokenizer.ggml;
     never = TokenBias.for(model).set(suppressed, "never"); // as llama-server does
     return { tokens: [...model.iterateAllTokens()].length, suppressed };
@@ -44,17 +44,16 @@ async function nats({ ids }) {
     return sum;
 }
 
-// What follows `ids`: at most `count` tokens, until the end of the document. Temperature 0 takes the likeliest.
-async function generate({ ids, count, temperature = 0, seed = 0 }) {
+// What follows `ids`: at most `count` tokens, until the end of the document or through it. Temperature 0: the likeliest.
+async function generate({ ids, count, temperature, seed, through }) {
     await sequence.clearHistory();
+    const options = { temperature, seed, topK: 0, topP: 1, minP: 0, tokenBias: never, yieldEogToken: through };
     const written = [];
-    const options = { temperature, seed, topK: 0, topP: 1, minP: 0, tokenBias: never };
-    const started = performance.now();
     for await (const id of sequence.evaluate(ids, options)) {
         written.push(id);
         if (written.length === count) break;
     }
-    return { ids: written, seconds: (performance.now() - started) / 1000 };
+    return written;
 }
 
 // Token by token, as a server streams: several at once would lose spaces before punctuation.
