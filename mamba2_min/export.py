@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--template",
-        choices=tuple(TEMPLATES),
-        default="text",
-        help="what Ollama does with a prompt: text goes on with it, request answers it, "
-        "for documents of the form request<start>answer (%(default)s)",
+        choices=(*TEMPLATES, "chat"),
+        help="what Ollama does with a prompt: text continues it; request answers it, for documents of the form "
+        "request<start>answer; chat takes turns, for a model fine-tuned on them (chat for such a one, otherwise text)",
     )
     parser.add_argument(
         "--approximate",
@@ -52,10 +52,11 @@ def main() -> None:
     export(args.model, args.out, args.type, args.template, args.approximate)
 
 
-def export(model: str, out: str, kind: str = "f32", template: str = "text", approximate: bool = False) -> None:
+def export(model: str, out: str, kind: str = "f32", template: str | None = None, approximate: bool = False) -> None:
     """Writes `out`/model.gguf and `out`/Modelfile from the run in the folder `model`, and prints what to do next.
 
-    kind: one of TYPES; template: one of TEMPLATES. With `approximate` also where the tokens of a text would differ.
+    kind: one of TYPES; template: one of TEMPLATES or "chat", by default "chat" for a run that was fine-tuned on turns
+    and otherwise "text". With `approximate` also where the tokens of a text would differ.
     Raises UserError where llama.cpp has no such model or tokenizer, and where a file cannot be read or written.
     """
     from mamba2_min.checkpoints import checkpoint, gguf, llama_cpp
@@ -72,10 +73,15 @@ def export(model: str, out: str, kind: str = "f32", template: str = "text", appr
         raise UserError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and the model {network.config.vocab_size}"
         )
-    if "<start>" in TEMPLATES[template] and "<start>" not in tokenizer.special_words:
-        raise UserError("no document of this run has <start>: it has learnt to go on with text, not to answer requests")
+    turns = chat_turns(source)
+    template = template or ("chat" if turns else "text")
+    if template == "chat" and turns is None:
+        raise UserError(f"{source} was not fine-tuned on turns: its settings have no chat template")
+    if template == "request" and "<start>" not in tokenizer.special_words:
+        raise UserError("no document of this run has <start>: it has learnt to continue text, not to answer requests")
     llama_cpp.check_supported(network.config)
-    metadata = llama_cpp.metadata(network.config, tokenizer, kind)
+    jinja, go = turns.templates() if turns and template == "chat" else ("", TEMPLATES[template])
+    metadata = llama_cpp.metadata(network.config, tokenizer, kind, jinja)
     reason = llama_cpp.inexact(tokenizer)
     if reason and not approximate:
         raise UserError(
@@ -87,7 +93,7 @@ def export(model: str, out: str, kind: str = "f32", template: str = "text", appr
     make_folder(folder)
     tensors = llama_cpp.tensors(network.config, network.state_dict(), kind)
     gguf.write_gguf(folder / GGUF, metadata, tensors)
-    text = modelfile(TEMPLATES[template])
+    text = modelfile(go)
     write_atomically(folder / MODELFILE, lambda file: file.write(text.encode()))
     size = (folder / GGUF).stat().st_size
     say("written", f"{folder / GGUF}: {size / 1e6:,.1f} MB, {kind}; {folder / MODELFILE}")
@@ -102,6 +108,52 @@ def export(model: str, out: str, kind: str = "f32", template: str = "text", appr
 
 
 SAMPLING = ["--temp", "0.8", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a conversation is written as text, with {content} where a message goes.
+
+    Between an answer and the next turn the model has read the end of a document.
+    """
+
+    system: str
+    user: str
+    answer: str
+    end: str
+
+    def templates(self) -> tuple[str, str]:
+        """The same as a template of Jinja, for the GGUF file, and of Go, for the Modelfile."""
+        jinja, go = (
+            [text.replace("{content}", content) for text in (self.system, self.user, self.answer + self.end)]
+            for content in ("{{ message.content }}", "{{ .Content }}")
+        )
+        return (
+            "{% for message in messages %}"
+            f"{{% if message.role == 'system' %}}{jinja[0]}{{% elif message.role == 'user' %}}{jinja[1]}"
+            f"{{% else %}}{jinja[2]}{{% endif %}}{{% endfor %}}",
+            f'{{{{ range .Messages }}}}{{{{ if eq .Role "system" }}}}{go[0]}{{{{ else if eq .Role "user" }}}}{go[1]}'
+            f"{{{{ else }}}}{go[2]}{{{{ end }}}}{{{{ end }}}}",
+        )
+
+
+def chat_turns(source: Path) -> Turns | None:
+    """How the turns of a run are written that was fine-tuned on them; None for any other.
+
+    Its settings.json names the template under "chat". Raises UserError where there is no such template.
+    """
+    from mamba2_min.checkpoints import checkpoint, llama_cpp
+    from mamba2_min.files import load_json
+    from mamba2_min.finetune.conversations import TEMPLATES as known
+
+    settings = load_json(source / checkpoint.SETTINGS) if (source / checkpoint.SETTINGS).is_file() else {}
+    name = settings.get("chat") if isinstance(settings, dict) else None
+    if name is None:
+        return None
+    if name not in known:
+        raise UserError(f"{source / checkpoint.SETTINGS} names the chat template {str(name)[:40]!r}, which is unknown")
+    form = known[name]
+    return Turns(form.system, form.user, form.before_answer + "{content}", llama_cpp.END)
 
 
 def modelfile(template: str) -> str:

@@ -2,6 +2,7 @@
 is refused in one line. What llama.cpp makes of the file is in test_llama_cpp.py."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from mamba2_min.config import Mamba2Config
 from mamba2_min.data.patterns import PIECES
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
+from mamba2_min.finetune.conversations import TEMPLATES, Conversation, Message, tokenize
 
 ROOT = Path(__file__).parent.parent
 SHAPES = [
@@ -255,12 +257,9 @@ class TestVocabulary:
         for i in range(len(tok)):
             assert ("\ufffd" in tok.decode([i])) is (i in suppressed)
 
-    def test_the_end_of_a_document_has_a_text_of_its_own(self):
-        tok = make_tokenizer(special_words=["<end of document>"])
-        assert self.metadata(tok)["tokenizer.ggml.tokens"][0] == "<<end of document>>"
-
     @pytest.mark.parametrize(
-        ("words", "specials"), [([" cat"], ["Ġcat"]), ([], ["Ã"]), (["é"], ["Ã©"]), (["a"], []), ([], ["<"])]
+        ("words", "specials"),
+        [([" cat"], ["Ġcat"]), ([], ["Ã"]), (["é"], ["Ã©"]), (["a"], []), ([], ["<"]), ([], [llama_cpp.END])],
     )
     def test_two_tokens_of_one_spelling_are_refused(self, words, specials):
         with pytest.raises(UserError, match="two tokens would be listed as"):
@@ -333,6 +332,46 @@ class TestCommand:
         with pytest.raises(UserError, match="<start>"):
             export.export(str(run), str(tmp_path / "out"), template="request")
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("name", ["turns", "request"])
+    def test_a_chat_run_gets_its_template(self, tmp_path, name):
+        """Rendered by Jinja, the file's template gives the tokens that fine-tuning trains on."""
+        jinja2 = pytest.importorskip("jinja2")
+        tok = make_tokenizer(["User: a\nAssistant: b<start>", *TEXTS])
+        run = save_run(tmp_path / "run", make_model(len(tok)), tok)
+        settings = json.loads((run / "settings.json").read_text())
+        (run / "settings.json").write_text(json.dumps({**settings, "chat": name}))
+        export.export(str(run), str(tmp_path / "out"))
+        metadata, _ = gguf.read_gguf(tmp_path / "out" / "model.gguf")
+        said = [
+            ("system", "Be kind."),
+            ("user", "Who?"),
+            ("assistant", "A cat."),
+            ("user", "Why?"),
+            ("assistant", "So."),
+        ]
+        messages = [{"role": role, "content": content} for role, content in said]
+        text = jinja2.Template(metadata["tokenizer.chat_template"]).render(messages=messages)
+        ids = [0]
+        for part in text.removesuffix(llama_cpp.END).split(llama_cpp.END):
+            ids += [*tok.encode(part, allow_special=True), 0]
+        talk = Conversation(tuple(Message(*message) for message in said))
+        assert ids == tokenize(talk, TEMPLATES[name], tok).ids.tolist()
+        assert metadata["tokenizer.ggml.token_type"][0] == 3  # text becomes it
+        go = (tmp_path / "out" / "Modelfile").read_text().split('"""')[1]
+        assert go.count("{{ .Content }}") == 3 and llama_cpp.END + "{{ end }}" in go
+        export.export(str(run), str(tmp_path / "text"), template="text")
+        metadata, _ = gguf.read_gguf(tmp_path / "text" / "model.gguf")
+        assert "tokenizer.chat_template" not in metadata and metadata["tokenizer.ggml.token_type"][0] == 5
+
+    def test_chat_needs_a_run_that_takes_turns(self, run, tmp_path):
+        with pytest.raises(UserError, match="not fine-tuned on turns"):
+            export.export(str(run), str(tmp_path / "out"), template="chat")
+        tok = make_tokenizer()
+        other = save_run(tmp_path / "other", make_model(len(tok)), tok)
+        (other / "settings.json").write_text('{"chat": "shouting"}')
+        with pytest.raises(UserError, match="'shouting', which is unknown"):
+            export.export(str(other), str(tmp_path / "out"))
 
     def test_an_inexact_tokenizer_is_refused_unless_approximate(self, tmp_path):
         data = tmp_path / "data"

@@ -22,7 +22,7 @@ KINDS = {"f32": 0, "f16": 1, "q8_0": 7}  # and what GGUF calls a file whose matr
 CONTEXT = 2**20  # tokens; the state has one size, so this is no limit of the model
 END = "<end of document>"  # how the end-of-document token is listed; text never becomes it
 
-_NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5  # llama.cpp's kinds of token
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of token
 
 
 def _byte_alphabet() -> list[str]:
@@ -36,22 +36,28 @@ _ALPHABET = _byte_alphabet()
 _TO_ALPHABET, _FROM_ALPHABET = dict(enumerate(_ALPHABET)), {c: byte for byte, c in enumerate(_ALPHABET)}
 
 
-def metadata(config: Mamba2Config, tokenizer: WordTokenizer, kind: str) -> dict[str, Value]:
-    """All key-value pairs of the file. Raises UserError where the tokenizer cannot be written down for llama.cpp."""
+def metadata(config: Mamba2Config, tokenizer: WordTokenizer, kind: str, chat: str = "") -> dict[str, Value]:
+    """All key-value pairs of the file. `chat` is the Jinja template of a model that takes turns.
+
+    Such a template writes END between two turns, so there END in a text is the token; elsewhere no text ever is.
+    Raises UserError where the tokenizer cannot be written down for llama.cpp.
+    """
     specials = tokenizer.special_words
-    end = END
-    while end in specials:
-        end = f"<{end}>"
     first_word = 1 + 256 + len(specials)
     spellings = [tokenizer.token_bytes(i) for i in range(len(tokenizer))]
-    tokens = [end, *_ALPHABET, *specials, *map(_visible, spellings[first_word:])]
+    tokens = [END, *_ALPHABET, *specials, *map(_visible, spellings[first_word:])]
     if tokenizer.pattern == "whitespace":
         raise UserError('the pattern "whitespace" has no bytes to spell other words with; train with --pattern llama3')
     if len(set(tokens)) < len(tokens):  # llama.cpp ends the whole program at that
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise UserError(f"two tokens would be listed as {twice!r}: a special word has the spelling of another token")
-    types = [_UNUSED, *[_NORMAL] * 256, *[_USER_DEFINED] * len(specials), *[_NORMAL] * len(tokens[first_word:])]
-    return {
+    types = [
+        _CONTROL if chat else _UNUSED,
+        *[_NORMAL] * 256,
+        *[_USER_DEFINED] * len(specials),
+        *[_NORMAL] * len(tokens[first_word:]),
+    ]
+    values: dict[str, Value] = {
         "general.architecture": "mamba2",
         "general.type": "model",
         "general.name": "mamba2-min",  # a constant: for some names llama.cpp changes how it reads special words
@@ -79,6 +85,7 @@ def metadata(config: Mamba2Config, tokenizer: WordTokenizer, kind: str) -> dict[
         # Never sampled: what is not text alone, because a server answers invalid UTF-8 with an error.
         "tokenizer.ggml.suppress_tokens": [i for i, spelling in enumerate(spellings) if not _is_text(spelling)],
     }
+    return {**values, "tokenizer.chat_template": chat} if chat else values
 
 
 def tensors(config: Mamba2Config, weights: dict[str, Tensor], kind: str) -> dict[str, np.ndarray]:
