@@ -437,3 +437,25 @@ def test_known_words_are_written_and_none_is_spelled(model, tokenizer):
         "".join(completer.complete("", 200, Sampler(temperature=3.0, seed=0)))
     assert len(written) > 20
     assert not {tokenizer.token_bytes(token) for token in written} & letters
+
+
+def test_a_typed_prompt_is_read_in_the_spelling_of_the_documents():
+    """A book has curly quotes, a keyboard has not: both prompts are the same to the model."""
+    for pattern in ("words", "llama3"):
+        tokenizer = WordTokenizer.train(["“I don’t know,” said the café’s owner. “I don’t.”"], pattern=pattern)
+        model = Mamba2LM(Mamba2Config(len(tokenizer), d_model=32, n_layer=1, headdim=16, d_state=16), seed=0)
+        completer = Completer(model, tokenizer)
+        typed, known = "\"I don't know,\" said the cafe\u0301's ", "“I don’t know,” said the café’s "
+        texts = ["".join(completer.complete(prompt, 30, Sampler(seed=1))) for prompt in (typed, known)]
+        assert texts[0] == texts[1] != ""
+        assert completer.stats.prompt_tokens == 1 + len(tokenizer.encode(known[:-1]))
+
+
+def test_known_words_hold_whole_characters():
+    """In the pattern "llama3" the beginnings of characters are tokens too; none is written alone."""
+    tokenizer = WordTokenizer.train(["我爱你。 我爱他。", "ครับผม ครับ", "a word"], pattern="llama3")
+    assert len(tokenizer) > 257 + len(tokenizer.words)
+    model = Mamba2LM(Mamba2Config(len(tokenizer), d_model=32, n_layer=1, headdim=16, d_state=16), seed=0)
+    completer = Completer(model, tokenizer, known_words=True)
+    text = "".join(completer.complete("", 300, Sampler(temperature=2.0, seed=0)))
+    assert len(text) > 20 and "\ufffd" not in text

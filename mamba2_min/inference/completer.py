@@ -203,10 +203,11 @@ class Completer:
 
     @cached_property
     def _spells(self) -> Tensor:
-        """(vocab,) bool: the bytes that words are spelled with. "A" and "I" are words; marks and line ends are none."""
-        letters = {bytes([b]) for b in range(256) if b >= 0x80 or chr(b).isalpha() or chr(b) == " "} - {b"A", b"I"}
-        spells = torch.tensor([self.tokenizer.token_bytes(i) in letters for i in range(len(self.tokenizer))])
-        return spells.to(self._device)
+        """(vocab,) bool: what words are spelled with. "A" and "I" are words; marks and line ends are not letters."""
+        letters = {bytes([b]) for b in range(0x80) if chr(b).isalpha() or chr(b) == " "} - {b"A", b"I"}
+        spelled = [self.tokenizer.token_bytes(i) for i in range(len(self.tokenizer))]
+        parts = [b in letters or b.decode("utf-8", "ignore").encode() != b for b in spelled]  # of words, of characters
+        return torch.tensor(parts, device=self._device)
 
 
 class _Text:
