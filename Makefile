@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all notebooks lint clean
+.PHONY: demo test test-all test-llama notebooks lint clean
 
 demo: .venv/installed            ## train on the bundled documents for four minutes, then complete a sentence
 	$(BIN)/python train.py --data training_data --out runs/demo --resume --max-minutes 4 --max-steps 240 --eval-every 30 \
@@ -17,6 +17,14 @@ test: .venv/installed-dev        ## lint and the default tests: under six minute
 
 test-all: .venv/installed-dev    ## the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+test-llama: .venv/installed-dev  ## llama.cpp runs exported models: needs npm, on Linux for x86-64
+	@if [ "$$(uname -sm)" = "Linux x86_64" ] && command -v npm >/dev/null; then \
+		npm ci --prefix tests/llama --omit=optional --ignore-scripts && \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m llama tests/test_llama_cpp.py; \
+	else \
+		echo "test-llama: skipped, since it needs npm on Linux for x86-64"; \
+	fi
 
 notebooks: .venv/installed-notebooks  ## run every notebook from scratch; a failing cell or assert fails it
 	$(BIN)/python notebooks/run_all.py
@@ -37,5 +45,5 @@ notebooks: .venv/installed-notebooks  ## run every notebook from scratch; a fail
 	@touch $@
 
 clean:                           ## everything that can be made again, except your runs
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis tests/llama/node_modules
 	find . -name __pycache__ -prune -exec rm -rf {} +

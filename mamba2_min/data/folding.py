@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 _CHUNK = re.compile(r"\s*\S+|\s+")  # a word with the white space before it
 _HAS_VARIANTS = re.compile(r"[^\x00-\x7f]|['\"]|--|\.\.\.")
@@ -24,6 +24,20 @@ def fold(text: str, unknown: Callable[[str], list[str]]) -> str:
     unknown(word) gives the parts of a word, with the white space before it, that the vocabulary does not have.
     """
     return "".join(_fold_word(word, unknown) if _HAS_VARIANTS.search(word) else word for word in _CHUNK.findall(text))
+
+
+def unknown_pieces(cut: Callable[[str], list[str]], words: Collection[str]) -> Callable[[str], list[str]]:
+    """The function that `fold` takes, for a vocabulary: `cut` gives the pieces of a text, `words` are those known.
+
+    A single ASCII character is always known, for bytes are tokens; a quote only if a word of the vocabulary has it.
+    """
+
+    def unknown(text: str) -> list[str]:
+        pieces = [piece for piece in cut(text) if piece not in words]
+        return [piece for piece in pieces if len(piece) > 1 or not piece.isascii() or piece in missing]
+
+    missing = {quote for quote in "'\"" if not any(quote in word for word in words)}
+    return unknown
 
 
 def spellings(word: str) -> set[str]:

@@ -27,14 +27,13 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from functools import cached_property
 from operator import index
 from pathlib import Path
 from typing import Any
 
-from mamba2_min.data.folding import fold
+from mamba2_min.data.folding import fold, unknown_pieces
 from mamba2_min.data.patterns import PIECES
 from mamba2_min.errors import UserError
 from mamba2_min.files import write_atomically
@@ -67,7 +66,7 @@ class WordTokenizer:
         else:
             self.unk_id = None
             self._bytes = [b"", *(bytes([value]) for value in range(256))]
-            self._pieces = PIECES[pattern]
+            self._cut = PIECES[pattern]
         first_special = len(self._bytes)
         first_word = first_special + len(self.special_words)
         self._special_ids = {word: first_special + i for i, word in enumerate(self.special_words)}
@@ -97,7 +96,24 @@ class WordTokenizer:
         if isinstance(texts, str):
             raise ValueError("texts is a collection of strings, one a document, not one string")
         base = cls((), special_words, pattern)  # what every vocabulary has; checks the pattern and the special words
-        return cls(_frequent_words(base, texts, min_count, _room(base, vocab_size)), special_words, pattern)
+        counts: Counter[str] = Counter()
+        for text in texts:
+            _check_unicode(text)
+            counts.update(base.pieces(text, allow_special=True))
+        return cls.from_counts(counts, vocab_size, min_count, pattern, special_words)
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: Mapping[str, int],
+        vocab_size: int | None = None,
+        min_count: int = 1,
+        pattern: str = "words",
+        special_words: Sequence[str] = (),
+    ) -> WordTokenizer:
+        """The same from how often each of the `pieces` occurs."""
+        base = cls((), special_words, pattern)
+        return cls(_frequent_words(base, counts, min_count, _room(base, vocab_size)), special_words, pattern)
 
     def __len__(self) -> int:
         return len(self._bytes)
@@ -110,51 +126,62 @@ class WordTokenizer:
         """
         _check_unicode(text)
         ids: list[int] = []
-        if self.pattern == "whitespace":
-            known = self._word_ids.get
-            for line in text.split("\n"):
-                ids.extend([known(word, 1) for word in line.split()])
-                ids.append(self.eos_id)
-            ids.pop()  # between n + 1 lines there are n line ends
-        elif allow_special and self.special_words:
-            for part in self._special_split(text):
-                special = self._special_ids.get(part)
-                if special is None:
-                    self._encode_words(part, ids)
-                else:
-                    ids.append(special)
-        else:
-            self._encode_words(text, ids)
+        known = self._word_ids.get
+        special = self._special_ids if allow_special else {}
+        for piece in self.pieces(text, allow_special):
+            word_id = known(piece)
+            if word_id is not None:
+                ids.append(word_id)
+            elif piece in special:
+                ids.append(special[piece])
+            else:
+                ids.extend(self._spelled(piece))
         return ids
+
+    def pieces(self, text: str, allow_special: bool = False) -> list[str]:
+        """What `encode` gives ids to: words, signs and white space, which joined are the text again.
+
+        With `allow_special`, special words are pieces of their own. "whitespace": only words and line ends.
+        """
+        if self.pattern == "whitespace":
+            pieces = [piece for line in text.split("\n") for piece in (*line.split(), "\n")]
+            pieces.pop()  # between n + 1 lines there are n line ends
+            return pieces
+        if not (allow_special and self.special_words):
+            return self._cut(text)
+        parts = enumerate(self._special_split(text))  # every other one is a special word
+        return [piece for k, part in parts for piece in ([part] if k % 2 else self._cut(part))]
+
+    def piece_ids(self, piece: str) -> list[int]:
+        """The ids of one of the `pieces`, a special word included."""
+        known = self._word_ids.get(piece, self._special_ids.get(piece))
+        return self._spelled(piece) if known is None else [known]
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of what a person typed: `encode(text, allow_special=True)`, in the spelling that is known.
 
-        Quotes, apostrophes, dots, dashes and accents have several spellings; where the vocabulary has no word for the
-        typed one and exactly one of the others is known, that one is taken (folding.py). `decode` gives the folded
-        text. Raises ValueError at a lone surrogate.
+        Where the vocabulary does not know the typed quotes, dots, dashes or accents of a word, and knows exactly one
+        other spelling of them, that one is taken (folding.py). Raises ValueError at a lone surrogate.
         """
         _check_unicode(text)
         if self.pattern != "whitespace":
-            parts = self._special_split(text)
-            text = "".join([part if part in self._special_ids else fold(part, self._unknown) for part in parts])
+            unknown = unknown_pieces(self._cut, self._word_ids)
+            parts = enumerate(self._special_split(text))  # every other one is a special word
+            text = "".join([part if k % 2 else fold(part, unknown) for k, part in parts])
         return self.encode(text, allow_special=True)
 
     def recut(self, pattern: str) -> WordTokenizer:
         """The same vocabulary, with the same ids, for text that is cut as another pattern does."""
         other = copy(self)
-        other._pieces = PIECES[pattern]
+        other._cut = PIECES[pattern]
         return other
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; `decode(encode(text)) == text` for every text, except in the pattern "whitespace".
 
         The end-of-document token is no text (""), a special word is its literal string, and bytes that are not UTF-8,
-        which a model may well produce, become U+FFFD. Raises ValueError for an id outside the vocabulary.
-
-        The pattern "whitespace" writes each word as " word" and `<eos>` as " \\n". So a text of lines that look like
-        " word word \\n", as the files of WikiText do, comes back exactly, except that words outside the vocabulary are
-        now `<unk>`; of any other text the words and the line ends come back, but not the white space between them.
+        which a model may well produce, become U+FFFD. "whitespace" has the form of WikiText's files: " word", " \\n" for
+        `<eos>`, " <unk>" for an unknown word. Raises ValueError for an id outside the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
@@ -211,40 +238,13 @@ class WordTokenizer:
             raise UserError(f"{path} is no tokenizer of this program: {error}") from None
         return tokenizer
 
-    def _encode_words(self, text: str, ids: list[int]) -> None:
-        """Appends the ids of `text`, in which no special word is meant, to `ids`."""
-        known = self._word_ids.get
-        by_character = self.pattern == "llama3"
-        for piece in self._pieces(text):
-            word_id = known(piece)
-            if word_id is not None:
-                ids.append(word_id)
-            elif by_character and not piece.isascii():
-                for character in piece:
-                    character_id = known(character)
-                    ids.extend(self._spelled(character.encode()) if character_id is None else [character_id])
-            else:
-                ids.extend([byte + 1 for byte in piece.encode()])
-
-    def _spelled(self, character: bytes) -> list[int]:
-        """The ids of an unknown character: of the longest known beginning, and of the bytes after it."""
-        for size in (3, 2):
-            beginning = self._beginning_ids.get(character[:size])
-            if beginning is not None:
-                return [beginning, *[byte + 1 for byte in character[size:]]]
-        return [byte + 1 for byte in character]
-
-    def _unknown(self, text: str) -> list[str]:
-        """The pieces of `text` that are not in the vocabulary.
-
-        Every single byte has an id; a quote counts as known only where some word of the vocabulary has it.
-        """
-        pieces = [piece for piece in self._pieces(text) if piece not in self._word_ids]
-        return [piece for piece in pieces if len(piece) > 1 or not piece.isascii() or piece in self._no_quotes]
-
-    @cached_property
-    def _no_quotes(self) -> set[str]:
-        return {"'", '"'} - set("".join(word for word in self.words if "'" in word or '"' in word))
+    def _spelled(self, piece: str) -> list[int]:
+        """The ids of a piece that is not in the vocabulary."""
+        if self.pattern == "whitespace":
+            return [self.eos_id if piece == "\n" else 1]
+        if self.pattern == "words" or piece.isascii():
+            return [byte + 1 for byte in piece.encode()]
+        return [i for character in piece for i in _spelled_character(character, self._word_ids, self._beginning_ids)]
 
 
 class StreamDecoder:
@@ -267,21 +267,13 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _frequent_words(base: WordTokenizer, texts: Iterable[str], min_count: int, room: int) -> list[str]:
-    """The words of `texts` for `WordTokenizer.train` that are not in `base` yet, at most `room` with beginnings."""
+def _frequent_words(base: WordTokenizer, counts: Mapping[str, int], min_count: int, room: int) -> list[str]:
+    """The words among counted pieces that are not in `base` yet, at most `room` with their characters' beginnings."""
     if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
         raise ValueError(f"min_count must be an integer of at least 1, not {min_count!r}")
-    counts: Counter[str] = Counter()
-    for text in texts:
-        _check_unicode(text)
-        if base.pattern == "whitespace":
-            counts.update(text.split())
-        else:
-            for part in base._special_split(text):
-                counts.update(base._pieces(part))
     # What has an id already needs no second one: a piece of one byte, a special word, <eos> and <unk>.
-    for known in (*base.special_words, *((_EOS, _UNK) if base.pattern == "whitespace" else map(chr, range(128)))):
-        counts.pop(known, None)
+    inside = {*base.special_words, *((_EOS, _UNK, "\n") if base.pattern == "whitespace" else map(chr, range(128)))}
+    counts = Counter({piece: count for piece, count in counts.items() if piece not in inside})
     words = _most_frequent(counts, min_count)
     if base.pattern != "llama3":
         return words[:room]
@@ -298,10 +290,20 @@ def _frequent_words(base: WordTokenizer, texts: Iterable[str], min_count: int, r
     return chosen
 
 
-def _most_frequent(counts: Counter[str], min_count: int) -> list[str]:
+def _most_frequent(counts: Mapping[str, int], min_count: int) -> list[str]:
     """The words that are frequent and not too long, most frequent first, ties alphabetically."""
     words = [word for word, count in counts.items() if count >= min_count and len(word) <= MAX_WORD_LENGTH]
     return sorted(words, key=lambda word: (-counts[word], word))
+
+
+def _spelled_character(character: str, words: Mapping[str, int], beginnings: Mapping[bytes, int]) -> list[int]:
+    """Its own id, or those of its longest known beginning and of the bytes after it."""
+    data = character.encode()
+    known, size = words.get(character), len(data)
+    while known is None and size > 2:
+        size -= 1
+        known = beginnings.get(data[:size])
+    return [byte + 1 for byte in data] if known is None else [known, *[byte + 1 for byte in data[size:]]]
 
 
 def _beginnings(word: str) -> list[bytes]:
