@@ -180,8 +180,8 @@ class WordTokenizer:
         """The text of `ids`; `decode(encode(text)) == text` for every text, except in the pattern "whitespace".
 
         The end-of-document token is no text (""), a special word is its literal string, and bytes that are not UTF-8,
-        which a model may well produce, become U+FFFD. "whitespace" has the form of WikiText's files: " word", " \\n" for
-        `<eos>`, " <unk>" for an unknown word. Raises ValueError for an id outside the vocabulary.
+        which a model may well produce, become U+FFFD. "whitespace" has the form of WikiText's files: " word", " \\n"
+        for `<eos>`, " <unk>" for an unknown word. Raises ValueError for an id outside the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
