@@ -36,12 +36,13 @@ class MetricsLog:
 
     def rewind(self, records: int) -> None:
         """Keeps only the first `records` lines. Raises UserError where one of them is damaged."""
-        lines = _whole_lines(self.path)
+        content = _content(self.path)
+        lines = content.split(b"\n")[:-1]
         kept = lines[:records]
         for number, line in enumerate(kept, start=1):
             _parse(line, self.path, number)
         text = b"".join(line + b"\n" for line in kept)
-        if lines != kept or _size(self.path) != len(text):
+        if content != text:
             write_atomically(self.path, lambda file: file.write(text))
         self.records = len(kept)
 
@@ -52,14 +53,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Each has `step`, an integer, `split`, "train" or "validation", and `loss`, a number, or None where it was not
     finite; a record of "train" has `lr`, a number. Raises UserError, one line, for anything else.
     """
-    return [_parse(line, Path(path), number) for number, line in enumerate(_whole_lines(Path(path)), start=1)]
+    lines = _content(Path(path)).split(b"\n")[:-1]  # what follows the last line end was never finished
+    return [_parse(line, Path(path), number) for number, line in enumerate(lines, start=1)]
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    if not files.exists(path):
-        return []
-    content = files.read_bytes(path, _MAX_BYTES)
-    return content.split(b"\n")[:-1]  # what follows the last line end was never finished
+def _content(path: Path) -> bytes:
+    return files.read_bytes(path, _MAX_BYTES) if files.exists(path) else b""
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -95,7 +94,3 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.7g}") if math.isfinite(value) else None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
