@@ -61,11 +61,11 @@ def export(model: str, out: str, kind: str = "f32", template: str | None = None,
     """
     from mamba2_min.checkpoints import checkpoint, gguf, llama_cpp
     from mamba2_min.data.tokenizer import WordTokenizer
-    from mamba2_min.files import make_folder, write_atomically
+    from mamba2_min.files import is_file, make_folder, write_atomically
     from mamba2_min.models.mamba2 import Mamba2LM
 
     source, folder = Path(model), Path(out)
-    if (source / "adapter_config.json").is_file():
+    if is_file(source / "adapter_config.json"):
         raise UserError(f"{source} is an adapter; first: python -m mamba2_min.merge --adapter {source} --out MERGED")
     network = Mamba2LM.from_pretrained(source)
     tokenizer = WordTokenizer.load(source / checkpoint.TOKENIZER)
@@ -143,10 +143,10 @@ def chat_turns(source: Path) -> Turns | None:
     Its settings.json names the template under "chat". Raises UserError where there is no such template.
     """
     from mamba2_min.checkpoints import checkpoint, llama_cpp
-    from mamba2_min.files import load_json
+    from mamba2_min.files import is_file, load_json
     from mamba2_min.finetune.conversations import TEMPLATES as known
 
-    settings = load_json(source / checkpoint.SETTINGS) if (source / checkpoint.SETTINGS).is_file() else {}
+    settings = load_json(source / checkpoint.SETTINGS) if is_file(source / checkpoint.SETTINGS) else {}
     name = settings.get("chat") if isinstance(settings, dict) else None
     if name is None:
         return None

@@ -259,11 +259,13 @@ def flush(path: str | Path) -> None:
 def locked(folder: str | Path, names: Iterable[str] = (), holder: str = "training") -> Iterator[None]:
     """Makes the folder if need be and holds it for this process alone. Raises UserError where another one holds it.
 
-    The lock is on the open folder itself, so it leaves no file and dies with the process. What an earlier process
-    left half written of the files `names` is taken away. Windows and some network drives have no such lock; nothing is
-    held there, and it is said. `holder`: what writes into the folder, for the message.
+    names: the files that will be written. None of them may be a link, and what an earlier process left half written of
+    them is taken away. holder: what writes into the folder, for the message.
+
+    The lock is on the open folder itself, so it leaves no file and dies with the process. Windows and some network
+    drives have no such lock; nothing is held there.
     """
-    folder = make_folder(folder)
+    folder, names = make_folder(folder), tuple(names)
     if os.name != "posix":
         yield
         return
@@ -280,16 +282,14 @@ def locked(folder: str | Path, names: Iterable[str] = (), holder: str = "trainin
             text = f"another {holder} is writing into {folder}; wait for it, or take another --out"
             raise UserError(text) from error
         except OSError as error:
-            _say_once(
-                handle,
-                "lock",
-                f"{folder}: this drive cannot lock a folder ({_reason(error)}); start no second {holder} in it",
-            )
-        for name in names_in(folder):
-            if any(
-                (name.startswith(f".{own}.") and name.endswith(".tmp")) or name == f"{own}.partial" for own in names
-            ):
-                remove(folder / name)
+            fault = f"{folder}: this drive cannot lock a folder ({_reason(error)}); start no second {holder} in it"
+            _say_once(handle, "lock", fault)
+        there = names_in(folder)
+        for own in names:
+            refuse_link(folder / own)  # not only when it is to be written, hours later
+            for name in there:
+                if (name.startswith(f".{own}.") and name.endswith(".tmp")) or name == f"{own}.partial":
+                    remove(folder / name)
         yield
     finally:
         os.close(handle)

@@ -97,7 +97,6 @@ def main() -> int:
         results = run(args, Path(cache))
     print(table(results))
     if args.out:
-
         files.save_json(args.out, results)
     return 0
 
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         unknown = [name for name in args.tasks if name not in known]
         if unknown:
             raise UserError(f"no task {unknown[0]} is bundled; there are {', '.join(known)}; --include adds a folder")
-    if args.include is not None and not Path(args.include).is_dir():
+    if args.include is not None and not files.is_folder(args.include):
         raise UserError(f"--include: {args.include} is not a folder")
     if args.data:
         made = make_items(args.data, scratch / "items", args.limit or 200)

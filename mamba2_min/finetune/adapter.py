@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mamba2_min.checkpoints.safetensors import load_safetensors, save_safetensors
 from mamba2_min.errors import UserError
-from mamba2_min.files import load_json, make_folder, save_json
+from mamba2_min.files import is_file, load_json, make_folder, save_json
 from mamba2_min.finetune.initial_state import TunedStateLM
 from mamba2_min.finetune.lora import LoRAConfig, LoRALinear, adapters, add_lora
 from mamba2_min.models.mamba2 import Mamba2LM
@@ -97,7 +97,7 @@ def adapter_tensors(model: Mamba2LM) -> dict[str, Tensor]:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """An adapter's config. Raises UserError where the folder holds none."""
     path = Path(folder) / CONFIG
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{folder} holds no {CONFIG}: no adapter was saved there")
     values = load_json(path)
     if not isinstance(values, dict) or values.get("peft_type") not in ("LORA", _STATE):

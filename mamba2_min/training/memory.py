@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mamba2_min import devices
+from mamba2_min import devices, files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.devices import size
@@ -111,7 +111,7 @@ def explained(trainer: Trainer) -> Iterator[None]:
             lower = f"pass --micro-batch {-(-micro // 2)} (the same training in smaller parts) or --batch-size auto"
         else:
             lower = f"lower --context (now {context}), --d-model or --n-layer"
-        saved = "; what was saved before is intact" if (trainer.out / checkpoint.RESUME).exists() else ""
+        saved = "; what was saved before is intact" if files.exists(trainer.out / checkpoint.RESUME) else ""
         where = f"in step {trainer.step + 1}, with {micro} windows of {context} at a time"
         raise UserError(f"out of memory {where}: {lower}{saved}") from error
 

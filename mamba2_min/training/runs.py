@@ -78,15 +78,17 @@ def plan_run(
         if name not in (*ACCEPTABLE, DOCUMENTS):
             known = ", ".join(flag(n)[2:] for n in (*ACCEPTABLE, DOCUMENTS))
             raise UserError(f"--accept takes {known}, not {flag(name)[2:]}")
-    if resume and (out / checkpoint.RESUME).is_file():
+    if resume and files.is_file(out / checkpoint.RESUME):
         return _saved_plan(out, overrides, preset, accept)
-    model, begun = (out / checkpoint.WEIGHTS).exists(), (out / checkpoint.SETTINGS).is_file()
+    model, begun = files.exists(out / checkpoint.WEIGHTS), files.is_file(out / checkpoint.SETTINGS)
     if resume and model:
         raise UserError(f"{out} holds a model but no {checkpoint.RESUME} to resume from; --overwrite replaces it")
     if resume and begun:  # it was ended before its first save: the same run, from its beginning
         return dataclasses.replace(_saved_plan(out, overrides, preset, accept), resume=False)
     if not (resume or overwrite):
-        holds = [name for name in (checkpoint.RESUME, checkpoint.WEIGHTS, checkpoint.CONFIG) if (out / name).exists()]
+        holds = [
+            name for name in (checkpoint.RESUME, checkpoint.WEIGHTS, checkpoint.CONFIG) if files.exists(out / name)
+        ]
         if holds:
             raise UserError(f"{out} already holds a run ({holds[0]}): --resume continues it, --overwrite replaces it")
     return _new_plan(overrides, preset)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba2_min import devices
+from mamba2_min import devices, files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.data.corpus import Corpus, Windows
 from mamba2_min.evaluation.perplexity import Score, evaluate
@@ -99,7 +99,7 @@ class Trainer:
         self._to_compile = settings.compile
         self._clock = self._drawn = 0.0  # when `seconds` was last counted, and when loss.png was drawn
         torch.manual_seed(settings.seed)
-        self.resumed = resume and (self.out / checkpoint.RESUME).is_file()
+        self.resumed = resume and files.is_file(self.out / checkpoint.RESUME)
         if self.resumed:
             restore(self, accept_documents)
 
