@@ -27,7 +27,6 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "\\": "\\"}
 
 def main() -> int:
     args = _parse(sys.argv[1:])
-    console.install()
     prompt = args.prompt
     if prompt is None and not (is_terminal(sys.stdin) or "ipykernel" in sys.modules):
         prompt = _read_standard_input()
