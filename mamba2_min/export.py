@@ -6,6 +6,7 @@ python -m mamba2_min.export --model runs/mine --out exported/mine --type q8_0
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def export(model: str, out: str, kind: str = "f32", template: str | None = None,
     say("written", f"{folder / GGUF}: {size / 1e6:,.1f} MB, {kind}; {folder / MODELFILE}")
     if template == "text" and "<start>" in tokenizer.special_words:
         say("note", "documents of this run have the form request<start>answer; --template request answers prompts")
-    name = folder.resolve().name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "mine"  # as Ollama allows
     prompt = "Once upon a time"
     say("next", shlex.join(["ollama", "create", name, "-f", str(folder / MODELFILE)]))
     say("", shlex.join(["ollama", "run", name, prompt]))

@@ -111,7 +111,7 @@ class DataSettings:
     val_fraction: float = setting(0.1, "share of the documents to validate with", high=1)
     vocab_size: int | None = setting(8192, "tokens in the vocabulary, at most", low=1)
     min_count: int = setting(2, "a word seen less often becomes its bytes", low=1)
-    pattern: str = setting("words", "what a word is; whitespace: the WikiText convention", choices=PATTERNS)
+    pattern: str = setting("llama3", "where text is cut; whitespace: the WikiText convention", choices=PATTERNS)
 
     def __post_init__(self) -> None:
         check_fields(self)

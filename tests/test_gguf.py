@@ -319,6 +319,11 @@ class TestCommand:
         assert reader.fields["general.file_type"].contents() == 7
         assert {t.tensor_type.name for t in reader.tensors} == {"F32", "Q8_0"}
 
+    @pytest.mark.parametrize(("folder", "name"), [("My stories", "My-stories"), ("ü", "mine"), ("_v1.2", "v1.2")])
+    def test_the_name_is_one_that_ollama_takes(self, run, tmp_path, capsys, folder, name):
+        export.export(str(run), str(tmp_path / folder))
+        assert f"ollama create {name} -f " in capsys.readouterr().out
+
     def test_a_request_is_answered_with_its_template(self, run, tmp_path, capsys):
         export.export(str(run), str(tmp_path), template="request")
         assert 'TEMPLATE """{{ .Prompt }}<start>"""' in (tmp_path / "Modelfile").read_text()

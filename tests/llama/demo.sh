@@ -9,6 +9,6 @@ prompt="The old man looked at the sea and"
 
 "$python" -m mamba2_min.export --model runs/demo --out runs/demo-gguf
 echo && echo "run.py:"
-"$python" run.py --model runs/demo --prompt "$prompt" --temperature 0 --max-tokens 60 2>/dev/null
+printf "%s" "$prompt"; "$python" run.py --model runs/demo --prompt "$prompt" --temperature 0 --max-tokens 60 2>/dev/null
 echo && echo "llama.cpp:"
 node tests/llama/write.mjs runs/demo-gguf/model.gguf "$prompt" 60
