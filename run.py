@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from mamba2_min import console, validate
 from mamba2_min.errors import UserError, printable, run_script
+from mamba2_min.finetune.talk import Chat
 from mamba2_min.inference.dialogue import OFF, SETTINGS, Dialogue, described, how_it_ended, in_words, show, write_out
 from mamba2_min.inference.terminal import is_terminal
 
@@ -36,7 +37,7 @@ def main() -> int:
     # made a word take twenty times as long. It is read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mamba2_min.devices import pick_device
-    from mamba2_min.inference.completer import Completer
+    from mamba2_min.finetune.load import open_run
     from mamba2_min.ops.sampling import Sampler
 
     try:
@@ -44,7 +45,8 @@ def main() -> int:
     except ValueError as error:
         raise UserError("--" + in_words(error)) from None
     device = pick_device(args.device)
-    completer = Completer.load(folder, device, None if args.quantize == "none" else args.quantize)
+    weights = None if args.quantize == "none" else args.quantize
+    completer, template = open_run(folder, args.adapter, args.chat, device, weights)
     completer.known_words = args.known_words
     print(
         f"model     {printable(str(folder))}{found}, {completer.model.config.num_parameters():,} "
@@ -57,10 +59,12 @@ def main() -> int:
         flush=True,
     )
     if prompt is None:
-        Dialogue(completer, sampler, args.max_tokens, args.stop).run()
+        settings = (completer, sampler, args.max_tokens, args.stop)
+        (Dialogue(*settings) if template is None else Chat(*settings, template)).run()
         return 0
     try:
-        pieces = completer.complete(prompt, args.max_tokens, sampler, args.stop)
+        write = completer.complete if template is None else Chat(completer, sampler, 1, (), template).reply
+        pieces, prompt = write(prompt, args.max_tokens, sampler, args.stop), "" if template else prompt
         show(pieces, prompt) if is_terminal(sys.stdout) else write_out(pieces)
     except FloatingPointError as error:
         raise UserError(str(error)) from None
@@ -104,6 +108,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     model = parser.add_argument_group("the model")
     model.add_argument("--model", metavar="DIR", type=Path, help="a run's folder (default: runs/demo or the newest)")
+    model.add_argument("--adapter", metavar="DIR", type=Path, help="what a fine-tuning of that model left")
+    model.add_argument("--chat", action="store_true", help="a conversation, with a model that was fine-tuned for it")
     model.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
     model.add_argument(
         "--quantize",

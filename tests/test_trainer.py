@@ -629,7 +629,7 @@ def test_a_line_that_is_no_measurement_is_named(tmp_path, line):
 
 def test_windows_are_what_a_step_takes(tmp_path, data):
     trainer = make_trainer(tmp_path / "run", data, max_steps=3)
-    expected = Windows(trainer.corpus.train, 16, 3, 0)
+    expected = Windows(trainer.task.corpus.train, 16, 3, 0)
     assert all(map(torch.equal, next(trainer.windows), next(expected)))
 
 

@@ -39,6 +39,9 @@ class Score:
         """The only one of the three that compares models with different tokenizers."""
         return self.nats / math.log(2) / self.n_bytes
 
+    def __str__(self) -> str:
+        return f"{self.loss:>7.4f}  perplexity {self.perplexity:>9,.1f}  bits per byte {self.bits_per_byte:.4f}"
+
     def measures(self) -> dict[str, float]:
         """What a line of metrics.jsonl holds of it."""
         return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}

@@ -26,7 +26,7 @@ from mamba2_min.models.mamba2 import Mamba2LM
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what peft puts before the names of the model that it wraps
 _STATE = "INITIAL_STATE"  # our own peft_type
-_DIGEST = "base_sha256"
+DIGEST = "base_sha256"
 
 # Keys of peft's LoraConfig that change what the adapter computes, each with the values under which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -79,7 +79,7 @@ def save_adapter(folder: str | Path, model: Mamba2LM, base: str | Path, lora: Lo
             "init_lora_weights": True,
             **common,
         }
-    save_safetensors(folder / WEIGHTS, adapter_tensors(model), {"format": "pt", _DIGEST: digest})
+    save_safetensors(folder / WEIGHTS, adapter_tensors(model), {"format": "pt", DIGEST: digest})
     save_json(folder / CONFIG, config)  # last: without it a folder holds no adapter
 
 
@@ -105,6 +105,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return values
 
 
+def load_base(folder: str | Path, base: str | Path | None = None) -> tuple[Mamba2LM, str]:
+    """The base model that an adapter names, or the one in `base`, and its folder. Raises UserError."""
+    source = str(base or read_config(folder).get("base_model_name_or_path", ""))
+    if not source or not Path(source).is_dir():
+        raise UserError(f"the base of {folder} is {source[:200] or 'not named'}, which is not a folder here; name it")
+    return Mamba2LM.from_pretrained(source), source
+
+
 def load_adapter(folder: str | Path, model: Mamba2LM) -> Mamba2LM:
     """Puts the adapter of a folder on its base `model`, in place, and returns that.
 
@@ -113,7 +121,7 @@ def load_adapter(folder: str | Path, model: Mamba2LM) -> Mamba2LM:
     folder = Path(folder)
     values = read_config(folder)
     tensors, metadata = load_safetensors(folder / WEIGHTS)
-    if _DIGEST in metadata and metadata[_DIGEST] != base_digest(model):
+    if DIGEST in metadata and metadata[DIGEST] != base_digest(model):
         raise UserError(
             f"{folder} is an adapter of another base model: of {str(values.get('base_model_name_or_path'))[:200]} as it"
             " was when the adapter was trained"
@@ -123,7 +131,7 @@ def load_adapter(folder: str | Path, model: Mamba2LM) -> Mamba2LM:
             model = TunedStateLM.of(model)
         else:
             add_lora(model, _lora_config(values))
-        _copy(tensors, adapter_tensors(model))
+        copy_tensors(tensors, adapter_tensors(model))
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     return model.requires_grad_(False)
@@ -143,11 +151,13 @@ def _lora_config(values: dict[str, Any]) -> LoRAConfig:
     return LoRAConfig(r, float(alpha), 0.0, tuple(targets))
 
 
-@torch.no_grad()
-def _copy(tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+def check_tensors(tensors: dict[Any, Any], targets: dict[str, Tensor]) -> None:
+    """Raises ValueError unless `tensors` has the names and shapes of `targets`, and finite numbers."""
     for name, target in targets.items():
         if name not in tensors:
             raise ValueError(f"it lacks the tensor {name}")
+        if not isinstance(tensors[name], Tensor) or not tensors[name].dtype.is_floating_point:
+            raise ValueError(f"{name} is not a tensor of floats")
         if tensors[name].shape != target.shape:
             raise ValueError(f"{name} is {tuple(tensors[name].shape)}, and the model needs {tuple(target.shape)}")
         if not tensors[name].isfinite().all():
@@ -155,6 +165,12 @@ def _copy(tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
     for name in tensors:
         if name not in targets:
             raise ValueError(f"it holds the unexpected tensor {name!r}")
+
+
+@torch.no_grad()
+def copy_tensors(tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """Copies `tensors` into `targets` in place. Raises ValueError where they do not match."""
+    check_tensors(tensors, targets)
     for name, target in targets.items():
         target.copy_(tensors[name])
 

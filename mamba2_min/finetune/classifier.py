@@ -25,6 +25,8 @@ POOLS = ("mean", "last")
 class Classifier(nn.Module):
     """`model` with a head for `labels` classes. It has what the trainer needs of a model."""
 
+    class_weights: Tensor
+
     def __init__(
         self,
         model: LanguageModel,

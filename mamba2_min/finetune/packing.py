@@ -123,6 +123,7 @@ class PackedWindows:
 
     def _begin(self, epoch: int) -> None:
         self.epoch, self.position = epoch, 0
+        self._batches: list[tuple[int, list[list[int]]]]
         digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         shuffled = torch.randperm(len(self.examples), generator=generator).tolist()

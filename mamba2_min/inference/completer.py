@@ -113,19 +113,60 @@ class Completer:
             ids = self.tokenizer.encode_prompt(prompt[:-1] if word_is_next else prompt)
         except ValueError as error:
             raise UserError(f"the prompt is no text: {error}") from None
-        recent = deque(ids, maxlen=sampler.repeat_window)
-        ids = [self.tokenizer.eos_id, *ids]
+        self._read([self.tokenizer.eos_id, *ids], None, sampler, stop, word_is_next)
+        return self._start(max_tokens)
+
+    def reply(
+        self, ids: Sequence[int], max_tokens: int, sampler: Sampler, stop: Sequence[str] = (), drop_space: bool = False
+    ) -> Iterator[str]:
+        """Reads the tokens `ids` after all that was read and written before, then yields what follows, to its end.
+
+        A turn of a conversation: nothing is read twice. An answer that was cut off is ended first. The first turn
+        begins a document. drop_space: leave out the first character, the space before an answer's first word.
+        Raises ValueError for a bad `max_tokens` or `stop`.
+        """
+        stop = _checked(max_tokens, stop)
+        before, eos = self._session, self.tokenizer.eos_id
+        unread = [] if before is None else [t for t in (before.unread,) if t is not None and t != eos]
+        self._read([*unread, eos, *ids], before and before.state, sampler, stop, drop_space=drop_space)
+        return self._start(max_tokens)
+
+    @property
+    def memory(self) -> tuple[State, int] | None:
+        """The state and the token that it has not read yet: what a conversation goes on from. None before the first."""
+        s = self._session
+        return None if s is None else (s.state, self.tokenizer.eos_id if s.unread is None else s.unread)
+
+    def remember(self, state: State | None, unread: int = 0) -> None:
+        """Goes on from a state and an unread token, as `memory` gives them; None forgets everything."""
+        self._session, self._stream = None, None
+        if state is not None:
+            self._device = next(self.model.parameters()).device
+            nothing = torch.zeros(self.model.config.vocab_size)
+            decoder = StreamDecoder(self.tokenizer)
+            self._session = _Session(state, nothing, deque(), decoder, Sampler(), (), False, unread)
+
+    def _read(
+        self,
+        ids: list[int],
+        state: State | None,
+        sampler: Sampler,
+        stop: Sequence[str],
+        word_is_next: bool = False,
+        drop_space: bool = False,
+    ) -> None:
+        """Begins a session: reads `ids` from `state`, or from the start where it is None."""
+        recent = deque((i for i in ids if i != self.tokenizer.eos_id), maxlen=sampler.repeat_window)
         self._device = next(self.model.parameters()).device
         started = time.perf_counter()
         with torch.inference_mode():
-            logits, state = self.model.prefill(torch.tensor([ids], device=self._device))
+            logits, state = self.model.prefill(torch.tensor([ids], device=self._device), state)
             logits = logits[0].cpu()  # (vocab,); waits for the device, so that the time is the prompt's own
             if word_is_next:
                 logits = logits.masked_fill(~self._begins_with_space, -torch.inf)
         self.stats = Stats(len(ids), time.perf_counter() - started, state_bytes=state.nbytes)
         decoder = StreamDecoder(self.tokenizer)
-        self._session = _Session(state, logits, recent, decoder, sampler, stop, drop_space=word_is_next)
-        return self._start(max_tokens)
+        self._session = _Session(state, logits, recent, decoder, sampler, stop, word_is_next or drop_space)
 
     def continue_(
         self, max_tokens: int, sampler: Sampler | None = None, stop: Sequence[str] | None = None

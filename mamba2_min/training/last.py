@@ -1,9 +1,10 @@
 """What last.pt must hold before a training resumes from it: type and range of every value, and what agrees with what.
 
     check_last   each value on its own, by the table _LAST, and the counts among each other
-    check_fit    the tensors and places against the model, optimizer and data of the trainer that resumes
+    check_fit    the optimizer and the place in the data against those of the trainer that resumes
+    check_model  the tensors against the model
 
-Both raise ValueError of one line. Nothing is changed, and whatever the file holds, nothing else is raised.
+All raise ValueError of one line. Nothing is changed, and whatever the file holds, nothing else is raised.
 """
 
 from __future__ import annotations
@@ -89,6 +90,14 @@ def _scalars(name: str, value: Any) -> None:
             raise ValueError(f"{name}.{key[:40]} must be a short text of one line")
 
 
+def _place(name: str, value: Any) -> None:
+    """A place in the data: a few integers, which `check_fit` compares with those of the trainer."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value) or not 1 <= len(value) <= 16:
+        raise ValueError(f"{name} must be a dictionary of a few integers")
+    for key, one in value.items():
+        _integer(0, 2**63 - 1 if key == "seed" else 2**62)(f"{name}.{key[:40]}", one)
+
+
 def _settings(name: str, value: Any) -> None:
     """Settings, of which an earlier version may lack some and have others."""
     _scalars(name, value)
@@ -118,21 +127,13 @@ _LAST = _record(
         "pending": _list(_number(-_LOSS, _LOSS)),
         "records": _integer(),
         "best": _optional(
-            _record({"nats": _number(0, _LOSS), "tokens": _integer(1, 2**62), "n_bytes": _integer(1, 2**62)})
+            _record({"nats": _number(0, _LOSS), "tokens": _integer(1, 2**62), "n_bytes": _integer(1, 2**62)}, more=True)
         ),
         "best_step": _integer(),
         "evaluated_step": _integer(-1),
         "stale": _integer(),
         "micro_batch": _integer(1),
-        "windows": _record(
-            {
-                "seed": _integer(0, 2**63 - 1),
-                "epoch": _integer(),
-                "position": _integer(),
-                "context": _integer(1),
-                "tokens": _integer(2, 2**62),
-            }
-        ),
+        "windows": _place,
         "guard": _record(
             {
                 "recent": _list(_number(-_LOSS, _LOSS)),
@@ -176,27 +177,22 @@ def check_last(values: Any) -> None:
 
 
 def check_fit(
-    values: Mapping[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: Mapping[str, int] | None,
-    validation: tuple[int, int],
+    values: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, data: Mapping[str, int] | None
 ) -> None:
-    """Raises ValueError unless the tensors and places in `values`, which passed check_last, belong to this training.
+    """Raises ValueError unless optimizer and place in `values`, which passed check_last, belong to this training.
 
-    data: `Windows.state_dict()` of the trainer, None where the documents are others than before and are read from their
-    start; validation: the tokens and bytes of the validation part, which the best score must be of.
+    data: the `state_dict` of the trainer's batches, None where the documents are others than before and are read from
+    their start. The model's tensors are checked by `ModelFiles.check`, the best score by `Task.restored_score`.
     """
-    _check_model(values["model"], model)
     _check_optimizer(values, optimizer)
     if data is None:
         return
-    for name in ("seed", "context", "tokens"):
-        if values["windows"][name] != data[name]:
-            raise ValueError(f"its place in the data has {name} {values['windows'][name]}, and not {data[name]}")
-    best = values["best"]
-    if best and (best["tokens"], best["n_bytes"]) != validation:
-        raise ValueError("its best score is of another validation part")
+    place = values["windows"]
+    if place.keys() != data.keys():
+        raise ValueError("its place in the data is of another kind")
+    for name in data.keys() - {"epoch", "position"}:
+        if place[name] != data[name]:
+            raise ValueError(f"its place in the data has {name} {place[name]}, and not {data[name]}")
 
 
 def optimizer_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -220,7 +216,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
     return {i: p for group, own in groups for i, p in zip(group["params"], own["params"], strict=True)}
 
 
-def _check_model(saved: dict[Any, Any], model: nn.Module) -> None:
+def check_model(saved: dict[Any, Any], model: nn.Module) -> None:
+    """Raises ValueError unless `saved` holds the tensors of the whole model, each of its shape, finite and its own."""
     config: Any = model.config
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in saved.items()):
         raise ValueError("its model is not a dictionary of tensors")

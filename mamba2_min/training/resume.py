@@ -10,7 +10,6 @@ import torch
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.errors import UserError
-from mamba2_min.evaluation.perplexity import Score
 from mamba2_min.settings import ACCEPTABLE, Settings, defaults
 from mamba2_min.training.last import check_fit, check_last, optimizer_state
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def capture(trainer: Trainer) -> dict[str, Any]:
     """Everything that the next step depends on, and what tells one run from another."""
     return {
-        "model": trainer.model.state_dict(),
+        "model": trainer.task.files.trained(trainer.model),
         "optimizer": trainer.optimizer.state_dict(),
         "windows": trainer.windows.state_dict(),
         "guard": trainer.guard.state_dict(),
@@ -38,8 +37,8 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "micro_batch": trainer.micro_batch,
         "settings": dataclasses.asdict(trainer.asked),
         "config": trainer.model.config.to_dict(),
-        "documents": trainer.corpus.digest,
-        "tokenizer": trainer.corpus.tokenizer.digest(),
+        "documents": trainer.task.digest,
+        "tokenizer": trainer.task.tokenizer.digest(),
         "environment": _environment(trainer),
     }
 
@@ -51,15 +50,16 @@ def restore(trainer: Trainer, accept_documents: bool) -> None:
     try:
         check_last(saved)
         _check_same_run(trainer, saved, accept_documents)
-        same = saved["documents"] == trainer.corpus.digest
-        validation = (len(trainer.corpus.validation), trainer.corpus.validation_bytes)
-        data = trainer.windows.state_dict() if same else None
-        check_fit(saved, trainer.model, trainer.optimizer, data, validation)
-        checkpoint.load_weights(trainer.model, saved["model"], path)
+        task, same = trainer.task, saved["documents"] == trainer.task.digest
+        check_fit(saved, trainer.model, trainer.optimizer, trainer.windows.state_dict() if same else None)
+        task.files.check(saved["model"], trainer.model)
+        best = task.restored_score(saved["best"]) if same and saved["best"] else None
+        task.files.restore(trainer.model, saved["model"], path)
         trainer.optimizer.load_state_dict(optimizer_state(saved["optimizer"], trainer.optimizer))
         _restore_counts(trainer, saved)
         trainer.guard.load_state_dict(saved["guard"])
         if same:
+            trainer.best = best
             trainer.windows.load_state_dict(saved["windows"])
         else:
             trainer.best, trainer.best_step, trainer.evaluated_step, trainer.stale = None, 0, -1, 0
@@ -85,30 +85,24 @@ def prepare_folder(trainer: Trainer) -> None:
         repair_best(trainer)
         return
     files.make_folder(out)
-    for name in (checkpoint.RESUME, checkpoint.WEIGHTS, checkpoint.METRICS, checkpoint.CURVE):
+    for name in (checkpoint.RESUME, *trainer.task.files.best, checkpoint.METRICS, checkpoint.CURVE):
         files.remove(out / name)
-    trainer.corpus.tokenizer.save(out / checkpoint.TOKENIZER)
+    trainer.task.tokenizer.save(out / checkpoint.TOKENIZER)
     files.flush(out / checkpoint.TOKENIZER)
-    files.save_json(out / checkpoint.CONFIG, trainer.model.config.to_dict())
+    trainer.task.files.prepare(out, trainer.model)
 
 
 def repair_best(trainer: Trainer) -> None:
     """Writes model.pt where the run was killed between last.pt and model.pt: last.pt holds the same weights."""
     if trainer.best is None or trainer.best_step != trainer.step:
         return
-    weights = trainer.model.state_dict()
-    try:
-        _, there = checkpoint.load_model(trainer.out)
-        same = all(torch.equal(there[name], tensor.cpu()) for name, tensor in weights.items())
-    except (UserError, KeyError):
-        same = False
-    if not same:
-        checkpoint.save_model(trainer.out, trainer.model.config, weights)
+    if not trainer.task.files.is_saved(trainer.out, trainer.model):
+        trainer.task.files.save(trainer.out, trainer.model)
 
 
 def _check_same_run(trainer: Trainer, saved: dict[str, Any], accept_documents: bool) -> None:
     """Raises UserError where the run in last.pt is another one than the trainer's."""
-    out, corpus = trainer.out, trainer.corpus
+    out, task = trainer.out, trainer.task
     before = {**defaults(Settings), **saved["settings"]}
     for name, value in dataclasses.asdict(trainer.asked).items():
         if name not in ACCEPTABLE and before[name] != value:
@@ -117,12 +111,12 @@ def _check_same_run(trainer: Trainer, saved: dict[str, Any], accept_documents: b
     changed = _difference({**defaults(type(config)), **saved["config"]}, config.to_dict())
     if changed:
         raise UserError(f"the model is not that of the run in {out}: {changed}")
-    if saved["tokenizer"] != corpus.tokenizer.digest():
+    if saved["tokenizer"] != task.tokenizer.digest():
         raise UserError(
             f"the vocabulary in {out / checkpoint.TOKENIZER} is not the one that the run began with; bring that file "
             "back, or start a new run with another --out"
         )
-    if saved["documents"] != corpus.digest and not accept_documents:
+    if saved["documents"] != task.digest and not accept_documents:
         raise UserError(
             f"the documents are not those that {out} was trained on; bring them back, or add --accept documents to "
             "resume with what is there now"
@@ -143,7 +137,6 @@ def _restore_counts(trainer: Trainer, saved: dict[str, Any]) -> None:
     trainer.step, trainer.best_step, trainer.stale = saved["step"], saved["best_step"], saved["stale"]
     trainer.evaluated_step, trainer.saved_records = saved["evaluated_step"], saved["records"]
     trainer.seconds, trainer.pending = float(saved["seconds"]), [float(loss) for loss in saved["pending"]]
-    trainer.best = Score(**saved["best"]) if saved["best"] else None
     if trainer.asked.micro_batch == saved["settings"].get("micro_batch", 0):  # what memory allowed then, it allows now
         trainer.micro_batch = max(1, min(saved["micro_batch"], trainer.settings.batch_size))
 

@@ -66,11 +66,7 @@ class Screen:
         elif event == "evaluation":
             score = values["score"]
             self.validation = f", val {score.loss:.3f}"
-            best = "  *" if values["best"] else ""
-            self._write(
-                f"{step}validation {score.loss:>7.4f}  perplexity {score.perplexity:>9,.1f}  "
-                f"bits per byte {score.bits_per_byte:.4f}{best}"
-            )
+            self._write(f"{step}validation {score}" + ("  *" if values["best"] else ""))
             if self.sample:
                 self._write(wrapped(self.sample(values["step"]), " " * 13 + "| "))
 
@@ -145,8 +141,8 @@ def show_training(trainer: Trainer, needed: str, free: str) -> None:
     show("device", f"{trainer.device}, {trainer.precision}; {memory}")
 
 
-def show_result(result: Result, trainer: Trainer, resume_command: str) -> None:
-    """Prints how the training ended, and what to do next."""
+def show_result(result: Result, trainer: Trainer, resume_command: str, next_command: str = "") -> None:
+    """Prints how the training ended, and what to do next: `next_command`, or else complete text."""
     guard = trainer.guard
     reason = _REASONS[result.reason].format(**vars(trainer.settings), first=result.step - guard.in_a_row + 1)
     show("ended", f"at step {result.step:,}: {reason}{_FAULTS[guard.reason] if result.reason == 'bad steps' else ''}")
@@ -157,13 +153,9 @@ def show_result(result: Result, trainer: Trainer, resume_command: str) -> None:
     elif result.best is None:
         show("saved", "no model: no validation had a finite loss; train again with a lower --lr")
     else:
-        best = result.best
-        show(
-            "best",
-            f"step {result.best_step:,}: {best.loss:.4f} nats per token, perplexity {best.perplexity:,.1f}, "
-            f"{best.bits_per_byte:.4f} bits per byte",
-        )
-        show("saved", f"{trainer.out}; complete text with: python run.py --model {shlex.quote(str(trainer.out))}")
+        complete = f"complete text with: python run.py --model {shlex.quote(str(trainer.out))}"
+        show("best", f"step {result.best_step:,}: {' '.join(str(result.best).split())}")
+        show("saved", f"{trainer.out}; {next_command or complete}")
 
 
 _REASONS = {

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from mamba2_min import devices, files
 from mamba2_min.checkpoints import checkpoint
-from mamba2_min.data.corpus import Corpus, Windows
-from mamba2_min.evaluation.perplexity import Score, evaluate
+from mamba2_min.data.corpus import Corpus
+from mamba2_min.evaluation.perplexity import Score
 from mamba2_min.models.base import LanguageModel, decay_groups
 from mamba2_min.ops.autograd import widest
 from mamba2_min.ops.loss import IGNORE
@@ -38,6 +38,7 @@ from mamba2_min.training.compile_check import compile_checked
 from mamba2_min.training.guards import LossGuard, deferred_signals
 from mamba2_min.training.metrics import MetricsLog
 from mamba2_min.training.resume import capture, prepare_folder, repair_best, restore
+from mamba2_min.training.task import Batches, Pretraining, Task
 
 _SECONDS_BETWEEN_PLOTS = 30  # drawing takes most of a second, too much for every evaluation of a small model
 
@@ -54,7 +55,7 @@ class Result:
 
 
 class Trainer:
-    """Trains `model` on `corpus` in the folder `out`. `resume` continues from its last.pt, where there is one.
+    """Trains `model` on a corpus, or on another task, in the folder `out`. `resume` continues from its last.pt.
 
     Nothing is written before `train()`. With `accept_documents` a run resumes with other documents than it began with:
     from the start of the new ones, and with a new best. Of the settings only ACCEPTABLE may differ.
@@ -68,7 +69,7 @@ class Trainer:
     def __init__(
         self,
         model: LanguageModel,
-        corpus: Corpus,
+        corpus: Corpus | Task,
         settings: Settings,
         out: str | Path,
         device: torch.device | str = "cpu",
@@ -76,16 +77,17 @@ class Trainer:
         report: Callable[[str, dict[str, Any]], None] = lambda event, values: None,
         accept_documents: bool = False,
     ):
-        self.out, self.corpus, self.report = Path(out), corpus, report
+        self.task = task = corpus if isinstance(corpus, Task) else Pretraining(corpus)
+        self.out, self.report = Path(out), report
         self.device = torch.device(device)
         self.precision = devices.pick_precision(settings.precision, self.device)
         self.autocast = devices.autocast(self.device, self.precision)
         if settings.deterministic and self.device.type == "cuda":
             devices.make_deterministic()
-        self.model = checkpoint.plain_model(model).to(self.device)
+        self.model = task.files.unwrapped(model).to(self.device)
         self.model.recompute = settings.recompute
-        self.windows = Windows(corpus.train, settings.context, settings.batch_size, settings.seed)
-        self.asked, self.settings = settings, _resolved(settings, self.windows)
+        self.windows = task.batches(settings)
+        self.asked, self.settings = settings, _resolved(settings, task, self.windows)
         self.micro_batch = min(settings.micro_batch or settings.batch_size, settings.batch_size)
         self.optimizer = _adamw(self.model, settings, fused=self.device.type in ("cpu", "cuda"))
         self.guard = LossGuard(settings.spike)
@@ -135,14 +137,15 @@ class Trainer:
         lr = learning_rate(self.progress, self.step, s)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        input_ids, targets = next(self.windows)
+        batch = next(self.windows)
+        input_ids, targets = batch[:2]
         if self._to_compile:
             self._to_compile = False
             rows = self.micro_batch + len(input_ids) % self.micro_batch  # a part of each size that a step has
-            backward = partial(self._backward, input_ids[:rows], targets[:rows])
+            backward = partial(self._backward, *(t[:rows] for t in batch))
             why_not = compile_checked(self.model, backward, self.device)
             self.report("compiled", {"step": self.step + 1, "why_not": why_not})
-        total = self._gradients(input_ids, targets)
+        total = self._gradients(*batch)
         total_norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf)
         loss, norm = torch.stack([total, total_norm.to(total.dtype)]).tolist()  # the only wait for a GPU in a step
         self.step += 1
@@ -161,11 +164,11 @@ class Trainer:
         tokens, seconds = input_ids.numel(), time.perf_counter() - began
         self.report("step", {"step": self.step, "loss": loss, "lr": lr, "tokens": tokens, "seconds": seconds})
 
-    def _gradients(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+    def _gradients(self, *batch: Tensor) -> Tensor:
         """The gradients and the mean loss of a batch; where memory runs out, again with half the micro-batch."""
         while True:
             try:
-                return self._backward(input_ids, targets)
+                return self._backward(*batch)
             except (RuntimeError, MemoryError) as error:
                 if not devices.is_out_of_memory(error) or not self.settings.adapt_micro_batch or self.micro_batch == 1:
                     raise
@@ -176,23 +179,27 @@ class Trainer:
             self._to_compile = self.settings.compile  # for the new sizes, at the next step
             self.report("memory", {"step": self.step + 1, "micro_batch": self.micro_batch})
 
-    def _backward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Adds the gradients of a batch's mean loss, micro-batch by micro-batch, and returns that loss."""
-        counts = [int((part != IGNORE).sum()) for part in targets.split(self.micro_batch)]
+    def _backward(self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """Adds the gradients of a batch's mean loss, micro-batch by micro-batch, and returns that loss.
+
+        The mean is over the targets of the whole batch, however they are spread over the micro-batches.
+        """
+        size, everything = self.micro_batch, max(1, int((targets != IGNORE).sum()))
         total = torch.zeros((), dtype=widest(self.device), device=self.device)
-        parts = zip(input_ids.split(self.micro_batch), targets.split(self.micro_batch), counts, strict=True)
-        for ids, wanted, count in parts:
+        for start in range(0, len(input_ids), size):
+            part = slice(start, start + size)
+            ids, wanted = input_ids[part].to(self.device), targets[part].to(self.device)
+            packed = {} if seq_idx is None else {"seq_idx": seq_idx[part].to(self.device)}
             with self.autocast:
-                loss = self.model.loss(ids.to(self.device), wanted.to(self.device))
-            loss = loss * (count / sum(counts))
+                loss = self.model.loss(ids, wanted, **packed)
+            loss = loss * (int((targets[part] != IGNORE).sum()) / everything)
             loss.backward()
             total += loss.detach()
         return total
 
     def _evaluate(self) -> bool:
         """The exact validation loss, and whether it is the best so far: then the model goes to model.pt at once."""
-        c = self.corpus
-        score = evaluate(self.model, c.validation, c.validation_bytes, c.tokenizer.eos_id, autocast=self.autocast)
+        score = self.task.evaluate(self.model, self.autocast)
         limit = self.best.loss - self.settings.min_delta if self.best else math.inf
         better = math.isfinite(score.loss) and score.loss < limit
         self.evaluated_step, self.stale = self.step, 0 if better else self.stale + 1
@@ -200,7 +207,7 @@ class Trainer:
         if better:
             self.best, self.best_step = score, self.step
             self.save()  # before model.pt, which is then never ahead of last.pt
-            checkpoint.save_model(self.out, self.model.config, self.model.state_dict())
+            self.task.files.save(self.out, self.model)
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_PLOTS:
             self._draw()
         self.report("evaluation", {"step": self.step, "score": score, "best": better, "stale": self.stale})
@@ -227,8 +234,7 @@ class Trainer:
         """Puts the best weights into the model, unless the run is to be resumed."""
         if reason != "signal":
             if self.best is not None:
-                path = self.out / checkpoint.WEIGHTS
-                checkpoint.load_weights(self.model, checkpoint.load_tensors(path), path)
+                self.task.files.load(self.out, self.model)
             self.model.eval()
         return Result(reason, self.step, self.best_step, self.best, signal)
 
@@ -260,9 +266,7 @@ def _adamw(model: LanguageModel, s: Settings, fused: bool) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=fused)
 
 
-def _resolved(settings: Settings, windows: Windows) -> Settings:
+def _resolved(settings: Settings, task: Task, batches: Batches) -> Settings:
     """The settings with what depends on the data filled in, and a warm-up that a short run has time for."""
-    max_steps = settings.max_steps
-    if not max_steps:
-        max_steps = max(200, round(10 * windows.targets_per_epoch / (windows.context * settings.batch_size)))
+    max_steps = settings.max_steps or max(200, round(10 * task.steps_per_epoch(batches, settings)))
     return dataclasses.replace(settings, max_steps=max_steps, warmup_steps=min(settings.warmup_steps, max_steps // 5))

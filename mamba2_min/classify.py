@@ -1,0 +1,120 @@
+"""Sorts texts with a fine-tuned model: a text per line in, its label, a tab and the probability out.
+
+python -m mamba2_min.classify --model runs/spam < texts.txt
+echo "You have won a prize" | python -m mamba2_min.classify --model runs/spam
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mamba2_min import console
+from mamba2_min.errors import UserError, printable, run_script
+
+if TYPE_CHECKING:
+    from mamba2_min.data.tokenizer import WordTokenizer
+    from mamba2_min.finetune.classifier import Classifier
+
+_BATCH = 32
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mamba2_min.classify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="the folder of a fine-tuning with --task classify"
+    )
+    parser.add_argument("--base", metavar="DIR", help="the base of an adapter, where it has moved")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    console.install()
+    from mamba2_min import devices
+
+    device = devices.pick_device(args.device)
+    classifier, tokenizer, names = load(args.model, args.base)
+    classifier.to(device)
+    lines = (line.rstrip("\n") for line in _lines(sys.stdin.buffer))
+    escape = printable if sys.stdout.isatty() else str
+    for name, probability in classify(classifier, tokenizer, names, lines):
+        console.print(f"{escape(name)}\t{probability:.4f}")
+    return 0
+
+
+def load(folder: str | Path, base: str | Path | None = None) -> tuple[Classifier, WordTokenizer, list[str]]:
+    """The classifier in a folder, its tokenizer and its labels' names. Raises UserError."""
+    from mamba2_min import files
+    from mamba2_min.finetune import adapter, labels
+    from mamba2_min.finetune.classifier import POOLS, Classifier
+    from mamba2_min.finetune.load import load_tokenizer
+    from mamba2_min.finetune.sorting import ClassifierFiles
+    from mamba2_min.models.mamba2 import Mamba2LM
+    from mamba2_min.training.task import ModelFiles
+
+    folder = Path(folder)
+    if not files.is_file(folder / labels.LABELS):
+        raise UserError(
+            f"{folder} holds no {labels.LABELS}: it is not the folder of a fine-tuning with --task classify"
+        )
+    about = files.load_json(folder / labels.LABELS)
+    names, pool = (about.get("labels"), about.get("pool")) if isinstance(about, dict) else (None, None)
+    good = isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) and n for n in names)
+    if not isinstance(names, list) or not good or pool not in POOLS:
+        raise UserError(f"{folder / labels.LABELS} does not name at least two labels and a pool")
+    if files.is_file(folder / adapter.CONFIG):
+        model, source = adapter.load_base(folder, base)
+        model = adapter.load_adapter(folder, model)
+    else:
+        model, source = Mamba2LM.from_pretrained(folder), str(folder)
+    tokenizer = load_tokenizer(folder if files.is_file(folder / "tokenizer.json") else source, model)
+    classifier = Classifier(model, len(names), str(pool))
+    ClassifierFiles(ModelFiles(), names, str(pool)).load_head(folder, classifier)
+    return classifier.eval(), tokenizer, names
+
+
+def classify(
+    classifier: Classifier, tokenizer: WordTokenizer, names: list[str], texts: Iterable[str]
+) -> Iterator[tuple[str, float]]:
+    """The likeliest label of each text and its probability. Raises UserError for a text that is empty or not text."""
+    import itertools
+
+    import torch
+
+    from mamba2_min.finetune.labels import Sample, encode
+    from mamba2_min.finetune.sorting import pad
+
+    device = next(classifier.parameters()).device
+    numbered = enumerate(texts, 1)
+    while part := list(itertools.islice(numbered, 1 if sys.stdin.isatty() else _BATCH)):
+        samples = []
+        for number, text in part:
+            if not text.strip():
+                raise UserError(f"line {number} is empty: there is nothing to sort")
+            ids = [tokenizer.eos_id, *encode(text.strip(), tokenizer, f"line {number}")]
+            samples.append(Sample(torch.tensor(ids), 0))
+        input_ids, _, seq_idx = (t.to(device) for t in pad(samples))
+        with torch.inference_mode():
+            probabilities = classifier(input_ids, seq_idx >= 0).float().softmax(-1).cpu()
+        for row in probabilities:
+            best = int(row.argmax())
+            yield names[best], float(row[best])
+
+
+def _lines(stream: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"line {number} is not UTF-8 text") from error
+
+
+if __name__ == "__main__":
+    run_script(main)

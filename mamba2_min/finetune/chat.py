@@ -1,0 +1,124 @@
+"""Conversations from files: read, checked, split, freed of repeats, and turned into examples.
+
+The split is by a hash of the requests, so that equal requests are on one side; a validation file of one's own takes its
+place, and requests that are in both are then left out of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mamba2_min.data.corpus import read_documents
+from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.errors import UserError
+from mamba2_min.finetune.conversations import (
+    START,
+    TEMPLATES,
+    Conversation,
+    Example,
+    conversation,
+    template_for,
+    tokenize,
+)
+from mamba2_min.finetune.rows import SUFFIXES, read_rows
+
+
+@dataclass
+class ChatData:
+    """Examples to train on and to validate with, the template's name, and lines about what was left out."""
+
+    train: list[Example]
+    validation: list[Example]
+    template: str
+    train_talks: list[Conversation]
+    validation_talks: list[Conversation]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """Every conversation of a file of records, or of a folder of such files and of `request<start>answer` documents.
+
+    Raises UserError, naming file and line, for a record that is not a conversation, and where there is none.
+    """
+    talks = list(_read(Path(path)))
+    if not talks:
+        raise UserError(f"no conversations in {path}: looked for {', '.join(SUFFIXES)} files, and for {START} in texts")
+    return talks
+
+
+def _read(path: Path) -> Iterator[Conversation]:
+    if not path.is_dir():
+        yield from (conversation(row, where) for row, where in read_rows(path))
+        return
+    tables = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    for file in tables:
+        yield from (conversation(row, where) for row, where in read_rows(file))
+    try:
+        documents = read_documents(path)
+    except UserError:
+        if tables:  # a folder of records needs no documents
+            return
+        raise
+    yield from (conversation({"text": d.text}, d.source) for d in documents if START in d.text)
+
+
+def load_chat(
+    data: str | Path, tokenizer: WordTokenizer, val_data: str | Path | None = None, val_fraction: float = 0.1
+) -> ChatData:
+    """Reads conversations and makes examples of them with the template that fits the tokenizer. Raises UserError."""
+    talks, notes = read_conversations(data), []
+    train, repeats = _without_repeats(talks)
+    if repeats:
+        notes.append(f"{repeats:,} repeated conversations left out")
+    if val_data is None:
+        train, validation = split(train, val_fraction)
+    else:
+        validation, _ = _without_repeats(read_conversations(val_data))
+        asked = {talk.request_key for talk in validation}
+        both = [talk for talk in train if talk.request_key in asked]
+        train = [talk for talk in train if talk.request_key not in asked]
+        if both:
+            notes.append(f"{len(both):,} conversations left out of training: their requests are in {val_data} too")
+    for part, name in ((train, "train on"), (validation, "validate with")):
+        if not part:
+            why = (
+                f"; the requests of all are in {val_data} too" if val_data else ": it takes two with different requests"
+            )
+            raise UserError(f"nothing to {name}: {data} has {len(talks):,} conversations{why}")
+    name = template_for(tokenizer)
+    made = [[tokenize(talk, TEMPLATES[name], tokenizer) for talk in part] for part in (train, validation)]
+    notes += _about_bytes(made[0], tokenizer)
+    return ChatData(made[0], made[1], name, train, validation, notes)
+
+
+def split(talks: Sequence[Conversation], fraction: float) -> tuple[list[Conversation], list[Conversation]]:
+    """About `fraction` of the conversations for validation, chosen by a hash of their requests; at least one."""
+    keys = sorted({talk.request_key for talk in talks})
+    chosen = {key for key in keys if int(key[:15], 16) / 16**15 < fraction}
+    if len(keys) > 1:
+        chosen = chosen or {keys[0]}
+        chosen = chosen if len(chosen) < len(keys) else {keys[0]}
+    train = [talk for talk in talks if talk.request_key not in chosen]
+    return train, [talk for talk in talks if talk.request_key in chosen]
+
+
+def _without_repeats(talks: Sequence[Conversation]) -> tuple[list[Conversation], int]:
+    kept = list({talk.key: talk for talk in reversed(talks)}.values())[::-1]
+    return kept, len(talks) - len(kept)
+
+
+def _about_bytes(examples: Sequence[Example], tokenizer: WordTokenizer) -> list[str]:
+    """A line where many tokens are bytes: words that the model's vocabulary does not have."""
+    if tokenizer.pattern == "whitespace":
+        return []
+    tokens = sum(len(example) for example in examples)
+    spelled = sum(int(((example.ids[1:] > 0) & (example.ids[1:] <= 256)).sum()) for example in examples)
+    share = spelled / tokens
+    if share < 0.2:
+        return []
+    return [
+        f"{share:.0%} of the tokens are bytes: the model's vocabulary lacks many of these words; a model trained on "
+        "texts of this kind, with a vocabulary of its own, will do better"
+    ]

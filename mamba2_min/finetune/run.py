@@ -1,0 +1,168 @@
+"""A fine-tuning from its spec: the base, the data, what of the model is trained, and the trainer's run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba2_min.checkpoints import checkpoint
+from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.errors import UserError, printable
+from mamba2_min.finetune import adapter, labels
+from mamba2_min.finetune.chat import ChatData, load_chat
+from mamba2_min.finetune.conversations import TEMPLATES, prompt_ids
+from mamba2_min.finetune.initial_state import TunedStateLM
+from mamba2_min.finetune.load import load_tokenizer
+from mamba2_min.finetune.lora import LoRAConfig, add_lora, trainable
+from mamba2_min.finetune.sorting import ClassifierFiles, Sorting, make_classifier
+from mamba2_min.finetune.spec import FinetuneSettings, FinetuneSpec
+from mamba2_min.finetune.tasks import AdapterFiles, Answers
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.training import screen
+from mamba2_min.training.task import ModelFiles, Task
+from mamba2_min.training.trainer import Result, Trainer
+
+FILES = (*checkpoint.RUN_FILES, adapter.CONFIG, adapter.WEIGHTS, labels.LABELS, labels.HEAD)
+
+
+@dataclass
+class Prepared:
+    """A model with what of it is trained, its task, and what settings.json says of it besides the settings."""
+
+    model: Any
+    task: Task
+    about: dict[str, Any]
+    sample: Callable[[int], str]
+    next_command: str
+    notes: list[str]
+
+
+def finetune(spec: FinetuneSpec, out: str | Path, device: torch.device, again: str, quiet: bool = False) -> Result:
+    """Trains as the spec says, in the folder `out`. `again` is the command that resumes. Raises UserError."""
+    ready = prepare(spec, Path(out))
+    view = screen.Screen(ready.sample)
+    report = (lambda event, values: None) if quiet else view.report
+    trainer = Trainer(ready.model, ready.task, spec.training, out, device, spec.resume, report)
+    spec.save(out, **ready.about)
+    if quiet:
+        return trainer.train()
+    f, s = spec.finetune, trainer.settings
+    trained, everything = trainable(ready.model)
+    screen.show("base", f"{f.model}: {everything:,} parameters, of which {trained:,} are trained ({f.method})")
+    for note in (*ready.notes, *trainer.notes):
+        screen.show("note", note)
+    screen.show(
+        "training",
+        f"context {s.context}, batch {s.batch_size}, at most {s.max_steps:,} steps, learning rate {s.lr:g} to "
+        f"{s.min_lr:g}, patience {s.patience}, seed {s.seed}; {device}, {trainer.precision}",
+    )
+    if spec.resume:
+        screen.show("resume", f"from step {trainer.step:,}" if trainer.resumed else "nothing saved yet: from the start")
+    if not trainer.resumed:
+        before = ready.task.evaluate(trainer.model, trainer.autocast)
+        screen.show("before", f"loss {before.loss:.4f} on the validation part")
+    with view.watching(trainer):
+        result = trainer.train()
+    screen.show_result(result, trainer, again, ready.next_command)
+    return result
+
+
+def prepare(spec: FinetuneSpec, out: Path) -> Prepared:
+    """Reads the base and the data, and freezes what is not trained. Raises UserError."""
+    f = spec.finetune
+    model = Mamba2LM.from_pretrained(f.model)
+    tokenizer = load_tokenizer(f.model, model)
+    with _user_errors():
+        if f.task == "classify":
+            return _sorting(f, spec, model, tokenizer, out)
+        data = load_chat(f.data, tokenizer, f.val_data, f.val_fraction)
+        model, kept = _method(f, spec.training.seed, model)
+    task = Answers(data.train, data.validation, tokenizer, kept, alone=f.method == "state")
+    return Prepared(
+        model=model,
+        task=task,
+        about={"chat": {"template": data.template}},
+        sample=_answer_to_a_request(model, data, tokenizer),
+        next_command=_chat_command(f, out),
+        notes=[
+            f"{len(data.train):,} conversations to train on, {len(data.validation):,} to validate with; template "
+            f"{data.template}",
+            *data.notes,
+        ],
+    )
+
+
+def _method(f: FinetuneSettings, seed: int, model: Mamba2LM) -> tuple[Mamba2LM, ModelFiles]:
+    if f.method == "full":
+        return model, ModelFiles()
+    digest = adapter.base_digest(model)
+    if f.method == "state":
+        return TunedStateLM.of(model), AdapterFiles(f.model, None, digest)
+    config = lora_config(f)
+    add_lora(model, config, seed)
+    return model, AdapterFiles(f.model, config, digest)
+
+
+def lora_config(f: FinetuneSettings) -> LoRAConfig:
+    targets = tuple(name.strip() for name in f.lora_targets.split(",") if name.strip())
+    return LoRAConfig(f.lora_r, f.lora_alpha, f.lora_dropout, targets)
+
+
+def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer: WordTokenizer, out: Path) -> Prepared:
+    data = labels.load_texts(f.data, tokenizer, f.val_data, f.val_fraction, f.text_column, f.label_column)
+    if f.method == "scratch":
+        model, kept = Mamba2LM(model.config, seed=spec.training.seed), ModelFiles()
+    else:
+        model, kept = _method(f, spec.training.seed, model)
+    classifier = make_classifier(model, data, f, spec.training.seed)
+    task = Sorting(data, tokenizer, ClassifierFiles(kept, data.names, f.pool))
+    return Prepared(
+        model=classifier,
+        task=task,
+        about={"classify": {"labels": data.names, "pool": f.pool}},
+        sample=task.example_of(classifier),
+        next_command=f"sort texts with: python -m mamba2_min.classify --model {shlex.quote(str(out))}",
+        notes=[
+            f"{len(data.train):,} texts to train on, {len(data.validation):,} to validate with, "
+            f"{len(data.names)} labels",
+            *data.notes,
+        ],
+    )
+
+
+def _answer_to_a_request(model: Mamba2LM, data: ChatData, tokenizer: WordTokenizer) -> Callable[[int], str]:
+    """A function for the screen: what the model answers to one of the validation requests."""
+    template, eos = TEMPLATES[data.template], tokenizer.eos_id
+    talk = data.validation_talks[0]
+    user = next(m.content for m in talk.messages if m.role == "user")
+    ids = [eos, *prompt_ids(tokenizer, template, user)]
+
+    def sample(seed: int) -> str:
+        written = list(model.generate(ids, 48, temperature=0, stop_ids=[eos]))
+        short = user if len(user) <= 60 else user[:57] + "..."
+        return printable(" ".join(f"{short} -> {tokenizer.decode(written)}".split()))
+
+    return sample
+
+
+def _chat_command(f: FinetuneSettings, out: Path) -> str:
+    if f.method == "full":
+        return f"talk to it with: python run.py --model {shlex.quote(str(out))} --chat"
+    where = f"--model {shlex.quote(f.model)} --adapter {shlex.quote(str(out))}"
+    return f"talk to it with: python run.py {where} --chat"
+
+
+class _user_errors:
+    """A context in which a ValueError, such as that of a bad LoRA target, becomes a UserError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError):
+            raise UserError(str(error)) from error

@@ -1,0 +1,140 @@
+"""What a training is about: its batches, how a model is validated, and what of it goes to disk.
+
+The trainer's loop knows no more than this. Pretraining on a corpus is below; fine-tuning (finetune/) has others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mamba2_min import files
+from mamba2_min.checkpoints import checkpoint
+from mamba2_min.data.corpus import Corpus, Windows
+from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.errors import UserError
+from mamba2_min.evaluation.perplexity import Score, evaluate
+from mamba2_min.settings import Settings
+from mamba2_min.training.last import check_model
+
+
+class Batches(Protocol):
+    """An endless iterator of (input_ids, targets) or (input_ids, targets, seq_idx), each (b, l) int64, that can be
+    saved and resumed to the batch."""
+
+    context: int  # tokens per window
+    note: str | None
+    targets_per_epoch: int
+
+    @property
+    def epochs(self) -> float: ...
+    def __next__(self) -> tuple[Tensor, ...]: ...
+    def state_dict(self) -> dict[str, int]: ...
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+class ModelFiles:
+    """A run's config.json and model.pt: the whole model. A subclass keeps another part of it."""
+
+    best: tuple[str, ...] = (checkpoint.WEIGHTS,)  # the files that hold the best model
+
+    def prepare(self, out: Path, model: Any) -> None:
+        """Writes what a new run's folder needs before the first step, beside its tokenizer."""
+        files.save_json(out / checkpoint.CONFIG, model.config.to_dict())
+
+    def trained(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors that training changes: what last.pt holds."""
+        return model.state_dict()
+
+    def unwrapped(self, model: Any) -> Any:
+        """The model to train, without what wraps it. Raises UserError where `save` could not keep it."""
+        return checkpoint.plain_model(model)
+
+    def check(self, tensors: dict[Any, Any], model: nn.Module) -> None:
+        """Raises ValueError unless `tensors`, from a file, can be what `trained` gave of this model."""
+        check_model(tensors, model)
+
+    def restore(self, model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+        """Copies what `trained` gave into the model. Raises UserError where it is of another one."""
+        checkpoint.load_weights(model, tensors, source)
+
+    def save(self, out: Path, model: Any) -> None:
+        """Writes the best model, atomically."""
+        checkpoint.save_model(out, model.config, model.state_dict())
+
+    def load(self, out: Path, model: nn.Module) -> None:
+        """Puts the best model back. Raises UserError where it cannot be read."""
+        path = out / checkpoint.WEIGHTS
+        checkpoint.load_weights(model, checkpoint.load_tensors(path), path)
+
+    def is_saved(self, out: Path, model: nn.Module) -> bool:
+        """Whether what `save` writes is on disk already, equal to the model's tensors as they are."""
+        try:
+            _, there = checkpoint.load_model(out)
+            return all(torch.equal(there[name], tensor.cpu()) for name, tensor in model.state_dict().items())
+        except (UserError, KeyError):
+            return False
+
+
+class Task(ABC):
+    """`tokenizer` and `digest` tell one task from another: a run resumes only with the same."""
+
+    tokenizer: WordTokenizer
+    files: ModelFiles = ModelFiles()
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """The sha256 of all data, in hexadecimal."""
+
+    @abstractmethod
+    def batches(self, settings: Settings) -> Batches:
+        """The training batches, from the first. Raises UserError where there is nothing to learn from."""
+
+    @abstractmethod
+    def evaluate(self, model: Any, autocast: AbstractContextManager) -> Score:
+        """The validation score. The model's mode is put back as it was."""
+
+    @property
+    @abstractmethod
+    def validation_size(self) -> tuple[int, int]:
+        """The predictions that `evaluate` scores, and the bytes that they stand for."""
+
+    def restored_score(self, values: dict[str, Any]) -> Score:
+        """The score that was saved as a dictionary. Raises ValueError where it is not of this validation part."""
+        if values.keys() != {"nats", "tokens", "n_bytes"}:
+            raise ValueError("its best score is of another kind")
+        if (values["tokens"], values["n_bytes"]) != self.validation_size:
+            raise ValueError("its best score is of another validation part")
+        return Score(**values)
+
+    def steps_per_epoch(self, batches: Batches, settings: Settings) -> float:
+        """How many steps go through the data once."""
+        return batches.targets_per_epoch / (batches.context * settings.batch_size)
+
+
+class Pretraining(Task):
+    """The next token of every document of a corpus."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus, self.tokenizer = corpus, corpus.tokenizer
+
+    @property
+    def digest(self) -> str:
+        return self.corpus.digest
+
+    @property
+    def validation_size(self) -> tuple[int, int]:
+        return len(self.corpus.validation), self.corpus.validation_bytes
+
+    def batches(self, settings: Settings) -> Windows:
+        return Windows(self.corpus.train, settings.context, settings.batch_size, settings.seed)
+
+    def evaluate(self, model: Any, autocast: AbstractContextManager) -> Score:
+        c = self.corpus
+        return evaluate(model, c.validation, c.validation_bytes, c.tokenizer.eos_id, autocast=autocast)

@@ -1,0 +1,379 @@
+"""Fine-tuning from end to end: by the trainer, resumed to the bit, its files read back, its commands in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from instruments import relative_error
+
+from mamba2_min import Completer, Mamba2Config, Mamba2LM, Sampler, UserError, WordTokenizer
+from mamba2_min.classify import classify
+from mamba2_min.classify import load as load_classifier
+from mamba2_min.finetune import adapter, labels, run
+from mamba2_min.finetune.chat import load_chat, split
+from mamba2_min.finetune.classifier import Classifier
+from mamba2_min.finetune.conversations import TEMPLATES, TURNS, conversation, prompt_ids, tokenize
+from mamba2_min.finetune.load import load_completer, template_of
+from mamba2_min.finetune.packing import batches_of, lay_out
+from mamba2_min.finetune.sorting import SortingScore, pad, score
+from mamba2_min.finetune.spec import plan
+from mamba2_min.finetune.talk import Chat
+from mamba2_min.finetune.talk import load as load_talk
+from mamba2_min.finetune.talk import save as save_talk
+from mamba2_min.merge import merge
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+ANIMALS = ["cat", "dog", "cow", "hen", "fox", "owl", "pig", "bee"]
+SOUNDS = ["purrs", "barks", "moos", "clucks", "yips", "hoots", "grunts", "hums"]
+PAIRS = [
+    {"prompt": f"What does the {a} do?", "completion": f"The {a} {s}."} for a, s in zip(ANIMALS, SOUNDS, strict=True)
+]
+TEXTS = [
+    {
+        "text": f"{opening} the {a} {s} {where}.",
+        "label": "loud" if s in ("barks", "moos", "hoots", "clucks") else "soft",
+    }
+    for opening in ("Today", "At night", "In spring")
+    for a, s in zip(ANIMALS, SOUNDS, strict=True)
+    for where in ("here", "outside", "at home", "by the door")
+]
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The folder of a small untrained model that knows the words."""
+    texts = [TURNS.prompt(p["prompt"]) + TURNS.answer(p["completion"]) for p in PAIRS] + [t["text"] for t in TEXTS]
+    tokenizer = WordTokenizer.train(texts, min_count=1)
+    model = Mamba2LM(Mamba2Config(len(tokenizer), d_model=32, n_layer=2, d_state=8, headdim=16, chunk_size=16), seed=0)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save(tmp_path / "base" / "tokenizer.json")
+    return tmp_path / "base"
+
+
+def spec_of(base, data, out, resume=False, **changes):
+    overrides = {
+        "model": str(base), "data": str(data), "context": 64, "batch_size": 4, "max_steps": 12, "eval_every": 4,
+        "save_every": 3, "warmup_steps": 2, "precision": "float32", **changes,
+    }  # fmt: skip
+    return plan(out, overrides, resume=resume)
+
+
+def finetune(base, data, out, resume=False, **changes):
+    return run.finetune(spec_of(base, data, out, resume, **changes), out, CPU, again="", quiet=True)
+
+
+def same_files(a, b, names):
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+KINDS = [("chat", "full"), ("chat", "lora"), ("chat", "state"), ("classify", "full"), ("classify", "lora")]
+
+
+@pytest.mark.parametrize(("task", "method"), KINDS, ids=lambda value: value)
+def test_it_learns_and_resumes_to_the_bit(base, tmp_path, monkeypatch, task, method):
+    """Ended by an error in the middle of a step, and resumed: the same metrics and the same best as without."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS if task == "chat" else TEXTS)
+    changes = {"task": task, "method": method, "lora_dropout": 0.1, "val_fraction": 0.3}
+    result = finetune(base, data, tmp_path / "whole", **changes)
+    assert result.step == 12 and result.best is not None
+    losses = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    validation = [record["loss"] for record in losses if record["split"] == "validation"]
+    assert validation[-1] < validation[0]
+
+    from mamba2_min.training.trainer import Trainer
+
+    step, steps = Trainer._step, []
+
+    def killed(trainer):
+        if len(steps) == 8:
+            raise RuntimeError("killed")
+        steps.append(0)
+        step(trainer)
+
+    monkeypatch.setattr(Trainer, "_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        finetune(base, data, tmp_path / "parts", **changes)
+    monkeypatch.undo()
+    finetune(base, data, tmp_path / "parts", resume=True, **changes)
+    best = {"full": ["model.pt"], "lora": [adapter.WEIGHTS], "state": [adapter.WEIGHTS]}[method]
+    names = ["metrics.jsonl", *([labels.HEAD, labels.LABELS] if task == "classify" else []), *best]
+    if method == "full":  # a zip archive has times in it
+        names.remove("model.pt")
+        a, b = (torch.load(tmp_path / n / "model.pt", weights_only=True) for n in ("whole", "parts"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same_files(tmp_path / "whole", tmp_path / "parts", names)
+
+
+def test_every_example_of_a_few_is_learnt_by_heart_and_ended(base, tmp_path):
+    """Answers are reproduced word for word, and end with the end token."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    tokenizer = WordTokenizer.load(base / "tokenizer.json")
+    spec = spec_of(
+        base, data, tmp_path / "out", method="full", lr=1e-2, max_steps=120, eval_every=120, val_fraction=0.1
+    )
+    run.finetune(spec, tmp_path / "out", CPU, again="", quiet=True)
+    completer = Completer.load(tmp_path / "out")
+    learnt = load_chat(data, tokenizer, None, 0.1).train_talks
+    template = template_of(tmp_path / "out", tokenizer)
+    for talk in learnt:
+        chat = Chat(completer, Sampler(temperature=0), 20, (), template)
+        completer.remember(None)
+        answer = "".join(chat.reply(talk.messages[0].content, 20, Sampler(temperature=0), ()))
+        assert (answer, completer.stopped_by) == (talk.messages[1].content, "end")
+
+
+def test_a_turn_reads_nothing_twice_and_equals_the_whole(base):
+    """Two turns through the carried state give the logits of one pass over everything."""
+    tokenizer = WordTokenizer.load(base / "tokenizer.json")
+    completer = Completer.load(base)
+    first, second = (prompt_ids(tokenizer, TURNS, p["prompt"]) for p in PAIRS[:2])
+    said = list(completer.reply(first, 5, Sampler(temperature=0)))
+    assert said and completer.stats.prompt_tokens == len(first) + 1
+    list(completer.reply(second, 1, Sampler(temperature=0)))
+    answer = tokenizer.encode("".join(said))
+    whole = [tokenizer.eos_id, *first, *answer, tokenizer.eos_id, *second]
+    with torch.no_grad():
+        logits = completer.model(torch.tensor([whole]))[0][0, -1]
+    assert relative_error(completer._session.logits, logits) < 1e-4
+    assert completer.stats.prompt_tokens <= len(second) + 2
+
+
+def test_a_conversation_is_saved_and_loaded(base, tmp_path):
+    completer, other = Completer.load(base), Completer.load(base)
+    chat = Chat(completer, Sampler(temperature=0), 8, (), TURNS)
+    with pytest.raises(UserError, match="no conversation yet"):
+        save_talk(completer, tmp_path / "talk.pt")
+    list(chat.reply("What does the cat do?", 8, Sampler(temperature=0), ()))
+    save_talk(completer, tmp_path / "talk.pt")
+    load_talk(other, tmp_path / "talk.pt")
+    again = Chat(other, Sampler(temperature=0), 8, (), TURNS)
+    question = ("What does the dog do?", 8, Sampler(temperature=0), ())
+    assert "".join(chat.reply(*question)) == "".join(again.reply(*question))
+    torch.save({"conv": [], "ssm": [], "unread": 0, "tokenizer": ""}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="not a conversation with this model"):
+        load_talk(other, tmp_path / "bad.pt")
+
+
+def test_merging_gives_an_ordinary_run(base, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    finetune(base, data, tmp_path / "lora", method="lora", val_fraction=0.3)
+    assert merge(tmp_path / "lora", tmp_path / "merged") < 1e-5
+    adapted = load_completer(base, tmp_path / "lora", CPU)
+    merged = Completer.load(tmp_path / "merged")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert relative_error(merged.model(ids)[0], adapted.model(ids)[0]) < 1e-5
+    assert template_of(tmp_path / "merged", merged.tokenizer) == TURNS
+    with pytest.raises(UserError, match="already holds a model"):
+        merge(tmp_path / "lora", tmp_path / "merged")
+
+
+def test_an_adapter_of_another_base_is_refused(base, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    finetune(base, data, tmp_path / "lora", method="lora", val_fraction=0.3)
+    other = Mamba2LM.from_pretrained(base)
+    with torch.no_grad():
+        other.backbone.layers[0].mixer.D += 1
+    other.save_pretrained(base)
+    with pytest.raises(UserError, match="another base model"):
+        merge(tmp_path / "lora", tmp_path / "merged")
+    with pytest.raises(UserError, match="another base model"):
+        load_completer(base, tmp_path / "lora", CPU)
+
+
+class TestSorting:
+    @pytest.mark.parametrize("pool", ["mean", "last"])
+    def test_left_right_and_no_padding_are_equal(self, base, pool):
+        classifier = Classifier(Mamba2LM.from_pretrained(base).double(), 3, pool).double().eval()
+        ids = torch.randint(40, (1, 9), generator=torch.Generator().manual_seed(0))
+        for left, right in ((0, 0), (4, 0), (0, 5), (3, 2)):
+            padded = torch.nn.functional.pad(ids, (left, right), value=7)
+            mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right)).bool()
+            assert relative_error(classifier(padded, mask), classifier(ids)) < 1e-10
+        with pytest.raises(ValueError, match="without a token"):
+            classifier(ids, torch.zeros_like(ids).bool())
+
+    def test_the_batch_changes_nothing(self, base):
+        tokenizer = WordTokenizer.load(base / "tokenizer.json")
+        classifier = Classifier(Mamba2LM.from_pretrained(base), 2).eval()
+        samples = [labels.Sample(torch.tensor([0, *tokenizer.encode(t["text"])]), 0) for t in TEXTS[:7]]
+        input_ids, _, seq_idx = pad(samples)
+        with torch.no_grad():
+            together = classifier(input_ids, seq_idx >= 0)
+            alone = torch.cat([classifier(sample.ids[None]) for sample in samples])
+        assert relative_error(together, alone) < 1e-5
+
+    def test_what_is_measured(self):
+        found = SortingScore(3.0, 10, 10, ((4, 1, 0), (2, 3, 0), (0, 0, 0)))
+        assert found.accuracy == pytest.approx(0.7)
+        assert found.f1[:2] == [pytest.approx(2 * 4 / (5 + 6)), pytest.approx(2 * 3 / (5 + 4))]
+        assert found.macro_f1 == pytest.approx(sum(found.f1[:2]) / 2)
+
+    def test_from_a_table_to_labels_on_standard_output(self, base, tmp_path):
+        table = tmp_path / "texts.csv"
+        table.write_text("label,text\n" + "".join(f'{t["label"]},"{t["text"]}"\n' for t in TEXTS), encoding="utf-8")
+        result = finetune(
+            base, table, tmp_path / "out", task="classify", method="full", max_steps=80, eval_every=40, lr=1e-2
+        )
+        assert isinstance(result.best, SortingScore) and result.best.accuracy > 0.9
+        classifier, tokenizer, names = load_classifier(tmp_path / "out")
+        assert names == ["loud", "soft"]
+        given = list(classify(classifier, tokenizer, names, [t["text"] for t in TEXTS]))
+        right = sum(name == t["label"] for (name, _), t in zip(given, TEXTS, strict=True)) / len(TEXTS)
+        assert right > 0.9 and all(0.5 <= p <= 1 for _, p in given)
+        done = command(
+            "classify", "--model", tmp_path / "out", stdin="Today the dog barks here.\nAt night the bee hums.\n"
+        )
+        assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["loud", "soft"]
+
+    def test_a_score_does_not_change_the_modes(self, base):
+        classifier = Classifier(Mamba2LM.from_pretrained(base), 2)
+        classifier.model.backbone.layers[0].eval()
+        classifier.head.train()
+        before = [m.training for m in classifier.modules()]
+        import contextlib
+
+        score(classifier, [labels.Sample(torch.tensor([0, 5]), 1)], 2, contextlib.nullcontext())
+        assert [m.training for m in classifier.modules()] == before
+
+
+class TestData:
+    def test_equal_requests_are_on_one_side_and_repeats_are_counted(self, base, tmp_path):
+        again = [{**p, "completion": "Who knows?"} for p in PAIRS]
+        data = write_lines(tmp_path / "data.jsonl", [*PAIRS, *again, *PAIRS[:3]])
+        found = load_chat(data, WordTokenizer.load(base / "tokenizer.json"), None, 0.4)
+        train, held_out = ({t.request_key for t in talks} for talks in (found.train_talks, found.validation_talks))
+        assert not train & held_out and len(train | held_out) == len(PAIRS)
+        assert any("3 repeated conversations" in note for note in found.notes)
+
+    def test_a_validation_file_takes_its_requests_out_of_training(self, base, tmp_path):
+        data, other = write_lines(tmp_path / "a.jsonl", PAIRS), write_lines(tmp_path / "b.jsonl", PAIRS[:2])
+        found = load_chat(data, WordTokenizer.load(base / "tokenizer.json"), other)
+        assert (len(found.train), len(found.validation)) == (len(PAIRS) - 2, 2)
+        with pytest.raises(UserError, match="the requests of all are in"):
+            load_chat(data, WordTokenizer.load(base / "tokenizer.json"), data)
+
+    def test_a_folder_of_request_and_answer_documents(self, base, tmp_path):
+        folder = tmp_path / "documents"
+        folder.mkdir()
+        (folder / "a.md").write_text("What floats?<start>Ice floats.<end>What sinks?<start>A stone sinks.\n")
+        write_lines(folder / "b.jsonl", PAIRS[:2])
+        found = load_chat(folder, WordTokenizer.load(base / "tokenizer.json"), None, 0.4)
+        assert len(found.train) + len(found.validation) == 4
+
+    def test_the_split_does_not_move_under_additions(self):
+        talks = [conversation(p, "x") for p in PAIRS]
+        _, held_out = split(talks, 0.4)
+        _, more = split([*talks, conversation({"prompt": "New?", "completion": "Yes."}, "x")], 0.4)
+        assert {t.key for t in held_out} <= {t.key for t in more}
+
+    def test_losses_are_those_of_each_conversation_alone(self, base):
+        model, tokenizer = Mamba2LM.from_pretrained(base).double(), WordTokenizer.load(base / "tokenizer.json")
+        examples = [tokenize(conversation(p, "x"), TEMPLATES["turns"], tokenizer) for p in PAIRS]
+        task = run.Answers(examples[:2], examples, tokenizer)
+        import contextlib
+
+        found = task.evaluate(model, contextlib.nullcontext())
+        with torch.no_grad():
+            alone = [model.loss(e.ids[None, :-1], e.targets[None]) * int(e.learnt.sum()) for e in examples]
+        assert found.nats == pytest.approx(float(sum(alone)), rel=1e-10)
+        assert (found.tokens, found.n_bytes) == task.validation_size
+        for room, rows in batches_of(examples, range(len(examples)), 32, 4):
+            assert lay_out(examples, rows, room)[0].shape[1] == room
+
+
+def command(name, *arguments, stdin=None):
+    return subprocess.run(
+        [sys.executable, "-m", f"mamba2_min.{name}", *map(str, arguments)],
+        cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+BAD = {
+    "empty": ("", "no conversations in|no records"),
+    "not JSON": ("{", "line 1: not JSON"),
+    "no answer": ('{"prompt": "a"}', "line 1: completion is missing"),
+    "unknown role": ('{"messages": [{"role": "robot", "content": "a"}]}', "line 1: the role 'robot' is unknown"),
+    "one conversation": ('{"prompt": "a", "completion": "b"}', "nothing to"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
+def test_bad_conversations_are_one_line(base, tmp_path, content, message):
+    (tmp_path / "data.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        finetune(base, tmp_path / "data.jsonl", tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out" / "model.pt").exists()
+
+
+BAD_TEXTS = {
+    "one class": ("text,label\na,x\nb,x\n", "has 1 label"),
+    "no column": ("text,class\na,x\n", "no column is called 'label'"),
+    "cells": ("text,label\na,x,y\n", "line 2: 3 cells"),
+    "an empty text": ("text,label\n ,x\n", "line 2: text is empty"),
+    "two labels": ("text,label\na,x\na,y\n", "line 3: this text has the label 'y', and 'x' in"),
+    "a tab": ('text,label\na,"x\ty"\nb,z\nc,z\n', "holds a tab"),
+    "a quote that is not closed": ('text,label\n"a,x\n', "not a table"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_bad_tables_are_one_line(base, tmp_path, content, message):
+    (tmp_path / "data.csv").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        finetune(base, tmp_path / "data.csv", tmp_path / "out", task="classify", val_fraction=0.3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_label_that_training_never_saw(base, tmp_path):
+    train, other = (
+        write_lines(tmp_path / "a.jsonl", TEXTS),
+        write_lines(tmp_path / "b.jsonl", [{"text": "x", "label": "odd"}]),
+    )
+    with pytest.raises(UserError, match="line 1: the label 'odd' does not occur"):
+        finetune(base, train, tmp_path / "out", task="classify", val_data=str(other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_targets": "q_proj"}, "no projection is called 'q_proj'"),
+        ({"lora_targets": "lm_head"}, "tied to the embedding"),
+        ({"method": "scratch"}, "is for --task classify"),
+        ({"lora_r": 0}, "lora_r must be an integer"),
+        ({"model": "nowhere"}, "nowhere is not a folder"),
+    ],
+)
+def test_bad_settings_are_one_line(base, tmp_path, changes, message):
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    with pytest.raises(UserError, match=message):
+        finetune(base, data, tmp_path / "out", **changes)
+
+
+def test_commands_end_in_one_line(base, tmp_path):
+    for arguments in (
+        ("finetune", "--model", base, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "out"),
+        ("finetune", "--data", "x"),
+        ("merge", "--adapter", base, "--out", tmp_path / "out"),
+        ("classify", "--model", base),
+    ):
+        done = command(*arguments, stdin="")
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_run_is_not_replaced_and_not_resumed_with_other_settings(base, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    finetune(base, data, tmp_path / "out", val_fraction=0.3)
+    with pytest.raises(UserError, match="already holds a run"):
+        spec_of(base, data, tmp_path / "out")
+    with pytest.raises(UserError, match="--lora-r was 16 when"):
+        spec_of(base, data, tmp_path / "out", resume=True, lora_r=4, val_fraction=0.3)
