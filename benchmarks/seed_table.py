@@ -177,7 +177,7 @@ def plot(results: list[Measurement], path: Path) -> bool:
     """Draws time and memory against length; False, and no picture, where the results are not a series of lengths."""
     import matplotlib.pyplot as plt
 
-    from mamba2_min.training.plots import BLUE, GREEN, GREY, ORANGE, STYLE
+    from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE, STYLE
 
     length, unit = ("l", "tokens") if results[0]["benchmark"] == "scan" else ("length", "tokens of context")
     series = sorted((r for r in results if r["about"].get("backward", True)), key=lambda r: r["about"][length])

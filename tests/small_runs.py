@@ -45,9 +45,7 @@ STATE = (
 
 # AdamW imports torch._dynamo, which takes seconds, when it is first made.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["small_runs", "mamba2_min.training.plots", "mamba2_min.training.runs", "torch._dynamo"]
-)
+_processes.set_forkserver_preload(["small_runs", "mamba2_min.plots", "mamba2_min.training.runs", "torch._dynamo"])
 
 
 def write_documents(folder, count=12, words=60, seed=0):

@@ -496,7 +496,7 @@ ALLOWED = {
     "inference.terminal": {"mkdir"},  # for the user's own history of prompts
     "run": {"is_file"},  # of what is found in runs/
     "devices": {"read_text"},  # of the system's own files, whose length is 0
-    "training.plots": {"savefig"},  # into a file that write_atomically has opened
+    "plots": {"savefig"},  # into a file that write_atomically has opened
 }
 # Modules that are still to be adapted.
 PENDING = {"data.corpus", "data.tokenizer"}

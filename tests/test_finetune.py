@@ -61,9 +61,17 @@ def base(tmp_path):
 
 def spec_of(base, data, out, resume=False, **changes):
     overrides = {
-        "model": str(base), "data": str(data), "context": 64, "batch_size": 4, "max_steps": 12, "eval_every": 4,
-        "save_every": 3, "warmup_steps": 2, "precision": "float32", **changes,
-    }  # fmt: skip
+        "model": str(base),
+        "data": str(data),
+        "context": 64,
+        "batch_size": 4,
+        "max_steps": 12,
+        "eval_every": 4,
+        "save_every": 3,
+        "warmup_steps": 2,
+        "precision": "float32",
+        **changes,
+    }
     return plan(out, overrides, resume=resume)
 
 
@@ -294,8 +302,12 @@ class TestData:
 def command(name, *arguments, stdin=None):
     return subprocess.run(
         [sys.executable, "-m", f"mamba2_min.{name}", *map(str, arguments)],
-        cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 BAD = {

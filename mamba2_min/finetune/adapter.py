@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mamba2_min.checkpoints.safetensors import load_safetensors, save_safetensors
 from mamba2_min.errors import UserError
-from mamba2_min.files import is_file, load_json, make_folder, save_json
+from mamba2_min.files import is_file, is_folder, load_json, make_folder, save_json
 from mamba2_min.finetune.initial_state import TunedStateLM
 from mamba2_min.finetune.lora import LoRAConfig, LoRALinear, adapters, add_lora
 from mamba2_min.models.mamba2 import Mamba2LM
@@ -108,7 +108,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def load_base(folder: str | Path, base: str | Path | None = None) -> tuple[Mamba2LM, str]:
     """The base model that an adapter names, or the one in `base`, and its folder. Raises UserError."""
     source = str(base or read_config(folder).get("base_model_name_or_path", ""))
-    if not source or not Path(source).is_dir():
+    if not source or not is_folder(source):
         raise UserError(f"the base of {folder} is {source[:200] or 'not named'}, which is not a folder here; name it")
     return Mamba2LM.from_pretrained(source), source
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from mamba2_min.data.corpus import read_documents
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
+from mamba2_min.files import is_folder
 from mamba2_min.finetune.conversations import (
     START,
     TEMPLATES,
@@ -49,7 +50,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
 
 
 def _read(path: Path) -> Iterator[Conversation]:
-    if not path.is_dir():
+    if not is_folder(path):
         yield from (conversation(row, where) for row, where in read_rows(path))
         return
     tables = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]

@@ -23,7 +23,7 @@ from mamba2_min.models.mamba2 import Mamba2LM
 def load_tokenizer(folder: str | Path, model: Mamba2LM) -> WordTokenizer:
     """The tokenizer beside a model. Raises UserError where there is none of ours, or one of another model."""
     path = Path(folder) / checkpoint.TOKENIZER
-    if not path.is_file():
+    if not files.is_file(path):
         raise UserError(f"{folder} holds no {checkpoint.TOKENIZER}: fine-tuning needs the words that the model knows")
     tokenizer = WordTokenizer.load(path)
     if len(tokenizer) != model.config.vocab_size:
@@ -53,8 +53,8 @@ def load_completer(
     if weights is not None:
         raise UserError("--quantize needs a merged model: python -m mamba2_min.merge makes one")
     model = adapter.load_adapter(adapter_folder, Mamba2LM.from_pretrained(folder))
-    model = lay_out_columns(merge_lora(model).to(device))
-    assert isinstance(model, Mamba2LM)
+    merge_lora(model)
+    model = lay_out_columns(model.to(device))
     return Completer(model, load_tokenizer(folder, model))
 
 

@@ -64,10 +64,10 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _table(content: str, path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[Row]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    options: Any = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {}
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+        reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True, **options)
         names = [name.strip() for name in next(reader, [])]
         for wanted in columns:
             if wanted not in names:

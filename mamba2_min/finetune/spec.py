@@ -91,7 +91,7 @@ def plan(
     Raises UserError.
     """
     out = Path(out)
-    begun = (out / SETTINGS).is_file()
+    begun = files.is_file(out / SETTINGS)
     if resume and begun:
         return _saved(out, overrides, accept)
     if begun and not overwrite:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mamba2_min.errors import UserError
-from mamba2_min.files import make_folder, save_json, write_atomically
+from mamba2_min.files import make_folder, save_json
 from mamba2_min.finetune.run import finetune
 from mamba2_min.finetune.spec import FinetuneSpec
 from mamba2_min.training import screen
@@ -75,7 +75,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Draws the best validation loss against the learning rate, a curve per method."""
     import matplotlib.pyplot as plt
 
-    from mamba2_min.training.plots import BLUE, ORANGE, STYLE
+    from mamba2_min.plots import BLUE, ORANGE, STYLE, save_figure
 
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -87,5 +87,4 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("learning rate")
         axis.set_ylabel("best validation loss, nats")
         axis.legend()
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))
-        plt.close(figure)
+        save_figure(figure, path)

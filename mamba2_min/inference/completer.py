@@ -128,7 +128,7 @@ class Completer:
         stop = _checked(max_tokens, stop)
         before, eos = self._session, self.tokenizer.eos_id
         unread = [] if before is None else [t for t in (before.unread,) if t is not None and t != eos]
-        self._read([*unread, eos, *ids], before and before.state, sampler, stop, drop_space=drop_space)
+        self._read([*unread, eos, *ids], None if before is None else before.state, sampler, stop, drop_space=drop_space)
         return self._start(max_tokens)
 
     @property

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 from mamba2_min import files
-from mamba2_min.errors import UserError
+from mamba2_min.checkpoints import checkpoint
+from mamba2_min.errors import UserError, printable
 from mamba2_min.files import append_line, write_atomically
 
 _MAX_BYTES = 1 << 30  # ten million lines
@@ -55,6 +57,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """
     lines = _content(Path(path)).split(b"\n")[:-1]  # what follows the last line end was never finished
     return [_parse(line, Path(path), number) for number, line in enumerate(lines, start=1)]
+
+
+def plot_run(folder: Path) -> None:
+    """Draws the metrics.jsonl of a run's folder into its loss.png. Raises UserError where that cannot be done."""
+    from mamba2_min.plots import plot_loss  # matplotlib takes a second to import
+
+    title = printable(str(folder)).replace("$", r"\$")  # between two of them would be a formula
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a folder's name may have letters that the font lacks
+        plot_loss(read_metrics(folder / checkpoint.METRICS), folder / checkpoint.CURVE, title=title)
 
 
 def _content(path: Path) -> bytes:

@@ -36,7 +36,7 @@ from mamba2_min.settings import Settings, learning_rate
 from mamba2_min.training import memory
 from mamba2_min.training.compile_check import compile_checked
 from mamba2_min.training.guards import LossGuard, deferred_signals
-from mamba2_min.training.metrics import MetricsLog
+from mamba2_min.training.metrics import MetricsLog, plot_run
 from mamba2_min.training.resume import capture, prepare_folder, repair_best, restore
 from mamba2_min.training.task import Batches, Pretraining, Task
 
@@ -255,8 +255,6 @@ class Trainer:
         self._clock = now
 
     def _draw(self) -> None:
-        from mamba2_min.training.plots import plot_run  # matplotlib takes a second to import
-
         plot_run(self.out)
         self._drawn = time.perf_counter()
 

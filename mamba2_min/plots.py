@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from mamba2_min.checkpoints import checkpoint
-from mamba2_min.errors import printable
 from mamba2_min.files import write_atomically
-from mamba2_min.training.metrics import read_metrics
 
 # Neutral grey on a transparent page: text stays readable whatever lies behind it.
 BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e07b39", "#4c9f70", "#7f8790"
@@ -43,14 +40,6 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "font.size": 10,
 }
-
-
-def plot_run(folder: Path) -> None:
-    """Draws the metrics.jsonl of a run's folder into its loss.png. Raises UserError where that cannot be done."""
-    title = printable(str(folder)).replace("$", r"\$")  # between two of them would be a formula
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a folder's name may have letters that the font lacks
-        plot_loss(read_metrics(folder / checkpoint.METRICS), folder / checkpoint.CURVE, title=title)
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
@@ -91,8 +80,13 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = 
         bottom.set_ylabel("learning rate")
         bottom.set_xlabel("step")
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))
-        plt.close(figure)
+        save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a picture as PNG, atomically, and closes it. Raises UserError where it cannot be written."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    plt.close(figure)
 
 
 def _describe(best: dict[str, Any]) -> str:
