@@ -163,8 +163,7 @@ def _child(arguments, said, limits=None, stdout=None, terminal=None, encoding=No
     os.dup2(both, 2)
     if encoding:
         sys.stdout.reconfigure(encoding=encoding, errors="strict")
-    if nohup:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     for limit, most in (limits or {}).items():
         if limit == resource.RLIMIT_AS:
             most += 4096 * int(Path("/proc/self/statm").read_text().split()[0])

@@ -138,13 +138,16 @@ def test_a_second_signal_ends_it_at_once(tmp_path, training):
 
 
 def test_a_window_that_closes_may_send_several_signals():
-    before = signal.getsignal(signal.SIGHUP)
-    with deferred_signals() as caught:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert caught == [signal.SIGHUP] * 3
-    assert signal.getsignal(signal.SIGHUP) is before
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        with deferred_signals() as caught:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert caught == [signal.SIGHUP] * 3
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_under_nohup_a_closed_window_changes_nothing(tmp_path, training):
