@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(parser.add_argument_group("documents and vocabulary"), dataclasses.fields(DataSettings))
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=tuple(PRESETS), help="shape to start from (small: 256 x 4)")
-    add_flags(model, (f for f in dataclasses.fields(Mamba2Config) if f.name in MODEL_FLAGS), MODEL_FLAGS)
+    add_flags(model, (f for f in dataclasses.fields(Mamba2Config) if f.name in MODEL_FLAGS), PRESETS["small"])
     fields = dataclasses.fields(Settings)
     add_flags(parser.add_argument_group("training"), (f for f in fields if f.metadata["group"] == "training"))
     machine = parser.add_argument_group("machine")

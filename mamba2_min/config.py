@@ -11,10 +11,11 @@ from typing import Any
 from mamba2_min import validate
 
 LARGEST_SIZE = 1 << 24  # of every size: beyond it stands a slip, or a file that means harm
+A_INITS = ("hippo", "uniform")
 
 
-def _value(default: Any, help: str) -> Any:  # `help` is for the flags of train.py
-    return dataclasses.field(default=default, metadata={"help": help})
+def _value(default: Any, help: str, **more: Any) -> Any:  # the metadata is for the flags of train.py
+    return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Mamba2Config:
     headdim: int = _value(64, "(P) channels per head")
     ngroups: int = _value(1, "(G) groups of heads that share B and C")
     chunk_size: int = _value(64, "(Q) tokens per chunk of the scan: changes speed and memory, never the result")
-    a_init: str = _value("hippo", "hippo: S4D-Real, A_h = -(h + 1) across heads; uniform: A ~ -U(1, 16)")
+    a_init: str = _value(
+        "hippo", "hippo: S4D-Real, A_h = -(h + 1) across heads; uniform: A ~ -U(1, 16)", choices=A_INITS
+    )
     dt_min: float = _value(1e-3, "smallest step size that a head starts with")
     dt_max: float = _value(0.1, "largest step size that a head starts with")
     dt_init_floor: float = _value(1e-4, "no head starts with a smaller step size, whatever dt_min is")
@@ -60,7 +63,7 @@ class Mamba2Config:
                 validate.boolean(field.name, value)
             elif field.type == "float":
                 validate.number(field.name, value, 0, math.inf)
-        validate.one_of("a_init", self.a_init, ("hippo", "uniform"))
+        validate.one_of("a_init", self.a_init, A_INITS)
         _check_divisor("headdim", self.headdim, f"expand * d_model = {self.expand} * {self.d_model}", self.d_inner)
         _check_divisor("ngroups", self.ngroups, f"the number of heads, {self.d_inner} / {self.headdim}", self.nheads)
         if not 0 < self.dt_min <= self.dt_max:

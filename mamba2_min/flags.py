@@ -11,21 +11,20 @@ from mamba2_min.settings import kind_of
 
 
 def add_flags(
-    group: argparse._ArgumentGroup,
-    fields: Iterable[dataclasses.Field[Any]],
-    metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    group: argparse._ArgumentGroup, fields: Iterable[dataclasses.Field[Any]], shown: Mapping[str, Any] | None = None
 ) -> None:
     """Adds a flag for each field whose metadata has a `help` text; a flag that is left out is None.
 
     The flag's type is the field's annotation. Further metadata: `choices`, `metavar`, `shown` (printed in place of the
-    default) and `auto` (the flag takes the word "auto" too). `metadata` adds to that of the fields it names.
+    default) and `auto` (the flag takes the word "auto" too). `shown` has other defaults for the fields that it names.
     """
     for field in fields:
-        about = {**field.metadata, **(metadata or {}).get(field.name, {})}
+        about = field.metadata
         if not about.get("help"):
             continue
         kind = kind_of(field)
-        options: dict[str, Any] = {"help": f"{about['help']} ({about.get('shown', _shown(field.default))})"}
+        default = _shown((shown or {}).get(field.name, about.get("shown", field.default)))
+        options: dict[str, Any] = {"help": f"{about['help']} ({default})".replace("%", "%%")}
         if kind == "bool":
             options["action"] = argparse.BooleanOptionalAction
         elif "choices" in about:

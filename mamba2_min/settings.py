@@ -150,18 +150,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"d_model": 256, "n_layer": 4, "dropout": 0.1},
     "base": {"d_model": 768, "n_layer": 24, "d_state": 128, "chunk_size": 128},
 }
-# The fields of Mamba2Config that are flags.
-MODEL_FLAGS: dict[str, dict[str, Any]] = {
-    "d_model": {"help": "width of the residual stream"},
-    "n_layer": {"help": "number of blocks"},
-    "d_state": {"help": "size of the state per channel"},
-    "headdim": {"help": "channels per head"},
-    "expand": {"help": "d_inner / d_model"},
-    "ngroups": {"help": "groups of heads that share B and C"},
-    "chunk_size": {"help": "tokens per chunk of the scan: speed only"},
-    "a_init": {"help": "how the decay rates A start", "choices": ("hippo", "uniform")},
-    "dropout": {"help": "share of each block's output that is dropped", "shown": PRESETS["small"]["dropout"]},
-}
+# The fields of Mamba2Config that are flags of train.py.
+MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "expand", "ngroups", "chunk_size", "a_init", "dropout")
 
 
 def defaults(cls: type) -> dict[str, Any]:
