@@ -1,10 +1,10 @@
-"""The chunked scan of bf16 activations on a GPU: as `MaskedScan`, but made for matrix units and a compiler.
+"""The chunked scan of bf16 activations on a GPU: plain PyTorch, made for matrix units and for a compiler.
 
-What is multiplied is bf16; decays, states, sums and what is added up are float32. Nothing is changed in place, so that
-`torch.compile` can join whatever lies between two matrix products into one kernel. Without it this works as well, at
-about half the speed.
+Operands of matrix products are bf16; decays, states and sums are float32. No tensor is changed in place, so that
+`torch.compile` can fuse whatever lies between two matrix products into one kernel. Without a compiler this works too,
+at about half the speed.
 
-Symbols as in ssd.py; m counts the chunks of all sequences, and a head is (g, r), the r-th of group g.
+Letters as in plain.py; m counts the chunks of all sequences, and a head is (g, r), the r-th of group g.
 """
 
 from __future__ import annotations
@@ -13,14 +13,42 @@ import torch
 from torch import Tensor
 
 from mamba2_min.ops.autograd import handwritten_backward, materialize
+from mamba2_min.ops.seq_idx import document_numbers
+from mamba2_min.ssd.arguments import Shape, pad_to_chunks
 
-# exp(-88) is about the smallest normal float32: a step that decays by more has forgotten everything. The bound keeps
-# the cumulative sums small enough to subtract exactly.
-FORGOTTEN = -88.0
+# exp(-88) is about the smallest normal float32: a token that decays by more has forgotten everything. The bound keeps
+# the cumulative sums small enough for their differences to be exact enough for bf16.
+_FORGOTTEN = -88.0
+
+
+def supports(device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
+    return device.type == "cuda" and dtype == torch.bfloat16
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as for every scan of `ssd.SCANS`. Raises ValueError where x, B and C are not bf16."""
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f'the scan "cuda" takes x, B and C in bfloat16, not {x.dtype}')
+    b, l = x.shape[:2]
+    q = min(chunk_size, 1 << (l - 1).bit_length())  # a short sequence is one chunk: a power of two, for matrix units
+    segment = None if seq_idx is None else document_numbers(seq_idx, b, l, x.device)
+    x, dt, B, C, segment = pad_to_chunks(q, x, dt, B, C, segment)
+    y, state = BF16Scan.apply(x, dt, A, B, C, D, initial_state, segment, q)
+    return y[:, :l], state
 
 
 class BF16Scan(torch.autograd.Function):
-    """Arguments and results as for `chunked_scan`. It keeps the inputs and, in bf16, the chunks' states."""
+    """The scan for an l that is a multiple of q. It keeps the inputs and, in bf16, the state at each chunk's start."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, initial_state, segment, q):
@@ -121,7 +149,7 @@ def _decays(dt: Tensor, A: Tensor, segment: Tensor | None, b: int, q: int) -> tu
     """s (m, h, q), the sums of a = dt A from each chunk's start; exp(s_i), from there to token i; exp(s_q - s_j), from
     token j to the chunk's end; and from end to end (b, c, h). A decay is zero where a document ends on the way."""
     h = A.shape[0]
-    s = (dt * A).clamp_min(FORGOTTEN).reshape(-1, q, h).transpose(1, 2).cumsum(-1)
+    s = (dt * A).clamp_min(_FORGOTTEN).reshape(-1, q, h).transpose(1, 2).cumsum(-1)
     enter, leave = s.exp(), (s[..., -1:] - s).clamp_max(0).exp()
     if segment is not None:
         chunks = segment.view(b, -1, q)

@@ -1,31 +1,45 @@
-"""State-space duality: one linear map from x to y, computed four ways.
+"""READ FIRST: state-space duality, one linear map from x to y that can be computed in four ways.
 
 The recurrence (Mamba-2 paper, arXiv:2405.21060, equation 1, with Mamba's discretisation), for each head:
 
-    H_t = exp(dt_t A) H_{t-1} + dt_t B_t x_t^T          the state, one (n, p) matrix
-    y_t = C_t^T H_t + D x_t                             what is read from it
+    H_t = exp(a_t) H_{t-1} + dt_t x_t B_t^T         the state, a (p, n) matrix, decays and is written to; a_t = dt_t A
+    y_t = H_t C_t + D x_t                           the output is read from it
 
-Unrolled, it is multiplication by one lower-triangular, *semiseparable* matrix (section 3):
+Without the loop, it is a product with one lower-triangular, *semiseparable* matrix M (section 3):
 
-    y_i = sum_{j <= i} (C_i . B_j) exp(a_{j+1} + ... + a_i) dt_j x_j,        a_t = dt_t A
+    y_i = sum_{j <= i} M_ij dt_j x_j,               M_ij = (C_i . B_j) exp(a_{j+1} + ... + a_i)
 
-so the same y can be had token by token (`ssd_recurrent`, `ssd_step`), by forming that matrix the way attention does
-(`ssd_quadratic`, section 5), or by cutting it into blocks (`ssd_chunked`, section 6): blocks on the diagonal as
-attention, blocks below it, which have rank n, through the state. All four agree to rounding, values and gradients.
+So the same y can be computed token by token (`ssd_recurrent`, `ssd_step`), by forming M as attention does
+(`ssd_quadratic`, section 5), or by cutting M into blocks of q x q (`ssd_plain`, section 6). The blocks on the diagonal
+are small attentions (step 4). A block below it has rank n: it is the product of what its columns add to the state
+(step 1), of the state's decay on the way (step 2), and of what its rows read from the state (step 3).
+
+          tokens j
+        +-------+
+    t   |   4   |
+    o   +-------+-------+
+    k   | 3·2·1 |   4   |                           with three chunks; the state carries all blocks left of the
+    e   +-------+-------+-------+                   diagonal at once, so the work grows with l, not with l^2
+    n   | 3·2·1 | 3·2·1 |   4   |
+    s i +-------+-------+-------+
+
+Two rules keep every form exact, whatever the decays and the documents are:
+  - An exponent is a sum of a's between two tokens, never a difference of two cumulative sums: after a token of large
+    dt, such a difference has lost the digits of all small ones.
+  - The first token of a document has a = -inf. Then exp(a) = 0, and nothing passes from one document to the next.
 
     symbol  shape           meaning
-    x       (b, l, h, p)    input: b sequences, l tokens, h heads, p = headdim channels a head
+    x       (b, l, h, p)    input: b sequences, l tokens, h heads, p = headdim channels per head
     dt      (b, l, h)       step size, > 0, after softplus: how much time passes at a token
-    A       (h,)            decay rate, < 0, one scalar a head (the "scalar times identity" of section 5)
+    A       (h,)            decay rate, < 0, one scalar per head (the "scalar times identity" of section 5)
     B, C    (b, l, g, n)    what a token writes to and reads from the state; the h / g heads of a group share them
-    D       (h,) or None    skip: y gets D x
-    H       (b, h, p, n)    the state, n = d_state numbers a channel
-    a, s    (b, l, h)       a = dt A, and s its cumulative sum within a chunk: exp(s_i - s_j) is the decay from j to i
-    L       (.., q, q)      the decays from every j to every i >= j of a chunk of q tokens (the paper's 1-SS mask)
-    G       (.., q, q)      C_i . B_j, once a group
-    seq_idx (b, l)          which document a token belongs to: the state restarts where it changes
+    D       (h,) or None    skip connection: D x is added to y
+    H       (b, h, p, n)    the state, n = d_state numbers per channel
+    a       (b, l, h)       dt A, the logarithm of a token's decay
+    L       (.., q, q)      the decay from token j to token i, for j <= i (the paper's 1-SS mask)
+    seq_idx (b, l)          the document of each token: the state restarts where it changes
 
-In einsum strings i and j are positions, and a head is (g, r), the r-th of group g.
+In einsum strings i and j are tokens, c is a chunk, and a head is (g, r), the r-th of group g.
 """
 
 from __future__ import annotations
@@ -35,8 +49,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba2_min.ops.autograd import without_autocast
-from mamba2_min.ops.seq_idx import document_numbers
-from mamba2_min.ssd.cpu import chunked_scan
+from mamba2_min.ssd.arguments import check
 
 
 @without_autocast
@@ -50,39 +63,35 @@ def ssd_recurrent(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference: `ssd_step` once a token (equation 1). O(l) time, l steps one after the other.
+    """The reference: equation 1, one step per token.
 
-    Shapes as in the module's glossary; any l >= 1, any g that divides h.
+    Args: shapes as in the module's glossary; any l >= 1, any g that divides h. x, B and C may be bf16: everything is
+    computed in float32, or in the dtype of x or of initial_state where that is wider.
     Returns y (b, l, h, p) in x's dtype and the final state (b, h, p, n), float32 or wider.
     Raises ValueError where shapes do not fit together.
     """
-    state = _check(x, dt, A, B, C, D, initial_state, seq_idx)
+    H, narrow = check(x, dt, A, B, C, D, initial_state, seq_idx), x.dtype
+    x, dt, A, B, C = (t.to(H.dtype) for t in (x, dt, A, B, C))
+    a = log_decay(dt, A, seq_idx)
     ys = []
     for t in range(x.shape[1]):
-        if seq_idx is not None and t > 0:
-            state = state * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None]
-        y, state = ssd_step(state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D)
+        y, H = _advance(H, x[:, t], dt[:, t], a[:, t], B[:, t], C[:, t], D)
         ys.append(y)
-    return torch.stack(ys, dim=1), state
+    return torch.stack(ys, dim=1).to(narrow), H
 
 
 @without_autocast
 def ssd_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token: state (b, h, p, n), x (b, h, p), dt (b, h), B and C (b, g, n) -> y (b, h, p), the next state.
+    """One token, equation 1: state (b, h, p, n), x (b, h, p), dt (b, h), B and C (b, g, n) -> y (b, h, p), the next state.
 
-    Equation 1 of the paper, H = exp(dt A) H + dt x B^T and y = H C + D x, in the state's dtype.
+    Dtypes and errors as for `ssd_recurrent`. The given state is left as it is.
     """
-    b, h, p, n = state.shape
-    g = B.shape[1]
-    xw, dtw, Aw, Bw, Cw = (t.to(state.dtype) for t in (x, dt, A, B, C))
-    update = ((dtw[..., None] * xw).reshape(b, g, -1, 1) * Bw[:, :, None, :]).view(b, h, p, n)
-    state = torch.addcmul(update, state, (dtw * Aw).exp()[:, :, None, None])
-    y = (state.reshape(b, g, -1, n) @ Cw[..., None]).view(b, h, p)
-    if D is not None:
-        y = y + D.to(state.dtype)[:, None] * xw
-    return y.to(x.dtype), state
+    H, narrow = check(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state), x.dtype
+    x, dt, A, B, C = (t.to(H.dtype) for t in (x, dt, A, B, C))
+    y, H = _advance(H, x, dt, dt * A, B, C, D)
+    return y.to(narrow), H
 
 
 @without_autocast
@@ -96,39 +105,29 @@ def ssd_quadratic(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The attention-like dual (section 5): the whole (l, l) matrix of each head, O(l^2).
+    """The dual form, attention without softmax (section 5): forms the (l, l) matrix M of each head, O(l^2).
 
-    Arguments, results and errors as for `ssd_recurrent`. It is the sequence as one chunk, written out plainly.
+    Arguments, results and errors as for `ssd_recurrent`.
     """
-    H0 = _check(x, dt, A, B, C, D, initial_state, seq_idx)
-    b, l, h, p = x.shape
-    g, n, wide = B.shape[2], B.shape[3], H0.dtype
-    xw, dtw, Aw, Bw, Cw = (t.to(wide) for t in (x, dt, A, B, C))
-    xw, dtw, H0 = xw.reshape(b, l, g, -1, p), dtw.reshape(b, l, g, -1), H0.reshape(b, g, -1, p, n)
+    H, narrow = check(x, dt, A, B, C, D, initial_state, seq_idx), x.dtype
+    b, l, h, p, g, n = *x.shape, *B.shape[2:]
+    x, dt, A, B, C = (t.to(H.dtype) for t in (x, dt, A, B, C))
+    a = log_decay(dt, A, seq_idx).view(b, l, g, -1).movedim(1, -1)  # (b, g, r, l)
+    X = (x * dt[..., None]).view(b, l, g, -1, p)  # (b, l, g, r, p)
+    H = H.view(b, g, -1, p, n)
 
-    a = (dtw * Aw.view(g, -1)).movedim(1, -1)  # (b, g, r, l)
-    segment = document_numbers(seq_idx, b, l, x.device)
-    visible = (segment[:, :, None] == segment[:, None, :]).tril()[:, None, None]  # (b, 1, 1, l, l)
-    # a_{j+1} + ... + a_i in row i, column j, summed downwards rather than as a difference of two sums: exact
-    # whatever came before.
-    exponent = a[..., :, None].expand(*a.shape, l).tril(-1).cumsum(-2)
-    L = exponent.masked_fill(~visible, -torch.inf).exp()
-    M = torch.einsum("bign,bjgn->bgij", Cw, Bw)[:, :, None] * L * dtw.movedim(1, -1)[..., None, :]
-    y = torch.einsum("bgrij,bjgrp->bigrp", M, xw)
-
-    # What the initial state still adds, and what is left of everything at the end.
-    from_start = (a.cumsum(-1).exp() * (segment == 0)[:, None, None]).movedim(-1, 1)  # (b, l, g, r)
-    y = y + torch.einsum("bign,bgrpn,bigr->bigrp", Cw, H0, from_start)
-    to_end = L[..., -1, :].movedim(-1, 1) * dtw
-    state = torch.einsum("bjgr,bjgn,bjgrp->bgrpn", to_end, Bw, xw) + from_start[:, -1, ..., None, None] * H0
-    y = y.reshape(b, l, h, p)
-    if D is not None:
-        y = y + D.to(wide)[:, None] * x.to(wide)
-    return y.to(x.dtype), state.reshape(b, h, p, n)
+    L = segment_sum(a).exp()  # (b, g, r, l, l)
+    M = torch.einsum("bign,bjgn->bgij", C, B)[:, :, None] * L  # queries C, keys B, values X
+    y = torch.einsum("bgrij,bjgrp->bigrp", M, X)
+    # What is read from the initial state, and what is in the state at the end.
+    from_start = a.cumsum(-1).exp()  # (b, g, r, l)
+    y = y + torch.einsum("bign,bgrpn,bgri->bigrp", C, H, from_start)
+    H = from_start[..., -1, None, None] * H + torch.einsum("bgrj,bjgrp,bjgn->bgrpn", L[..., -1, :], X, B)
+    return _add_skip(y.reshape(b, l, h, p), x, D).to(narrow), H.reshape(b, h, p, n)
 
 
 @without_autocast
-def ssd_chunked(
+def ssd_plain(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -139,51 +138,73 @@ def ssd_chunked(
     seq_idx: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked scan (section 6, listing 1): linear time, large matrix products; what training uses.
+    """The chunked scan (section 6, listing 1): O(l), a loop over chunks and matrix products for all else.
 
-    Arguments, results and errors as for `ssd_recurrent`; the result does not depend on `chunk_size` (rounding apart).
-    The work is done in chunked_scan.py, with a backward written by hand: between forward and backward it keeps the
-    inputs and the state at each chunk's start, O(l p + l n p / q) a head, and no (q, q) matrix. (Compiled on a CPU, it
-    keeps what the compiler chooses to.)
+    Arguments, results and errors as for `ssd_recurrent`. chunk_size >= 1 changes the speed, never the result. The
+    backward pass is autograd's. `ssd_chunked` computes the same faster, and with less memory.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    state = _check(x, dt, A, B, C, D, initial_state, seq_idx)
-    b, l = x.shape[:2]
-    # Of a sequence shorter than a chunk a GPU gets a power of two: matrix units and compilers like no others.
-    wide, q = state.dtype, min(chunk_size, 1 << (l - 1).bit_length() if x.is_cuda else l)
-    segment = None if seq_idx is None else document_numbers(seq_idx, b, l, x.device)
-    if l % q:  # a token of dt = 0 neither decays the state nor adds to it, so padding changes nothing
-        pad = -l % q
-        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, pad))
-        if segment is not None:
-            segment = torch.cat([segment, segment[:, -1:].expand(b, pad)], dim=1)
-    D = None if D is None else D.to(wide)
-    y, state = chunked_scan(x, dt.to(wide), A.to(wide), B, C, D, state, segment, q)
-    return y[:, :l], state
+    H, narrow = check(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size), x.dtype
+    b, l, h, p, g, n = *x.shape, *B.shape[2:]
+    x, dt, A, B, C = (t.to(H.dtype) for t in (x, dt, A, B, C))
+
+    # Cut into chunks of q tokens. The last one is filled up with tokens of a = 0 and X = 0, which change no state.
+    q = min(chunk_size, l)
+    pieces = (log_decay(dt, A, seq_idx), x * dt[..., None], B, C)
+    a, X, Bc, Cc = (F.pad(t.flatten(2), (0, 0, 0, -l % q)).unflatten(1, (-1, q)) for t in pieces)
+    a = a.unflatten(-1, (g, -1)).movedim(2, -1)  # (b, c, g, r, q)
+    X = X.unflatten(-1, (g, h // g, p))  # (b, c, q, g, r, p)
+    Bc, Cc = Bc.unflatten(-1, (g, n)), Cc.unflatten(-1, (g, n))  # (b, c, q, g, n)
+    L = segment_sum(a).exp()  # (b, c, g, r, q, q)
+    from_start = a.cumsum(-1).exp()  # (b, c, g, r, q), the decay from the chunk's start to token i, inclusive
+
+    # Step 1: what each chunk adds to the state. Token j decays to the chunk's end, the last row of L.
+    added = torch.einsum("bcgrj,bcjgrp,bcjgn->bcgrpn", L[..., -1, :], X, Bc)
+
+    # Step 2: the state from chunk to chunk, a recurrence of l / q steps.
+    H = H.view(b, g, -1, p, n)
+    entering = []
+    for c in range(a.shape[1]):
+        entering.append(H)
+        H = from_start[:, c, ..., -1, None, None] * H + added[:, c]
+
+    # Step 3: what each token reads from the state that enters its chunk.
+    y = torch.einsum("bcign,bcgrpn,bcgri->bcigrp", Cc, torch.stack(entering, 1), from_start)
+
+    # Step 4: the diagonal blocks, attention without softmax within each chunk.
+    y = y + torch.einsum("bcign,bcjgn,bcgrij,bcjgrp->bcigrp", Cc, Bc, L, X)
+    return _add_skip(y.reshape(b, -1, h, p)[:, :l], x, D).to(narrow), H.reshape(b, h, p, n)
 
 
-def _check(x, dt, A, B, C, D, initial_state, seq_idx) -> Tensor:
-    """Raises ValueError where shapes do not fit together; returns the state to start from, float32 or wider."""
-    if x.dim() != 4 or x.shape[1] < 1:
-        raise ValueError(f"x must be (b, l, h, p) with l >= 1, not {tuple(x.shape)}")
-    b, l, h, p = x.shape
-    if B.dim() != 4 or B.shape[:2] != (b, l) or h % B.shape[2]:
-        raise ValueError(f"B must be (b, l, g, n) = ({b}, {l}, g, n) with g a divisor of h = {h}, not {tuple(B.shape)}")
-    n = B.shape[3]
-    expected = {
-        "dt": (dt, (b, l, h)),
-        "A": (A, (h,)),
-        "C": (C, tuple(B.shape)),
-        "D": (D, (h,)),
-        "initial_state": (initial_state, (b, h, p, n)),
-        "seq_idx": (seq_idx, (b, l)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, not {tuple(tensor.shape)}")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if initial_state is not None:
-        return initial_state.to(torch.promote_types(wide, initial_state.dtype))
-    return x.new_zeros(b, h, p, n, dtype=wide)
+def log_decay(dt: Tensor, A: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """a = dt A, (b, l, h), and -inf at the first token of each document but the first, which the initial state enters."""
+    a = dt * A
+    if seq_idx is None:
+        return a
+    restarts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))  # (b, l)
+    return a.masked_fill(restarts[..., None], -torch.inf)
+
+
+def segment_sum(a: Tensor) -> Tensor:
+    """a_{j+1} + ... + a_i in row i, column j; -inf for j > i. (.., q) -> (.., q, q)
+
+    Column j is a cumulative sum of its own, which begins after token j.
+    """
+    q = a.shape[-1]
+    seen = torch.ones(q, q, dtype=torch.bool, device=a.device).tril()  # j <= i
+    return a[..., None].expand(*a.shape, q).tril(-1).cumsum(-2).masked_fill(~seen, -torch.inf)
+
+
+def _advance(
+    H: Tensor, x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, D: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Equation 1 for one token; a (b, h) is the logarithm of its decay."""
+    b, h, p, n = H.shape
+    g = B.shape[1]
+    written = (dt[..., None] * x).reshape(b, g, -1, 1) * B[:, :, None, :]  # (b, g, r p, n)
+    H = torch.addcmul(written.reshape(b, h, p, n), H, a.exp()[..., None, None])
+    y = (H.reshape(b, g, -1, n) @ C[..., None]).reshape(b, h, p)
+    return _add_skip(y, x, D), H
+
+
+def _add_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+    return y if D is None else y + D.to(x.dtype)[:, None] * x
