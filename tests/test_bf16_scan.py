@@ -1,14 +1,12 @@
-"""The scan of bf16 activations that GPUs use: as exact as its operands allow, whatever the shape. On a CPU too."""
+"""The scan for bf16 activations on GPUs: as exact as its operands allow, whatever the shape. It runs on a CPU too."""
 
 import pytest
 import torch
 from instruments import relative_error
-from test_ssd import INPUTS, by_definition, make, run, to
+from test_ssd import by_definition, chunked, make, run, to
 
-from mamba2_min.ops.seq_idx import document_numbers
-from mamba2_min.ssd import ssd_chunked
-from mamba2_min.ssd.cpu import chunked_scan
-from mamba2_min.ssd.cuda import BF16Scan
+from mamba2_min import ssd
+from mamba2_min.ssd import SCANS, Shape, ssd_chunked
 
 NARROW = ("x", "B", "C")
 
@@ -16,12 +14,7 @@ NARROW = ("x", "B", "C")
 TOLERANCE = {"dA": 3e-2}  # a sum over all tokens of terms of either sign, each rounded to bf16
 
 
-def bf16_scan(x, dt, A, B, C, D=None, initial_state=None, seq_idx=None, q=8):
-    """For l a multiple of q."""
-    b, l, h, p = x.shape
-    start = dt.new_zeros(b, h, p, B.shape[3]) if initial_state is None else initial_state
-    segment = None if seq_idx is None else document_numbers(seq_idx, b, l, x.device)
-    return BF16Scan.apply(x, dt, A, B, C, D, start, segment, q)
+bf16_scan = chunked(8, "cuda")
 
 
 def rounded(case):
@@ -81,10 +74,25 @@ def test_on_a_gpu(backend, documents):
         assert relative_error(got[name].cpu(), value) < TOLERANCE.get(name, 1e-2), name
 
 
+@pytest.mark.parametrize("l", [1, 7, 9, 30])
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+def test_any_length(l, documents):
+    low, wide = rounded(make(l, g=2, documents=documents))
+    got, expected = run(bf16_scan, low), run(by_definition, wide)
+    for name, value in expected.items():
+        assert relative_error(got[name], value) < TOLERANCE.get(name, 1e-2), name
+
+
 def test_a_cpu_does_not_use_it():
+    supports, _ = SCANS["cuda"]
+    shape = Shape(2, 16, 4, 4, 1, 6, 8)
+    assert supports(torch.device("cuda"), torch.bfloat16, shape)
+    assert not supports(torch.device("cpu"), torch.bfloat16, shape)
     low, _ = rounded(make(l=16, documents=False))
-    y, _ = chunked_scan(*(low[name] for name in INPUTS), None, 8)
-    assert y.grad_fn is None
-    low["x"].requires_grad_()
-    y, _ = chunked_scan(*(low[name] for name in INPUTS), None, 8)
-    assert "BF16" not in type(y.grad_fn).__name__
+    own, forced = (form(**low)[0] for form in (chunked(8), bf16_scan))
+    assert not torch.equal(own, forced)
+
+
+def test_it_takes_bf16_alone():
+    with pytest.raises(ValueError, match="bfloat16"), ssd.using("cuda"):
+        ssd_chunked(**make(l=16))

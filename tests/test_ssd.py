@@ -805,7 +805,7 @@ def test_a_scan_is_forced_in_its_thread_alone():
 
 
 def test_what_was_compiled_under_another_scan_is_compiled_again():
-    case = make(40, documents=False)
+    case = make(40)
     compiled = torch.compile(lambda: ssd_chunked(**case, chunk_size=8)[0], backend="eager")
     with ssd.using("plain"):
         assert torch.equal(compiled(), ssd_plain(**case, chunk_size=8)[0])

@@ -62,7 +62,8 @@ def ssd_chunked(
         dtype = wide  # a float64 state, or a float64 x: then everything is
     x, B, C = x.to(dtype), B.to(dtype), C.to(dtype)
     D = None if D is None else D.to(wide)
-    scan = _pick(x.device, dtype, Shape(*x.shape, *B.shape[2:], chunk_size))
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    scan = _pick(x.device, dtype, Shape(b, l, h, p, g, n, chunk_size))
     y, state = scan(x, dt.to(wide), A.to(wide), B, C, D, state, seq_idx, chunk_size)
     return y.to(narrow), state
 

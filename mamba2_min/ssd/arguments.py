@@ -77,3 +77,13 @@ def pad_to_chunks(
     if segment is not None:
         segment = torch.cat([segment, segment[:, -1:].expand(-1, pad)], dim=1)
     return x, F.pad(dt, (0, 0, 0, pad)), B, C, segment
+
+
+def to_inner(state: Tensor, g: int) -> Tensor:
+    """(b, h, p, n) -> (b, g, n, r, p), a view: the heads of a group side by side, as one matrix of n rows."""
+    return state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3)
+
+
+def to_outer(state: Tensor) -> Tensor:
+    """(b, g, n, r, p) -> (b, h, p, n), contiguous, in memory of its own."""
+    return state.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format).flatten(1, 2)

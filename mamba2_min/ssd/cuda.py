@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mamba2_min.ops.autograd import handwritten_backward, materialize
 from mamba2_min.ops.seq_idx import document_numbers
-from mamba2_min.ssd.arguments import Shape, pad_to_chunks
+from mamba2_min.ssd.arguments import Shape, pad_to_chunks, to_inner, to_outer
 
 # exp(-88) is about the smallest normal float32: a token that decays by more has forgotten everything. The bound keeps
 # the cumulative sums small enough for their differences to be exact enough for bf16.
@@ -22,21 +22,12 @@ _FORGOTTEN = -88.0
 
 
 def supports(device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
+    """bf16 on a GPU of CUDA or ROCm."""
     return device.type == "cuda" and dtype == torch.bfloat16
 
 
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor,
-    seq_idx: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and results as for every scan of `ssd.SCANS`. Raises ValueError where x, B and C are not bf16."""
+def scan(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size):
+    """As every scan of `ssd.SCANS`. Raises ValueError where x, B and C are not bf16."""
     if x.dtype != torch.bfloat16:
         raise ValueError(f'the scan "cuda" takes x, B and C in bfloat16, not {x.dtype}')
     b, l = x.shape[:2]
@@ -62,7 +53,7 @@ class BF16Scan(torch.autograd.Function):
         # Step 1: what each chunk adds to the state that leaves it; step 2: the recurrence from chunk to chunk.
         written = _by_group(xdt * leave.transpose(1, 2)[..., None], g)
         added = _wide_product(Bm.transpose(1, 2), written).view(b, -1, g, n, r, p)
-        state, states = _to_inner(initial_state, g), []
+        state, states = to_inner(initial_state, g), []
         for k in range(l // q):
             states.append(state.bfloat16())
             state = across[:, k].view(b, g, 1, r, 1) * state + added[:, k]
@@ -78,7 +69,7 @@ class BF16Scan(torch.autograd.Function):
         ctx.save_for_backward(x, dt, A, B, C, D, states, segment)
         ctx.q = q
         # The clone is for the compiler of PyTorch 2.11, which loses the gradient of a result that is a view.
-        return y.to(x.dtype), _to_outer(state).clone()
+        return y.to(x.dtype), to_outer(state).clone()
 
     @staticmethod
     @handwritten_backward
@@ -97,7 +88,7 @@ class BF16Scan(torch.autograd.Function):
         # Step 3 reversed, then step 2: the gradient of the state that leaves each chunk, from the last to the first.
         dread = _by_group(dym * enter_q, g)
         read = _wide_product(Cm.transpose(1, 2), dread).view(b, -1, g, n, r, p)
-        dstate, dleft = _to_inner(dfinal, g), []
+        dstate, dleft = to_inner(dfinal, g), []
         for k in reversed(range(l // q)):
             dleft.append(dstate.bfloat16())
             dstate = across[:, k].view(b, g, 1, r, 1) * dstate + read[:, k]
@@ -139,7 +130,7 @@ class BF16Scan(torch.autograd.Function):
             dA,
             *(materialize(t.to(B.dtype).view(m, g, q, n).transpose(1, 2)).view(b, l, g, n) for t in (dB, dC)),
             dD,
-            _to_outer(dstate),
+            to_outer(dstate),
             None,
             None,
         )
@@ -213,13 +204,3 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu":
         return torch.bmm(a.float(), b.float())
     return torch.bmm(a, b, out_dtype=torch.float32) if torch.__version__ >= (2, 8) else torch.bmm(a, b).float()
-
-
-def _to_inner(state: Tensor, g: int) -> Tensor:
-    """(b, h, p, n) -> (b, g, n, r, p)"""
-    return state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3)
-
-
-def _to_outer(state: Tensor) -> Tensor:
-    """(b, g, n, r, p) -> (b, h, p, n)"""
-    return state.permute(0, 1, 3, 4, 2).flatten(1, 2)

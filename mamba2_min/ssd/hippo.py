@@ -3,10 +3,10 @@
 Each head of Mamba-2 has one decay rate A < 0 and one step size dt > 0 per token, and its state fades by exp(dt A) at
 each token. So dt A sets how long the head remembers: about 1 / (|A| dt) tokens (`memory_length`).
 
-HiPPO (arXiv:2008.07669) asks which state of N numbers best remembers a signal, and finds a matrix A whose eigenvalues
-are -1, -2, .., -N: N time scales, each unit of 1/time apart. S4D-Real (arXiv:2206.11893) keeps those eigenvalues alone.
-Mamba-2 has room for one of them per head, so head h gets A_h = -(h + 1) (`a_log_init`), and dt says how many tokens a
-unit of time lasts (`dt_bias_init`). The way from HiPPO to these numbers is in legs.py and in notebook 1.
+HiPPO (arXiv:2008.07669) asks which state of N numbers remembers a signal best, and finds a matrix A whose eigenvalues
+are -1, -2, .., -N: N time scales. S4D-Real (arXiv:2206.11893) keeps the eigenvalues alone. Mamba-2 has room for one per
+head, so head h starts with A_h = -(h + 1) (`a_log_init`), and dt says how many tokens a unit of time lasts
+(`dt_bias_init`). How HiPPO leads to these numbers is in legs.py and in notebook 1.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mamba2_min.ops.autograd import no_compile
@@ -21,20 +20,10 @@ def supports(device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
 
 
 @no_compile  # a compiler would unroll the loop over parts
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor,
-    seq_idx: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+def scan(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size):
     """`ssd_plain`, some rows and chunks at a time, each part computed again in the backward pass.
 
-    Arguments and results as for every scan of `ssd.SCANS`. Between forward and backward it keeps the inputs and the
+    As every scan of `ssd.SCANS`. Between forward and backward it keeps the inputs and the
     state at the start of each part.
     """
     b, l, h, _ = x.shape
@@ -46,10 +35,12 @@ def scan(
         state, ys = initial_state[i : i + rows], []
         for k in range(0, l, tokens):
             x_, dt_, B_, C_ = (t[i : i + rows, k : k + tokens] for t in (x, dt, B, C))
-            documents = None if seq_idx is None else seq_idx[i : i + rows, k : k + tokens]
-            if seq_idx is not None and k:  # the state that enters a part belongs to the document before it
-                continues = documents[:, 0] == seq_idx[i : i + rows, k - 1]
-                state = state.where(continues[:, None, None, None], 0)
+            documents = None
+            if seq_idx is not None:
+                documents = seq_idx[i : i + rows, k : k + tokens]
+                if k:  # the state that enters belongs to the document of the token before
+                    continues = documents[:, 0] == seq_idx[i : i + rows, k - 1]
+                    state = state.where(continues[:, None, None, None], 0)
             arguments = (x_, dt_, A, B_, C_, D, state, documents, q)
             if torch.is_grad_enabled():
                 y, state = checkpoint(ssd_plain, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -57,5 +48,4 @@ def scan(
                 y, state = ssd_plain(*arguments)
             ys.append(y)
         results.append((torch.cat(ys, dim=1), state))
-    ys, states = zip(*results, strict=True)
-    return torch.cat(ys), torch.cat(states)
+    return torch.cat([y for y, _ in results]), torch.cat([state for _, state in results])

@@ -84,7 +84,7 @@ def ssd_recurrent(
 def ssd_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token, equation 1: state (b, h, p, n), x (b, h, p), dt (b, h), B and C (b, g, n) -> y (b, h, p), the next state.
+    """One token, equation 1: state (b, h, p, n), x (b, h, p), dt (b, h), B, C (b, g, n) -> y (b, h, p), the new state.
 
     Dtypes and errors as for `ssd_recurrent`. The given state is left as it is.
     """
@@ -176,7 +176,7 @@ def ssd_plain(
 
 
 def log_decay(dt: Tensor, A: Tensor, seq_idx: Tensor | None) -> Tensor:
-    """a = dt A, (b, l, h), and -inf at the first token of each document but the first, which the initial state enters."""
+    """a = dt A, (b, l, h); -inf where another document begins. The first continues the initial state."""
     a = dt * A
     if seq_idx is None:
         return a
