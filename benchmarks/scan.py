@@ -1,7 +1,7 @@
 """The scan alone, against sequence length: time, what it keeps between forward and backward, and peak memory.
 
-    mamba2_min       ssd_chunked, whose backward is written by hand
-    plain-autograd   the same chunked scan as listing 1 of the Mamba-2 paper has it, its backward left to autograd
+    mamba2_min       ssd_chunked, the fastest scan for the device
+    plain-autograd   ssd_plain, the chunked scan as one reads it, with autograd's backward pass
     quadratic        ssd_quadratic, the attention-like dual, as long as its (l, l) matrices are small
     attention        causal scaled_dot_product_attention with as many heads and channels, for scale: another function
     mamba_ssm-q128   mamba_chunk_scan_combined of the `mamba_ssm` package, where it can be imported; -q256 likewise
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks import harness
 from benchmarks.harness import FLOOR, MemoryMeter, Options, Unavailable
-from mamba2_min.ssd import ssd_chunked, ssd_quadratic
+from mamba2_min.ssd import ssd_chunked, ssd_plain, ssd_quadratic
 
 PEERS = ("mamba2_min", "plain-autograd", "quadratic", "attention", "mamba_ssm-q128", "mamba_ssm-q256")
 LONGEST_QUADRATIC = 2048
@@ -30,7 +30,7 @@ LONGEST_QUADRATIC = 2048
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of a scan, in the letters of mamba2_min/ssd.py; `backward`: is there one?"""
+    """Sizes of a scan, in the letters of mamba2_min/ssd/plain.py; `backward`: whether it is timed too."""
 
     b: int
     l: int
@@ -55,35 +55,6 @@ SETTINGS = {
     "cuda": _both_ways([Setting(8, 2048, 24, n=128), Setting(4, 4096, 64, n=128), Setting(1, 65536, 24, n=128)]),
 }
 QUICK = _both_ways([Setting(2, 128, 2, p=8, n=8, q=32)])
-
-
-def plain_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, q: int) -> Tensor:
-    """The chunked scan as the paper's listing 1 (arXiv:2405.21060) writes it; l must be a multiple of q, g is 1.
-
-    All in dt's dtype, as einsum wants it.
-    """
-    b, l, h, p = x.shape
-    X = (x * dt[..., None]).view(b, -1, q, h, p)
-    a = (dt * A).view(b, -1, q, h).permute(0, 3, 1, 2)  # (b, h, c, q)
-    Bc, Cc = (t[:, :, 0].view(b, l // q, q, -1).to(dt.dtype) for t in (B, C))
-    s = a.cumsum(-1)
-    L = _segment_sum(a).exp()
-    y = torch.einsum("bcin,bcjn,bhcij,bcjhp->bcihp", Cc, Bc, L, X)
-    to_end = (s[..., -1:] - s).exp()
-    states = torch.einsum("bcjn,bhcj,bcjhp->bchpn", Bc, to_end, X)
-    states = torch.cat([torch.zeros_like(states[:, :1]), states], dim=1)
-    across = _segment_sum(F.pad(s[..., -1], (1, 0))).exp()
-    states = torch.einsum("bhzc,bchpn->bzhpn", across, states)[:, :-1]
-    y = y + torch.einsum("bcin,bchpn,bhci->bcihp", Cc, states, s.exp())
-    return (y.reshape(b, l, h, p) + D[:, None] * x).to(x.dtype)
-
-
-def _segment_sum(a: Tensor) -> Tensor:
-    """(..., q) -> (..., q, q): a_{j+1} + ... + a_i for j <= i, -inf above."""
-    q = a.shape[-1]
-    lower = torch.ones(q, q, dtype=torch.bool, device=a.device).tril()
-    sums = a[..., None].expand(*a.shape, q).masked_fill(~lower.tril(-1), 0).cumsum(-2)
-    return sums.masked_fill(~lower, -torch.inf)
 
 
 def inputs_of(setting: Setting, options: Options) -> tuple[Tensor, ...]:
@@ -111,7 +82,7 @@ def scan_of(name: str, setting: Setting) -> Callable[..., Tensor]:
     if name == "mamba2_min":
         return lambda *inputs: ssd_chunked(*inputs, chunk_size=q)[0]
     if name == "plain-autograd":
-        return lambda *inputs: plain_chunked(*inputs, q)
+        return lambda *inputs: ssd_plain(*inputs, chunk_size=q)[0]
     if name == "quadratic":
         if setting.l > LONGEST_QUADRATIC:
             raise Unavailable(f"too long: its matrices would have {setting.l} x {setting.l} elements a head")

@@ -191,15 +191,16 @@ def test_plain_scan_is_the_same_map():
     setting = scan.Setting(2, 96, 3, p=8, n=4, q=32)
     inputs = [t.detach().double().requires_grad_() for t in scan.inputs_of(setting, OPTIONS)]
     dy = torch.randn(2, 96, 3, 8, dtype=torch.float64)
-    plain, ours = scan.plain_chunked(*inputs, 32), ssd_chunked(*inputs, chunk_size=32)[0]
+    plain, ours = (scan.scan_of(name, setting)(*inputs) for name in ("plain-autograd", "mamba2_min"))
     torch.testing.assert_close(plain, ours, rtol=1e-9, atol=1e-9)
     for got, wanted in zip(*(torch.autograd.grad(y, inputs, dy) for y in (plain, ours)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
 def test_plain_scan_takes_what_a_gpu_gives_it():
-    x, dt, A, B, C, D = scan.inputs_of(scan.Setting(1, 64, 2, p=8, n=4, q=32), OPTIONS)
-    plain = scan.plain_chunked(x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), D, 32)
+    setting = scan.Setting(1, 64, 2, p=8, n=4, q=32)
+    x, dt, A, B, C, D = scan.inputs_of(setting, OPTIONS)
+    plain = scan.scan_of("plain-autograd", setting)(x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), D)
     assert plain.dtype == torch.bfloat16
     exact = ssd_chunked(x, dt, A, B, C, D)[0]
     assert (plain - exact).abs().max() < 0.05 * exact.abs().max()

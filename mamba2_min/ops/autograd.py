@@ -1,4 +1,4 @@
-"""What the hand-written derivatives need, of autograd and of compilers, and how wide sums are."""
+"""Helpers for hand-written backward passes: autocast, compilers, and the dtypes of sums."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def autocast_off(t: Tensor) -> contextlib.AbstractContextManager:
 
 
 def without_autocast(function: Callable) -> Callable:
-    """Runs `function` without autocast on the device of the first tensor that it is given."""
+    """Runs `function` without autocast on the device of its first tensor argument."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -31,9 +31,10 @@ def without_autocast(function: Callable) -> Callable:
 
 
 def handwritten_backward(backward: Callable) -> Callable:
-    """What each hand-written `backward` here is: without autocast, which would round its products and convolutions, and
-    without a derivative of its own. Where that is asked for (create_graph=True) it says so instead of giving it wrong:
-    PyTorch's `once_differentiable` says it to `backward()` only, and `torch.autograd.grad` goes around it.
+    """Runs the `backward` of an autograd function without autocast, which would round its products and convolutions.
+
+    It has no derivative of its own: asking for one (create_graph=True) is a RuntimeError. PyTorch's
+    `once_differentiable` notices that in `backward()` alone, not in `torch.autograd.grad`, and gives a wrong result.
     """
 
     @functools.wraps(backward)
@@ -47,8 +48,10 @@ def handwritten_backward(backward: Callable) -> Callable:
 
 
 def no_compile(function: Callable) -> Callable:
-    """Keeps `torch.compile` out of `function`: what is laid out by hand for a CPU's caches, and writes where it is told
-    to, gains nothing from it (and the compiler of PyTorch 2.11 loses gradients of results that are changed in place).
+    """Keeps `torch.compile` out of `function`, which takes positional arguments.
+
+    Code that is laid out by hand for a CPU's caches and writes in place gains nothing from a compiler, and that of
+    PyTorch 2.11 loses the gradients of results that are changed in place.
     """
 
     @functools.wraps(function)
@@ -66,16 +69,16 @@ def is_traced() -> bool:
 
 
 def is_rounded() -> bool:
-    """Whether a CPU may round float32 matrices to bf16 in their products, as `devices.matmul_precision` has it."""
+    """Whether a CPU may round the operands of float32 matrix products to bf16 (`devices.matmul_precision`)."""
     try:
         return torch.get_float32_matmul_precision() == "medium"
-    except RuntimeError:  # where PyTorch's newer switches have been used, this one does not answer
+    except RuntimeError:  # raised once PyTorch's newer switches have been used
         return False
 
 
 @contextlib.contextmanager
 def unrounded() -> Iterator[None]:
-    """A context in which it may not: for products with one column, of which the rounding takes longer than it saves."""
+    """A context in which it may not. In a product with one column, rounding takes longer than it saves."""
     rounded = is_rounded()
     if rounded:
         torch.set_float32_matmul_precision("highest")
@@ -86,17 +89,17 @@ def unrounded() -> Iterator[None]:
             torch.set_float32_matmul_precision("medium")
 
 
-def as_bits(t: Tensor) -> Tensor:
-    """t as integers, first and last dimension exchanged, for `ctx.save_for_backward`: a view that `of_bits` turns back.
+def pack_saved(t: Tensor) -> Tensor:
+    """t as it should be passed to `ctx.save_for_backward`: a view as integers, first and last dimension exchanged.
 
-    A compiler sees forward and backward at once, takes what both compute from t for one thing, and keeps that for the
-    backward (t widened, t shifted) where t alone would do. It does not look through the integers, turned as they are.
+    A compiler sees forward and backward at once. What both compute from t (t widened, t shifted) it would keep for the
+    backward pass, where t alone is enough. It does not see through this view, so it keeps t.
     """
     return t.view(_INTEGERS[t.element_size()]).transpose(0, -1)
 
 
-def of_bits(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `as_bits` was given."""
+def unpack_saved(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, of that dtype, that `pack_saved` was given."""
     return t.view(dtype).transpose(0, -1)
 
 
@@ -104,15 +107,15 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def materialize(t: Tensor) -> Tensor:
-    """t, contiguous. A compiler writes it to memory here, instead of working it out anew wherever it is used."""
+    """t, contiguous. A compiler writes it to memory here, instead of computing it again at every use."""
     return t.contiguous().as_strided(t.shape, [math.prod(t.shape[i + 1 :]) for i in range(t.dim())])
 
 
 def widen(t: Tensor) -> Tensor:
-    """t in float32, or in its own type where that is wider."""
+    """t in float32, or in its own dtype where that is wider."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """What long sums and their differences are had in: float64, and on Apple's GPUs, which have none, float32."""
+    """The dtype of long sums and their differences: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -7,56 +7,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba2_min.ops.autograd import (
-    as_bits,
     handwritten_backward,
     materialize,
     no_compile,
-    of_bits,
+    pack_saved,
+    unpack_saved,
     unrounded,
     without_autocast,
 )
 from mamba2_min.ops.seq_idx import document_numbers
 
-_BLOCK_ELEMENTS = 1 << 18  # of a product that stays in a core's second-level cache until it is summed
+_BLOCK_ELEMENTS = 1 << 18  # of a product: it stays in a core's second-level cache until it is summed
 
 
-@without_autocast
-def causal_conv_silu(
-    u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None = None, seq_idx: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """silu(bias + sum_k weight[:, k] u_{t - (K - 1) + k}): a depthwise convolution of K taps that never looks ahead.
+def conv_silu_by_taps(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None = None) -> Tensor:
+    """The definition: silu(bias + sum_k weight[:, k] u_{t - (K - 1) + k}), one shifted product per tap.
 
-    u (b, l, c), weight (c, K), bias (c,) or None; state (b, K - 1, c), the inputs before the first, zeros if None;
-    seq_idx (b, l): a document ends where it changes, and a tap that would reach into another one reads zero. The state
-    belongs to the first document.
-    Returns (b, l, c) in u's dtype, and the state after the last token. (Mamba-2 paper, arXiv:2405.21060, section 7.1.)
+    padded (b, K - 1 + l, c) is u with the K - 1 inputs before it, weight (c, K), bias (c,) or None; documents
+    (b, K - 1 + l): a tap that would reach into another document reads zero. Returns (b, l, c).
     """
-    K, l = weight.shape[1], u.shape[1]
-    weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
-    if state is None and seq_idx is None and (torch.compiler.is_compiling() or not _is_cpu(u)):
-        last = u[:, max(0, l - (K - 1)) :]
-        return _ShiftedConvSiLU.apply(u, weight, bias), F.pad(last, (0, 0, K - 1 - last.shape[1], 0))
-    if state is None:
-        state = u.new_zeros(u.shape[0], K - 1, u.shape[2])
-    padded = torch.cat([state.to(u.dtype), u], dim=1)  # (b, K - 1 + l, c)
-    new_state = padded[:, padded.shape[1] - (K - 1) :].clone()  # a view would keep all of `padded` alive
-    if seq_idx is None:
-        return (_on_cpu if _is_cpu(u) else _taps)(padded, weight, bias), new_state
-    document = document_numbers(seq_idx, *u.shape[:2], u.device)
-    documents = F.pad(document, (K - 1, 0))
-    same = (documents[:, documents.shape[1] - (K - 1) :] == document[:, -1:])[..., None]
-    return _taps(padded, weight, bias, documents), torch.where(same, new_state, 0)
-
-
-def _is_cpu(t: Tensor) -> bool:
-    return t.device.type == "cpu"
-
-
-def _taps(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None = None) -> Tensor:
-    """The definition, a shifted product a tap. padded (b, K - 1 + l, c), documents (b, K - 1 + l) -> (b, l, c)."""
     K = weight.shape[1]
     l = padded.shape[1] - (K - 1)
-    y = 0 if bias is None else bias
+    y = padded.new_zeros(()) if bias is None else bias
     for k in range(K):
         tap = padded[:, k : k + l]
         if documents is not None:
@@ -65,12 +37,44 @@ def _taps(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor
     return F.silu(y)
 
 
+@without_autocast
+def causal_conv_silu(
+    u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A depthwise convolution of K taps that never looks ahead, then SiLU (arXiv:2405.21060, section 7.1).
+
+    u (b, l, c), weight (c, K), bias (c,) or None; state (b, K - 1, c), the inputs before the first, zeros if None;
+    seq_idx (b, l): a document ends where it changes, and a tap that would reach into another one reads zero. The state
+    belongs to the first document.
+    Returns (b, l, c) in u's dtype, and the state after the last token (b, K - 1, c).
+    """
+    K, (b, l, c) = weight.shape[1], u.shape
+    weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
+    if state is None and seq_idx is None and (torch.compiler.is_compiling() or not _is_cpu(u)):
+        last = u[:, max(0, l - (K - 1)) :]
+        return _ShiftedConvSiLU.apply(u, weight, bias), F.pad(last, (0, 0, K - 1 - last.shape[1], 0))
+    if state is None:
+        state = u.new_zeros(b, K - 1, c)
+    padded = torch.cat([state.to(u.dtype), u], dim=1)  # (b, K - 1 + l, c)
+    new_state = padded[:, padded.shape[1] - (K - 1) :].clone()  # a view would keep all of `padded` alive
+    if seq_idx is None:
+        return (_on_cpu if _is_cpu(u) else conv_silu_by_taps)(padded, weight, bias), new_state
+    document = document_numbers(seq_idx, b, l, u.device)
+    documents = F.pad(document, (K - 1, 0))
+    same = (documents[:, documents.shape[1] - (K - 1) :] == document[:, -1:])[..., None]
+    return conv_silu_by_taps(padded, weight, bias, documents), torch.where(same, new_state, 0)
+
+
+def _is_cpu(t: Tensor) -> bool:
+    return t.device.type == "cpu"
+
+
 class _ShiftedConvSiLU(torch.autograd.Function):
-    """`_taps` without a state, for a compiler: shifts that are never written out, and a backward that keeps u alone."""
+    """The definition without a state, for a compiler: no shifted copy is written, and only u is kept."""
 
     @staticmethod
     def forward(ctx, u, weight, bias):
-        ctx.save_for_backward(as_bits(u), weight, bias)
+        ctx.save_for_backward(pack_saved(u), weight, bias)
         ctx.dtype = u.dtype
         return F.silu(_shifted(u, materialize(weight.t()), bias))
 
@@ -78,7 +82,7 @@ class _ShiftedConvSiLU(torch.autograd.Function):
     @handwritten_backward
     def backward(ctx, dy):
         bits, weight, bias = ctx.saved_tensors
-        u, taps = of_bits(bits, ctx.dtype), materialize(weight.t())
+        u, taps = unpack_saved(bits, ctx.dtype), materialize(weight.t())
         K, l = weight.shape[1], u.shape[1]
         dv = materialize(torch.ops.aten.silu_backward(dy, _shifted(u, taps, bias)))
         du = dv * taps[-1]
@@ -92,7 +96,7 @@ class _ShiftedConvSiLU(torch.autograd.Function):
 
 
 def _shifted(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    """Before SiLU: u (b, l, c), taps (K, c), a row for each shift, so that neighbours read neighbours -> (b, l, c)."""
+    """The sum before SiLU: u (b, l, c), taps (K, c), one contiguous row per shift -> (b, l, c)."""
     K, l = len(taps), u.shape[1]
     y = u * taps[-1] if bias is None else u * taps[-1] + bias
     for s in range(1, K):
@@ -106,7 +110,7 @@ def _on_cpu(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _ConvSiLU(torch.autograd.Function):
-    """`_taps` by the convolution of PyTorch's CPU library; the backward keeps the input alone."""
+    """The definition by the convolution of PyTorch's CPU library; only the input is kept."""
 
     @staticmethod
     def forward(ctx, padded, weight, bias):
@@ -118,8 +122,7 @@ class _ConvSiLU(torch.autograd.Function):
     def backward(ctx, dy):
         padded, weight, bias = ctx.saved_tensors
         K, l = weight.shape[1], dy.shape[1]
-        # With K - 1 zeros on either side, each input reaches the K outputs after it through the same convolution, its
-        # taps in reverse.
+        # An input reaches the K outputs from its own on: the same convolution, with the taps in reverse.
         zeros = dy.new_zeros(dy.shape[0], l + 2 * (K - 1), dy.shape[2])
         du = zeros[:, K - 1 : K - 1 + l]
         torch.ops.aten.silu_backward.grad_input(dy, _convolved(padded, weight, bias), grad_input=du)
@@ -128,7 +131,7 @@ class _ConvSiLU(torch.autograd.Function):
         dtaps, dbias = dy.new_zeros(K, dy.shape[2], dtype=wide), dy.new_zeros(dy.shape[2], dtype=wide)
         tokens = max(1, _BLOCK_ELEMENTS // dy.shape[2])  # of several rows, or of a part of one
         ones = dy.new_ones(min(tokens, dy.shape[0] * l), dtype=wide)
-        with unrounded():  # a sum over tokens is had sooner as a product with ones
+        with unrounded():  # a sum over tokens is faster as a product with ones
             for rows, past in zip(*(t.split(max(1, tokens // l)) for t in (du, padded)), strict=True):
                 for start in range(0, l, tokens):
                     part = rows[:, start : start + tokens]
@@ -142,6 +145,6 @@ class _ConvSiLU(torch.autograd.Function):
 
 
 def _convolved(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(b, K - 1 + l, c) -> (b, l, c). As a picture of height 1 whose channels lie last, it needs no copy."""
-    picture = padded[:, None].permute(0, 3, 1, 2)  # (b, c, 1, K - 1 + l)
-    return F.conv2d(picture, weight[:, None, None], bias, groups=len(weight)).permute(0, 2, 3, 1)[:, 0]
+    """(b, K - 1 + l, c) -> (b, l, c). As an image of height 1 in the channels-last layout, it needs no copy."""
+    image = padded[:, None].permute(0, 3, 1, 2)  # (b, c, 1, K - 1 + l)
+    return F.conv2d(image, weight[:, None, None], bias, groups=len(weight)).permute(0, 2, 3, 1)[:, 0]

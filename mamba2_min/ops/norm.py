@@ -1,4 +1,4 @@
-"""RMSNorm, and RMSNorm with the gate of a Mamba-2 block, each with a backward that keeps nothing but its inputs."""
+"""RMSNorm, and RMSNorm with the gate of a Mamba-2 block, each with a backward pass that keeps only its inputs."""
 
 from __future__ import annotations
 
@@ -6,29 +6,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.ops.autograd import as_bits, handwritten_backward, materialize, of_bits
+from mamba2_min.ops.autograd import handwritten_backward, materialize, pack_saved, unpack_saved
+
+
+def rms_norm_plain(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """The definition: x / rms(x) * weight (arXiv:1910.07467), over each of `groups` parts of the last axis."""
+    parts = x.to(weight.dtype).unflatten(-1, (groups, -1))
+    return (parts * (parts.square().mean(-1, keepdim=True) + eps).rsqrt_()).flatten(-2).mul_(weight)
+
+
+def gated_rms_norm_plain(
+    y: Tensor, z: Tensor, weight: Tensor, eps: float, norm_before_gate: bool = False, groups: int = 1
+) -> Tensor:
+    """The definition: rms_norm(y silu(z)), or rms_norm(y) silu(z) with norm_before_gate (arXiv:2405.21060, 7.1)."""
+    gate, y = F.silu(z.to(weight.dtype)), y.to(weight.dtype)
+    if norm_before_gate:
+        return rms_norm_plain(y, weight, eps, groups) * gate
+    return rms_norm_plain(y * gate, weight, eps, groups)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension (arXiv:1910.07467): x (..., d), weight (d,), in weight's dtype."""
-    if not torch.is_grad_enabled():  # token by token, what `apply` itself costs would show
-        x = x.to(weight.dtype)
-        return (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt_()).mul_(weight)
+    """`rms_norm_plain`: x (..., d), weight (d,) -> (..., d), in weight's dtype."""
+    if not torch.is_grad_enabled():  # one token at a time, `apply` alone would take as long
+        return rms_norm_plain(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps, 1)
 
 
 def gated_rms_norm(
     y: Tensor, z: Tensor, weight: Tensor, eps: float, norm_before_gate: bool = False, groups: int = 1
 ) -> Tensor:
-    """rms_norm(y * silu(z)), or rms_norm(y) * silu(z) with norm_before_gate; y and z (..., d), in weight's dtype.
-
-    Each of `groups` equal parts of the last dimension has an rms of its own.
-    """
-    if groups == 1 and not torch.is_grad_enabled():
-        gate, y = F.silu(z.to(weight.dtype)), y.to(weight.dtype)
-        if norm_before_gate:
-            return rms_norm(y, weight, eps).mul_(gate)
-        return rms_norm(gate.mul_(y), weight, eps)
+    """`gated_rms_norm_plain`: y and z (..., d), weight (d,) -> (..., d), in weight's dtype."""
+    if not torch.is_grad_enabled():
+        return gated_rms_norm_plain(y, z, weight, eps, norm_before_gate, groups)
     if norm_before_gate:
         return _RMSNorm.apply(y, weight, eps, groups) * F.silu(z.to(weight.dtype))
     return _GatedRMSNorm.apply(y, z, weight, eps, groups)
@@ -56,7 +65,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         y = materialize(y)
         u = F.silu(z.to(weight.dtype)).mul_(y)
         scale = _inverse_rms(u, eps, groups)
-        ctx.save_for_backward(y, as_bits(z), weight, scale)
+        ctx.save_for_backward(y, pack_saved(z), weight, scale)
         ctx.dtype = z.dtype
         return _scaled(u, scale) * weight
 
@@ -64,7 +73,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     @handwritten_backward
     def backward(ctx, dout):
         y, bits, weight, scale = ctx.saved_tensors
-        wide_z = of_bits(bits, ctx.dtype).to(weight.dtype)
+        wide_z = unpack_saved(bits, ctx.dtype).to(weight.dtype)
         gate = F.silu(wide_z)
         du, dweight = _normed_backward(gate * y, weight, scale, dout)
         dz = torch.ops.aten.silu_backward(du * y, wide_z)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mamba2_min.ops.autograd import without_autocast
+from mamba2_min.ops.autograd import is_traced, without_autocast
 from mamba2_min.ssd import cpu, cuda, parts
 from mamba2_min.ssd.arguments import Shape, check
 from mamba2_min.ssd.plain import ssd_plain, ssd_quadratic, ssd_recurrent, ssd_step
@@ -99,6 +99,8 @@ def _forcing(name: str) -> Iterator[None]:
 def _pick(device: torch.device, dtype: torch.dtype, shape: Shape) -> Callable[..., tuple[Tensor, Tensor]]:
     if _forced.name is not None:
         return SCANS[_forced.name][1]
+    if is_traced():
+        return ssd_plain  # the others ask for values, or have backward passes written by hand
     for supports, scan in SCANS.values():
         if supports(device, dtype, shape):
             return scan

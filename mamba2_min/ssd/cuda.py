@@ -20,6 +20,8 @@ from mamba2_min.ssd.arguments import Shape, pad_to_chunks, to_inner, to_outer
 # the cumulative sums small enough for their differences to be exact enough for bf16.
 _FORGOTTEN = -88.0
 
+_BMM_WIDENS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+
 
 def supports(device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
     """bf16 on a GPU of CUDA or ROCm."""
@@ -50,16 +52,16 @@ class BF16Scan(torch.autograd.Function):
         Bm, Cm = (t.reshape(m, q, g, n).transpose(1, 2).reshape(m * g, q, n) for t in (B, C))
         xdt = x.reshape(m, q, h, p) * dt.reshape(m, q, h, 1)
 
-        # Step 1: what each chunk adds to the state that leaves it; step 2: the recurrence from chunk to chunk.
+        # Step 1: what each chunk adds to the state; step 2: the state from chunk to chunk.
         written = _by_group(xdt * leave.transpose(1, 2)[..., None], g)
         added = _wide_product(Bm.transpose(1, 2), written).view(b, -1, g, n, r, p)
-        state, states = to_inner(initial_state, g), []
+        state, entering = to_inner(initial_state, g), []
         for k in range(l // q):
-            states.append(state.bfloat16())
+            entering.append(state.bfloat16())
             state = across[:, k].view(b, g, 1, r, 1) * state + added[:, k]
-        states = torch.stack(states, 1).view(m * g, n, r * p)
+        states = torch.stack(entering, 1).view(m * g, n, r * p)
 
-        # Step 3: what each token reads from the state that enters; step 4: attention without softmax in the chunk.
+        # Step 3: what each token reads from the state that enters its chunk; step 4: the diagonal blocks.
         entered = _product(Cm, states).view(m, g, q, r, p).permute(0, 1, 3, 2, 4).reshape(m, h, q, p)
         M, _ = _decay_matrix(s, _visible(segment, q, s.device), _product(Cm, Bm.transpose(1, 2)), g)
         inside = _product(M.bfloat16().view(m * h, q, q), _by_head(xdt)).view(m, h, q, p)
@@ -88,11 +90,11 @@ class BF16Scan(torch.autograd.Function):
         # Step 3 reversed, then step 2: the gradient of the state that leaves each chunk, from the last to the first.
         dread = _by_group(dym * enter_q, g)
         read = _wide_product(Cm.transpose(1, 2), dread).view(b, -1, g, n, r, p)
-        dstate, dleft = to_inner(dfinal, g), []
+        dstate, leaving = to_inner(dfinal, g), []
         for k in reversed(range(l // q)):
-            dleft.append(dstate.bfloat16())
+            leaving.append(dstate.bfloat16())
             dstate = across[:, k].view(b, g, 1, r, 1) * dstate + read[:, k]
-        dleft = torch.stack(dleft[::-1], 1).view(m * g, n, r * p)
+        dleft = torch.stack(leaving[::-1], 1).view(m * g, n, r * p)
 
         # Step 4, y = (L G) (dt x): E is the derivative by each exponent a_{j+1} + ... + a_i.
         G = _product(Cm, Bm.transpose(1, 2))
@@ -104,7 +106,7 @@ class BF16Scan(torch.autograd.Function):
         rows, columns = E.sum(-1), E.sum(-2)  # (m, h, q)
         inside = _product(M.bfloat16().view(m * h, q, q).transpose(1, 2), dy_heads).view(m, h, q, p).transpose(1, 2)
 
-        # Steps 1 and 3 again, for what a token writes to the state that leaves and reads from the one that enters.
+        # Steps 1 and 3, for what a token writes to the state that leaves and reads from the one that enters.
         through = _ungroup(_product(Bm, dleft), m, g, r) * leave_q
         start = (dym * enter_q * _ungroup(_product(Cm, states), m, g, r)).sum(-1)  # (m, q, h)
         dxdt = inside + through
@@ -115,8 +117,8 @@ class BF16Scan(torch.autograd.Function):
         dB = _product(_by_group(xdt * leave_q, g), dleft.transpose(1, 2)) + _product(dG.transpose(1, 2), Cm)
         dC = _product(dread, states.transpose(1, 2)) + _product(dG, Bm)
 
-        # Every a up to i decays what i reads of the entering state, every a after j what j leaves behind, all of them
-        # what is carried across, and those in between what i reads of j.
+        # a_k decays what tokens from k on read of the state that enters and of earlier tokens, and, in the state that
+        # leaves, what earlier tokens wrote and what entered.
         written = (through * xdt).sum(-1)
         carried = across.view(m, 1, h) * (states.float() * dleft.float()).view(m, g, n, r, p).sum((2, 4)).view(m, 1, h)
         net = (rows - columns).transpose(1, 2) + start
@@ -137,8 +139,8 @@ class BF16Scan(torch.autograd.Function):
 
 
 def _decays(dt: Tensor, A: Tensor, segment: Tensor | None, b: int, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s (m, h, q), the sums of a = dt A from each chunk's start; exp(s_i), from there to token i; exp(s_q - s_j), from
-    token j to the chunk's end; and from end to end (b, c, h). A decay is zero where a document ends on the way."""
+    """s (m, h, q), the sums of a = dt A from each chunk's start, and three decays, zero across documents: exp(s_i),
+    from the chunk's start to token i; exp(s_q - s_j), from token j to the chunk's end; exp(s_q) (b, c, h)."""
     h = A.shape[0]
     s = (dt * A).clamp_min(_FORGOTTEN).reshape(-1, q, h).transpose(1, 2).cumsum(-1)
     enter, leave = s.exp(), (s[..., -1:] - s).clamp_max(0).exp()
@@ -169,8 +171,7 @@ def _visible(segment: Tensor | None, q: int, device: torch.device) -> Tensor:
 
 
 def _sum_heads(t: Tensor) -> Tensor:
-    """(m, g, r, q, q) -> (m, g, q, q). By a few heads at a time, each of which a compiler reads along its rows; of many
-    at once it would read them element by element."""
+    """(m, g, r, q, q) -> (m, g, q, q). A few heads at a time: a compiler's code for many reads single elements."""
     while (r := t.shape[2]) > 1:
         few = max([f for f in range(2, 8) if r % f == 0] or [r])
         t = t.unflatten(2, (r // few, few)).sum(3)
@@ -195,12 +196,12 @@ def _by_head(t: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for each of a batch, summed in float32 and rounded to bf16; given as float32, for a compiler to widen."""
+    """a @ b for each of a batch, summed in float32, rounded to bf16, and returned as float32."""
     return (torch.bmm(a.float(), b.float()).bfloat16() if a.device.type == "cpu" else torch.bmm(a, b)).float()
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for each of a batch, summed in float32 and not rounded: what is added to a state."""
+    """a @ b for each of a batch, summed in float32 and not rounded: for what is added to a state."""
     if a.device.type == "cpu":
         return torch.bmm(a.float(), b.float())
-    return torch.bmm(a, b, out_dtype=torch.float32) if torch.__version__ >= (2, 8) else torch.bmm(a, b).float()
+    return torch.bmm(a, b, out_dtype=torch.float32) if _BMM_WIDENS else torch.bmm(a, b).float()
