@@ -44,6 +44,11 @@ class LlamaCpp:
         self._process.wait(30)
         self._process.stdout.close()
 
+    def processor_seconds(self) -> float:
+        """The processor time that the threads of llama.cpp's process have taken so far (Linux)."""
+        threads = Path(f"/proc/{self._process.pid}/task").glob("*/schedstat")
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, special words included, without the token that begins a document."""
         return self._ask("tokenize", texts=texts)
