@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mamba2_min.ops.autograd import is_traced, widen
-from mamba2_min.ops.loss import IGNORE, check_targets
+from mamba2_min.ops.autograd import is_traced
+from mamba2_min.ops.loss import check_targets, cross_entropy, reduced
 from mamba2_min.ops.seq_idx import document_numbers
 
 _SLICE_ELEMENTS = 1 << 22  # of the logits that exist at a time
@@ -55,7 +55,7 @@ def cross_entropy_by_module(
 ) -> Tensor:
     """The cross-entropy in nats of `head(hidden)`, called on slices of positions, as `linear_cross_entropy` has it.
 
-    hidden (b, l, d), targets (b, l) with IGNORE (-100) where a position does not count; logits from vocab_size on get
+    hidden (b, l, d), targets (b, l) with -100 where a position does not count; logits from vocab_size on get
     no probability. No more than one slice's logits exist at a time: the backward pass calls `head` on them again.
     """
     check_targets(hidden, targets, vocab_size, reduction)
@@ -63,12 +63,10 @@ def cross_entropy_by_module(
         raise ValueError(f"targets must be (b, l), not {tuple(targets.shape)}")
 
     def total(h: Tensor, wanted: Tensor) -> Tensor:
-        logits = widen(head(h)[..., :vocab_size]).flatten(0, 1)
-        return F.cross_entropy(logits, wanted.flatten(), ignore_index=IGNORE, reduction="sum")
+        return cross_entropy(head(h)[..., :vocab_size], wanted)
 
     positions = max(1, _SLICE_ELEMENTS // max(1, len(targets) * vocab_size))
     parts = list(zip(hidden.split(positions, 1), targets.split(positions, 1), strict=True))
     again = len(parts) > 1 and torch.is_grad_enabled() and not is_traced()
     sums = [checkpoint(total, *part, use_reentrant=False) if again else total(*part) for part in parts]
-    loss = torch.stack(sums).sum()
-    return loss if reduction == "sum" else loss / (targets != IGNORE).sum().clamp_min(1)
+    return reduced(torch.stack(sums).sum(), targets, reduction)
