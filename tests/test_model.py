@@ -15,11 +15,10 @@ from instruments import Allocated, Recorded, relative_error
 from torch import nn
 from torch.nn import functional as F
 
+from mamba2_min import ssd
 from mamba2_min.config import Mamba2Config
 from mamba2_min.models.mamba2 import Mamba2LM, State
 from mamba2_min.ops import conv
-from mamba2_min.ssd import plain as ssd
-from mamba2_min.ssd.cuda import BF16Scan
 
 V = 29
 
@@ -908,7 +907,6 @@ def test_arguments_that_do_not_fit_are_value_errors(arguments):
 def test_a_compiler_finds_the_same_gradients_of_the_form_for_gpus(monkeypatch, b, l):
     """A whole model in bf16, as a GPU trains it but for the code generator, in one graph a block."""
     monkeypatch.setattr(conv, "_is_cpu", lambda t: False)
-    monkeypatch.setattr(ssd, "chunked_scan", BF16Scan.apply)
     row, found = ids(b, l + 1), []
     for backend in (None, "aot_eager"):
         model = stirred(torch.float32).train()
@@ -916,7 +914,7 @@ def test_a_compiler_finds_the_same_gradients_of_the_form_for_gpus(monkeypatch, b
             compiled = functools.partial(torch.compile, backend=backend, dynamic=False, fullgraph=True)
             monkeypatch.setattr(torch, "compile", compiled)
             model.compile_blocks()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16), ssd.using("cuda"):
             model.loss(row[:, :-1].contiguous(), row[:, 1:].contiguous()).backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in found[0].items():

@@ -221,10 +221,10 @@ def test_without_skip_state_or_documents(form, l):
 
 
 def test_a_compiler_takes_the_form_that_is_made_for_it():
-    """Without its code generator. 17 chunks in runs of 9 and 8, a state, two groups."""
-    case = make(132, g=2, documents=False)
+    """Without its code generator. 5 chunks in runs of 3 and 2, a state, two groups."""
+    case = make(40, g=2, documents=False)
     compiled = mock.Mock(wraps=torch.compile(cpu.whole_scan, backend="aot_eager", dynamic=False))
-    with mock.patch.object(cpu, "_compiled", lambda: compiled):
+    with mock.patch.object(cpu, "_compiled", lambda: compiled), mock.patch.object(cpu, "_COMPILED_CHUNKS", 3):
         outer = torch.compile(ssd_chunked, backend="aot_eager", dynamic=False)
         got = run(lambda **kwargs: outer(**kwargs, chunk_size=8), case)
     assert compiled.call_count == 2
@@ -897,3 +897,32 @@ def test_shapes_of_a_step_that_do_not_fit_are_value_errors():
             ssd_step(case["initial_state"], **{**token, name: token[name][..., :1]})
     with pytest.raises(ValueError, match="initial_state"):
         ssd_step(case["initial_state"][:1], **token)
+
+
+# -- Transforms -------------------------------------------------------------------------------------------------------
+
+
+class Scan(torch.nn.Module):
+    def forward(self, x, dt, A, B, C):
+        return ssd_chunked(x, dt, A, B, C, chunk_size=8)
+
+
+def test_transforms_of_torch_func():
+    """They can ask for no values, and take no function with a backward pass of its own."""
+    x, dt, A, B, C, *_ = make(20, g=2, skip=False, start=False, documents=False).values()
+    expected = ssd_chunked(x, dt, A, B, C)[0]
+    by_row = torch.func.vmap(lambda x, dt, B, C: ssd_chunked(x[None], dt[None], A, B[None], C[None])[0][0])
+    assert relative_error(by_row(x, dt, B, C), expected) < 1e-12
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(ssd_chunked(leaf, dt, A, B, C)[0].square().sum(), leaf)
+    got = torch.func.grad(lambda x: ssd_chunked(x, dt, A, B, C)[0].square().sum())(x)
+    assert relative_error(got, wanted) < 1e-12
+    _, tangent = torch.func.jvp(lambda x: ssd_chunked(x, dt, A, B, C)[0], (x,), (x,))
+    assert relative_error(tangent, expected) < 1e-12  # a linear map
+
+
+def test_export():
+    x, dt, A, B, C, *_ = make(20, g=2, skip=False, start=False, documents=False).values()
+    exported = torch.export.export(Scan(), (x, dt, A, B, C)).module()
+    for got, expected in zip(exported(x, dt, A, B, C), ssd_chunked(x, dt, A, B, C), strict=True):
+        assert relative_error(got, expected) < 1e-12

@@ -41,6 +41,7 @@ from mamba2_min.ssd.arguments import Shape, pad_to_chunks, to_inner, to_outer
 _LEAST_CHUNK, _LEAST_TOKEN = -120.0, -8.0
 
 _CACHE_ELEMENTS = 1 << 18  # of one intermediate: what stays in a core's second-level cache
+_COMPILED_CHUNKS = 16  # per compiled call: their loop is unrolled, and the compiler's code for 64 is slow
 _PLAIN_CHUNK = 64  # of the plain scan: longer chunks are slower
 
 
@@ -108,7 +109,7 @@ def _separated(x, dt, A, B, C, D, initial_state, seq_idx, q, compiled):
     segment = None if seq_idx is None else document_numbers(seq_idx, b, l, x.device)
     x, dt, B, C, segment = pad_to_chunks(q, x, dt, B, C, segment)
     if compiled and segment is None:
-        y, state = compiled_scan(x, dt, A, B, C, D, initial_state, q, _compiled())
+        y, state = compiled_scan(x, dt, A, B, C, D, initial_state, q, _compiled(), _COMPILED_CHUNKS)
     else:
         y, state = SeparableScan.apply(x, dt, A, B, C, D, initial_state, segment, q)
     return y[:, :l], state
@@ -242,8 +243,8 @@ def whole_scan(
     return y.transpose(2, 3).reshape(b, l, h, p).to(x.dtype), to_outer(state)
 
 
-def compiled_scan(x, dt, A, B, C, D, state, q, compiled: Callable, most: int = 16) -> tuple[Tensor, Tensor]:
-    """`whole_scan`, as `compiled`, for at most `most` chunks at a time: their loop is unrolled, and slow for 64."""
+def compiled_scan(x, dt, A, B, C, D, state, q, compiled: Callable, most: int) -> tuple[Tensor, Tensor]:
+    """`whole_scan`, as `compiled`, for at most `most` chunks at a time."""
     chunks = x.shape[1] // q
     size = -(-chunks // -(-chunks // most)) * q  # of equal parts, as far as possible: every size is compiled separately
     if torch.is_grad_enabled() and size < x.shape[1] and not state.requires_grad:
