@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Options
-from mamba2_min.data.corpus import read_documents
+from mamba2_min.data.documents import read_documents
 from mamba2_min.datagen.builtin import STORIES
 from mamba2_min.datagen.cleaning import clean
 from mamba2_min.datagen.duplicates import NearDuplicates, signature

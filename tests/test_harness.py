@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mamba2_min.config import Mamba2Config
-from mamba2_min.data.corpus import Document
+from mamba2_min.data.documents import Document
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.evaluation import task_files
 from mamba2_min.models.mamba2 import Mamba2LM

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.data.corpus import Windows, load_corpus
+from mamba2_min.data.corpus import load_corpus
+from mamba2_min.data.windows import Windows
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import evaluate
 from mamba2_min.models.base import decay_groups

@@ -37,7 +37,8 @@ def task_config(kind: str, name: str, data: Path) -> dict[str, Any]:
 
 def make_items(source: str | Path, folder: Path, limit: int, seed: int = 0) -> dict[str, Path]:
     """Writes the items of each of KINDS, made from the validation part of `source`, and returns their files."""
-    from mamba2_min.data.corpus import read_documents, split_documents
+    from mamba2_min.data.documents import read_documents
+    from mamba2_min.data.split import split_documents
     from mamba2_min.evaluation import task_files
 
     held_out = split_documents(read_documents(source)).validation

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamba2_min.data.corpus import validation_windows
+from mamba2_min.data.windows import validation_windows
 from mamba2_min.models.base import LanguageModel
 from mamba2_min.models.evaluating import evaluating
 from mamba2_min.ops.autograd import widest

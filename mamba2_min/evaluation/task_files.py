@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mamba2_min.data.corpus import Document
+from mamba2_min.data.documents import Document
 from mamba2_min.files import make_folder, write_atomically
 
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]+[\"'”’)]*")

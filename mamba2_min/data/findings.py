@@ -1,0 +1,113 @@
+"""What was met while documents were read, and the lines that tell a user about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+GUIDE = "docs/preparing_documents.md"
+_TYPES = 8  # of files, that have a line of their own
+_PROBLEMS = 5  # with records, that are told in full
+
+
+class Tally:
+    """How often something was found, and in which files."""
+
+    def __init__(self) -> None:
+        self.files: Counter[str] = Counter()
+
+    def add(self, file: str, count: int = 1) -> None:
+        if count:
+            self.files[file] += count
+
+    @property
+    def count(self) -> int:
+        return sum(self.files.values())
+
+    def names(self) -> str:
+        """The files, those with the most first: "a.md, b.md, c.md and 12 more"."""
+        return listed([name for name, _ in self.files.most_common()], 3)
+
+
+class Findings:
+    """Counts of everything that is skipped, left out or changed while the documents of a folder are read."""
+
+    def __init__(self) -> None:
+        self.links, self.not_regular = Tally(), Tally()
+        self.other_types: dict[str, Tally] = {}  # by the ending of a file's name
+        self.empty, self.not_prose = Tally(), Tally()
+        self.records, self.bad_records = Tally(), Tally()
+        self.shapes: Counter[str] = Counter()  # of the records that were read
+        self.problems: list[str] = []  # of the first records that were not
+        self.front_matter, self.base64, self.unbroken, self.controls = Tally(), Tally(), Tally(), Tally()
+        self.base64_size = 0
+
+    def record(self, file: str, shape: str) -> None:
+        self.records.add(file)
+        self.shapes[shape] += 1
+
+    def bad_record(self, file: str, where: str, problem: str) -> None:
+        self.bad_records.add(file)
+        if len(self.problems) < _PROBLEMS:
+            self.problems.append(f"{file}, {where}: {problem}")
+
+    def notes(self) -> list[str]:
+        """A line for each kind of thing, in the order in which reading meets them."""
+        return [*self._on_files(), *self._on_records(), *self._on_text()]
+
+    def _on_files(self) -> list[str]:
+        notes = []
+        if self.links.count:
+            notes.append(f"{counted(self.links.count, 'symbolic link')} not followed")
+        if self.not_regular.count:
+            kind = counted(self.not_regular.count, "pipe or device", "pipes or devices")
+            notes.append(f"{kind} skipped: {self.not_regular.names()}")
+        types = sorted(self.other_types.items(), key=lambda item: (-item[1].count, item[0]))
+        for suffix, files in types[:_TYPES]:
+            one, several = (f"{suffix} file", "") if suffix else ("file without an ending", "files without an ending")
+            notes.append(f"{counted(files.count, one, several)} not read: {files.names()} ({GUIDE})")
+        if types[_TYPES:]:
+            rest = ", ".join(f"{files.count:,} {suffix or 'without an ending'}" for suffix, files in types[_TYPES:])
+            notes.append(f"files of other types not read: {rest}")
+        if self.empty.count:
+            notes.append(f"{counted(self.empty.count, 'file')} without text skipped")
+        return notes
+
+    def _on_records(self) -> list[str]:
+        notes = []
+        if self.records.count:
+            shapes = ", ".join(f"{count:,} by {shape}" for shape, count in self.shapes.most_common())
+            files = counted(len(self.records.files), "file")
+            notes.append(f"{counted(self.records.count, 'record')} of {files} read as documents: {shapes}")
+        if self.bad_records.count:
+            skipped = f"{counted(self.bad_records.count, 'record')} skipped in {self.bad_records.names()}"
+            more = "; ..." if self.bad_records.count > len(self.problems) else ""
+            notes.append(f"{skipped} ({GUIDE}): {'; '.join(self.problems)}{more}")
+        return notes
+
+    def _on_text(self) -> list[str]:
+        notes = []
+        if self.not_prose.count:
+            files = counted(self.not_prose.count, "file")
+            notes.append(f"{files} of markup or data instead of prose read as text: {self.not_prose.names()} ({GUIDE})")
+        if self.front_matter.count:
+            notes.append(f"front matter left out of {counted(self.front_matter.count, 'file')}")
+        if self.base64.count:
+            things = counted(self.base64.count, "picture or other data", "pictures or other data")
+            notes.append(f"{things} in base64 left out, {self.base64_size:,} bytes: {self.base64.names()}")
+        if self.unbroken.count:
+            strings = counted(self.unbroken.count, "very long string")
+            notes.append(f"{strings} without a space, which no vocabulary has: {self.unbroken.names()}")
+        if self.controls.count:
+            signs = counted(self.controls.count, "control character")
+            notes.append(f"{signs} replaced or left out: {self.controls.names()}")
+        return notes
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: 1 file, 2,000 files."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(names: list[str], most: int) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

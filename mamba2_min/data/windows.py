@@ -1,0 +1,128 @@
+"""From a stream of tokens to batches: windows in random order to train on, the stream in order to validate with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+from mamba2_min.data.findings import counted
+from mamba2_min.errors import UserError
+from mamba2_min.ops.loss import IGNORE
+
+
+class Windows:
+    """An endless iterator of training batches: (input_ids, targets), each (b, l) int64, targets one token ahead.
+
+    In each epoch every target `tokens[1:]` occurs exactly once. The stream is cut into windows of `context` tokens,
+    at a new random phase each epoch, so that no token is always the first of a window, and the windows come in a new
+    random order. The two windows at the ends of the stream are shorter; they are filled up on the right with id 0 and
+    target -100. Batches all have the same shape: what an epoch leaves over starts the batch with which the next begins.
+
+    Where the stream is shorter than `context`, `self.context` is what there is, and `self.note` says so (else None).
+    The order depends on `seed`, the epoch and the number of tokens only: `state_dict()` is three numbers and what they
+    belong to, and `load_state_dict` goes on with the very next batch.
+    """
+
+    _starts: torch.Tensor  # (w,): the index of each window's first input, in the order of this epoch
+
+    def __init__(self, tokens: torch.Tensor, context: int, batch_size: int, seed: int = 0):
+        """`tokens` (l,), on the CPU. Raises UserError for fewer than two tokens, ValueError for sizes below 1."""
+        if context < 1 or batch_size < 1:
+            raise ValueError(f"context and batch_size must be at least 1, not {context} and {batch_size}")
+        self.targets_per_epoch = len(tokens) - 1
+        if self.targets_per_epoch < 1:
+            raise UserError(f"nothing to learn from: the training part has {counted(len(tokens), 'token')}, not two")
+        self.tokens, self.batch_size, self.seed = tokens, batch_size, seed
+        self.context = min(context, self.targets_per_epoch)
+        self.note = None
+        if self.context < context:
+            self.note = f"context {context} shortened to {self.context}: the training part has {len(tokens)} tokens"
+        self._begin(epoch=0)
+
+    def __iter__(self) -> Windows:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = []
+        missing = self.batch_size
+        while missing:
+            if self.position == len(self._starts):
+                self._begin(self.epoch + 1)
+            chosen.append(self._starts[self.position : self.position + missing])
+            self.position += len(chosen[-1])
+            missing -= len(chosen[-1])
+        starts = torch.cat(chosen)[:, None]  # (b, 1)
+        ends = (starts + self.context).clamp(max=self.targets_per_epoch)
+        at = starts.clamp(min=0) + torch.arange(self.context)  # (b, l)
+        inside = at < ends
+        at = at * inside  # any index will do where nothing is read from it
+        input_ids = self.tokens[at].long() * inside
+        targets = self.tokens[at + 1].long().masked_fill(~inside, IGNORE)
+        return input_ids, targets
+
+    @property
+    def epochs(self) -> float:
+        """How often the stream has been gone through so far, such as 2.25."""
+        return self.epoch + self.position / len(self._starts)
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the data, as plain integers. It is that after the last batch that was taken."""
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self.position,
+            "context": self.context,
+            "tokens": len(self.tokens),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to the place that `state_dict` gave. The batch size may be another; else raises UserError."""
+        damaged = UserError("cannot go on: the saved place in the data is damaged")
+        if state.keys() != self.state_dict().keys() or any(type(value) is not int for value in state.values()):
+            raise damaged
+        for name, here in (("tokens", len(self.tokens)), ("context", self.context)):
+            if state[name] != here:
+                raise UserError(f"cannot go on at the saved place in the data: {name} were {state[name]}, now {here}")
+        self.seed = state["seed"]
+        self._begin(state["epoch"])
+        if not 0 <= state["position"] <= len(self._starts):
+            raise damaged
+        self.position = state["position"]
+
+    def _begin(self, epoch: int) -> None:
+        """Draws the phase and the order of `epoch`."""
+        self.epoch, self.position = epoch, 0
+        seed = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
+        phase = int(torch.randint(self.context, (), generator=generator))
+        # A window that starts before the stream keeps what lies inside of it: targets 0 to phase - 1.
+        first = phase - self.context if phase else 0
+        starts = torch.arange(first, self.targets_per_epoch, self.context)
+        self._starts = starts[torch.randperm(len(starts), generator=generator)]
+
+
+def validation_windows(
+    tokens: torch.Tensor, context: int, start_id: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The stream in order, for evaluation with the state carried on: (input_ids, targets), each (1, l) int64.
+
+    `l` is `context`, in the last window what is left. Each token but the first is the target once. With `start_id`
+    the stream is read as if that token stood before it, and the first token is a target as well: with the
+    end-of-document token there, the targets are exactly what `Corpus.validation_bytes` counts.
+    Raises ValueError for a context below 1, UserError for a stream without a target.
+    """
+    if context < 1:
+        raise ValueError(f"context must be at least 1, not {context}")
+    if start_id is not None:
+        tokens = torch.cat([tokens.new_tensor([start_id]), tokens])
+    if len(tokens) < 2:
+        raise UserError("nothing to validate with: the validation part has no token to predict")
+    return _in_order(tokens, context)
+
+
+def _in_order(tokens: torch.Tensor, context: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for start in range(0, len(tokens) - 1, context):
+        piece = tokens[start : start + context + 1].long()[None]  # (1, l + 1)
+        yield piece[:, :-1], piece[:, 1:]
