@@ -177,16 +177,13 @@ def say(label: str, text: str) -> None:
 
 def _cost(source: Path, network: Mamba2LM, tokenizer: WordTokenizer) -> str:
     """What another cut of the validation text changes, in words."""
-    from mamba2_min.data.corpus import load_corpus
+    from mamba2_min.data.corpus import corpus_of
     from mamba2_min.evaluation.perplexity import evaluate
     from mamba2_min.training.runs import read_plan
 
     try:
         data = read_plan(source).data
-        ours, theirs = (
-            load_corpus(data.data, val_fraction=data.val_fraction, val_path=data.val_data, tokenizer=cut)
-            for cut in (tokenizer, tokenizer.recut("llama3"))
-        )
+        ours, theirs = (corpus_of(data, cut) for cut in (tokenizer, tokenizer.recut("llama3")))
     except UserError as error:
         return f"not measured: {error}"
     before, after = (

@@ -106,12 +106,22 @@ ACCEPTABLE = tuple(field.name for field in dataclasses.fields(Settings) if field
 class DataSettings:
     """Where the documents are and how the vocabulary is made. Impossible values raise ValueError."""
 
-    data: str = setting("training_data", "documents to train on: .md and .txt", metavar="DIR|FILE")
+    data: str = setting(
+        "training_data",
+        "documents to train on: .md, .txt, and records in .jsonl, .json, .csv, .tsv",
+        metavar="DIR|FILE",
+    )
     val_data: str | None = setting(None, "documents to validate with", metavar="DIR|FILE", shown="a tenth of --data")
-    val_fraction: float = setting(0.1, "share of the documents to validate with", high=1)
+    val_fraction: float = setting(0.1, "share of the text to validate with", high=1)
+    encoding: str | None = setting(None, "how files that are not UTF-8 are encoded: cp1252, ...", shown="none are read")
+    drop_repeats: bool = setting(False, "leave out paragraphs that stand in three documents or more")
+    max_documents_bytes: int | None = setting(
+        None, "train on a part of the documents, of so many bytes", low=1, high=2**63 - 1, shown="all"
+    )
     vocab_size: int | None = setting(8192, "tokens in the vocabulary, at most", low=1)
     min_count: int = setting(2, "a word seen less often becomes its bytes", low=1)
     pattern: str = setting("llama3", "where text is cut; whitespace: the WikiText convention", choices=PATTERNS)
+    rules: int = setting(2, low=1, high=2)  # how documents are read and split; 1 is how the first version did it
 
     def __post_init__(self) -> None:
         check_fields(self)

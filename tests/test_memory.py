@@ -112,12 +112,17 @@ def test_documents_that_do_not_fit_are_refused_unread(tmp_path, monkeypatch):
         with pytest.raises(UserError) as error:
             check_room(path, None)
         assert str(error.value).startswith(
-            "the documents are 1.0 GB: reading them takes about 24.0 GB, and 8.0 GB is free; take some"
+            "the documents are 1.0 GB: reading them takes about 16.0 GB, and 8.0 GB is free; "
+            "add --max-documents-bytes 500000000 to train on a part"
         )
     monkeypatch.setattr(devices, "free_host_memory", lambda: 25 * 10**9)
     check_room(tmp_path, None)
+    check_room(tmp_path, tmp_path)
+    monkeypatch.setattr(devices, "free_host_memory", lambda: 19 * 10**9)
     with pytest.raises(UserError, match=r"the documents are 2\.0 GB"):
         check_room(tmp_path, tmp_path)  # training and validation documents
+    monkeypatch.setattr(devices, "free_host_memory", lambda: 8 * 10**9)
+    check_room(tmp_path, max_bytes=5 * 10**8)  # as the message says
 
 
 def test_files_that_are_not_read_need_no_memory(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from mamba2_min.data.repeats import Repeats
 from mamba2_min.data.stream import PieceStream, Span
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
+from mamba2_min.settings import DataSettings
 
 
 @dataclass
@@ -142,6 +143,23 @@ def load_corpus(
         notes=texts.notes(),
         outside=outside,
         worst=worst,
+    )
+
+
+def corpus_of(data: DataSettings, tokenizer: WordTokenizer | None = None) -> Corpus:
+    """`load_corpus` by the settings of a run, with its own `tokenizer` where there is one."""
+    return load_corpus(
+        data.data,
+        data.vocab_size,
+        data.min_count,
+        data.pattern,
+        data.val_fraction,
+        data.val_data,
+        tokenizer=tokenizer,
+        encoding=data.encoding,
+        drop_repeats=data.drop_repeats,
+        max_bytes=data.max_documents_bytes,
+        rules=data.rules,
     )
 
 

@@ -25,6 +25,7 @@ from mamba2_min.data import clean, records
 from mamba2_min.data.encodings import Guess, Undecodable, check_encoding, decode, decode_as
 from mamba2_min.data.findings import GUIDE, Findings, Tally, counted, listed
 from mamba2_min.errors import UserError
+from mamba2_min.files import open_regular
 
 PROSE = (".md", ".txt")
 SUFFIXES = PROSE + records.SUFFIXES
@@ -68,14 +69,6 @@ def read_documents(
     if notes is not None:
         notes += reader.notes()
     return documents
-
-
-def total_bytes(path: str | os.PathLike, max_bytes: int | None = None) -> int:
-    """The bytes that reading `path` would take from the disk: of the files that are read, of others nothing.
-
-    Raises UserError where there is no such path.
-    """
-    return sum(file.limit for file in Reader(path, max_bytes=max_bytes).files)
 
 
 @dataclass(frozen=True)
@@ -266,10 +259,7 @@ class Reader:
 
     def _nothing(self) -> UserError:
         if not self.path.is_dir():
-            problems = self.found.problems
-            reason = (
-                f"{problems[0].removeprefix(f'{self.path.name}, ')} ({GUIDE})" if problems else "the file has no text"
-            )
+            reason = f"{self.found.first_problems()} ({GUIDE})" if self.found.problems else "the file has no text"
             return UserError(f"no documents in {self.path}: {reason}")
         looked = f"{' and '.join(PROSE)} files with text in them"
         if self.rules > 1:
@@ -289,11 +279,11 @@ class Reader:
         kinds: dict[Guess, list[str]] = {}
         for file, error in files:
             kinds.setdefault(error.guess, []).append(file.name)
-        told = "; ".join(
-            f"{counted(len(names), 'file')} like {_advice(guess)}: {listed(names, 40)}"
-            for guess, names in kinds.items()
-        )
-        return UserError(f"{len(files):,} files in {self.path} are not {expected}. They look: {told} ({GUIDE})")
+        told = [
+            f"{len(names):,} {'looks' if len(names) == 1 else 'look'} like {_advice(guess)}: {listed(names, 40)}"
+            for guess, names in sorted(kinds.items(), key=lambda item: -len(item[1]))
+        ]
+        return UserError(f"{len(files):,} files in {self.path} are not {expected} ({GUIDE}): {'; '.join(told)}")
 
 
 def _advice(guess: Guess) -> str:
@@ -327,12 +317,9 @@ def _up_to_a_break(text: str) -> str:
 
 
 def _read(file: File) -> bytes:
-    """The first `file.limit` bytes of a regular file. Raises UserError where it cannot be read, or is none any more."""
+    """The first `file.limit` bytes of a file. Raises UserError where it cannot be read, or is none any more."""
     try:
-        handle = os.open(file.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(handle, "rb") as opened:
-            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-                raise UserError(f"cannot read {file.path}: it is not a regular file")
+        with open_regular(file.path) as opened:
             return opened.read(file.limit)
     except OSError as error:
         raise UserError(f"cannot read {file.path}: {error.strerror or error}") from None

@@ -25,7 +25,7 @@ class Tally:
 
     def names(self) -> str:
         """The files, those with the most first: "a.md, b.md, c.md and 12 more"."""
-        return listed([name for name, _ in self.files.most_common()], 3)
+        return listed(sorted(self.files, key=lambda name: (-self.files[name], name)), 3)
 
 
 class Findings:
@@ -37,7 +37,7 @@ class Findings:
         self.empty, self.not_prose = Tally(), Tally()
         self.records, self.bad_records = Tally(), Tally()
         self.shapes: Counter[str] = Counter()  # of the records that were read
-        self.problems: list[str] = []  # of the first records that were not
+        self.problems: dict[str, list[str]] = {}  # of the records that were not, and where each was met
         self.front_matter, self.base64, self.unbroken, self.controls = Tally(), Tally(), Tally(), Tally()
         self.base64_size = 0
 
@@ -47,8 +47,7 @@ class Findings:
 
     def bad_record(self, file: str, where: str, problem: str) -> None:
         self.bad_records.add(file)
-        if len(self.problems) < _PROBLEMS:
-            self.problems.append(f"{file}, {where}: {problem}")
+        self.problems.setdefault(problem, []).append(f"{file}, {where}")
 
     def notes(self) -> list[str]:
         """A line for each kind of thing, in the order in which reading meets them."""
@@ -79,10 +78,15 @@ class Findings:
             files = counted(len(self.records.files), "file")
             notes.append(f"{counted(self.records.count, 'record')} of {files} read as documents: {shapes}")
         if self.bad_records.count:
-            skipped = f"{counted(self.bad_records.count, 'record')} skipped in {self.bad_records.names()}"
-            more = "; ..." if self.bad_records.count > len(self.problems) else ""
-            notes.append(f"{skipped} ({GUIDE}): {'; '.join(self.problems)}{more}")
+            skipped = f"{counted(self.bad_records.count, 'record')} of {counted(len(self.bad_records.files), 'file')}"
+            notes.append(f"{skipped} skipped: {self.first_problems()} ({GUIDE})")
         return notes
+
+    def first_problems(self) -> str:
+        """The most frequent problems with records, and where each was met first."""
+        problems = sorted(self.problems.items(), key=lambda item: -len(item[1]))
+        told = [f"{listed(places, 1)}: {problem}" for problem, places in problems[:_PROBLEMS]]
+        return "; ".join(told) + ("; ..." if problems[_PROBLEMS:] else "")
 
     def _on_text(self) -> list[str]:
         notes = []

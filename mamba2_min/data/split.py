@@ -69,8 +69,8 @@ def choose_sides(
 
     1. Those validate whose hash, as a fraction of 1, is below `val_fraction`; if none or all are, the smallest alone.
     2. A single text is cut in two.
-    3. Where 1 gives validation less than a third or more than three times of the bytes that it should have, the large
-       documents are cut, each at the same share of itself; the others stay where their hash puts them.
+    3. Where 1 gives validation less than half or more than twice the bytes that it should have, the large documents are
+       cut, each at the same share of itself; the others stay where their hash puts them.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"the validation part must be a fraction between 0 and 1, not {val_fraction}")
@@ -84,7 +84,7 @@ def choose_sides(
         notes = [f"with {counted(sum(copies.values()), 'document')} the validation part is one document"]
     total = sum(size * copies[key] for key, size in sizes.items())
     share = sum(sizes[key] * copies[key] for key in chosen) / total
-    bad = share < val_fraction / 3 or share > min(3 * val_fraction, 1 - (1 - val_fraction) / 3)
+    bad = share < val_fraction / 2 or share > min(2 * val_fraction, (1 + val_fraction) / 2)
     large = {key for key, size in sizes.items() if is_large(size, total)}
     if rules > 1 and bad and large:
         return Sides(hashed - large, large), []

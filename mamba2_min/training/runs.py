@@ -11,7 +11,7 @@ from typing import Any
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
-from mamba2_min.data.corpus import Corpus, load_corpus
+from mamba2_min.data.corpus import Corpus, corpus_of
 from mamba2_min.data.room import check_room
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError, printable
@@ -36,11 +36,8 @@ class RunSpec:
         """Reads the documents; with the run's own tokenizer where it is resumed. Raises UserError."""
         d = self.data
         if not ignore_memory:
-            check_room(d.data, d.val_data)
-        tokenizer = WordTokenizer.load(Path(out) / checkpoint.TOKENIZER) if self.resume else None
-        return load_corpus(
-            d.data, d.vocab_size, d.min_count, d.pattern, d.val_fraction, d.val_data, tokenizer=tokenizer
-        )
+            check_room(d.data, d.val_data, d.max_documents_bytes, d.rules)
+        return corpus_of(d, WordTokenizer.load(Path(out) / checkpoint.TOKENIZER) if self.resume else None)
 
     def config(self, corpus: Corpus) -> Mamba2Config:
         try:
@@ -137,7 +134,8 @@ def read_plan(out: str | Path) -> RunSpec:
         if not all(isinstance(part, dict) for part in saved.values()):
             raise ValueError("data, model and training are not objects")
         Mamba2Config(vocab_size=1, **saved["model"])
-        return RunSpec(DataSettings(**saved["data"]), saved["model"], Settings(**saved["training"]), resume=True)
+        data = DataSettings(**{"rules": 1, **saved["data"]})  # a run of the first version does not name its rules
+        return RunSpec(data, saved["model"], Settings(**saved["training"]), resume=True)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be understood: {printable(str(error))[:300]}") from error
 

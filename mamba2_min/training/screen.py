@@ -114,7 +114,7 @@ def show_corpus(data: DataSettings, corpus: Corpus) -> None:
     show(
         "tokens",
         f"{len(corpus.train):,} + {len(corpus.validation):,}, vocabulary {len(corpus.tokenizer):,} "
-        f"(pattern {data.pattern}, min-count {data.min_count})",
+        f"(pattern {data.pattern}, min-count {data.min_count}); {corpus.coverage}",
     )
     for note in corpus.notes:
         show("note", note)
