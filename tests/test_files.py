@@ -499,11 +499,7 @@ ALLOWED = {
     "plots": {"savefig"},  # into a file that write_atomically has opened
 }
 # Modules that are still to be adapted.
-<<<<<<< HEAD
-PENDING = {"data.corpus", "data.tokenizer"}
-=======
-PENDING = {"data.tokenizer", "datagen.kinds", "datagen.store", "run"}
->>>>>>> 602e41d (Reading by the settings of a run: encoding, repeats, a part of the documents, the rules that a run began with)
+PENDING = {"data.tokenizer"}
 
 
 def calls(tree):

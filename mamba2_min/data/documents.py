@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,14 +57,18 @@ class Document:
 
 
 def read_documents(
-    path: str | os.PathLike, strip: bool = True, notes: list[str] | None = None, encoding: str | None = None
+    path: str | os.PathLike,
+    strip: bool = True,
+    notes: list[str] | None = None,
+    encoding: str | None = None,
+    suffixes: Collection[str] = SUFFIXES,
 ) -> list[Document]:
     """Every document below the folder `path`, or in the one file `path`, as `Reader` reads them.
 
     What was skipped or changed is told in lines appended to `notes`. Raises UserError where there is no such path,
     nothing to read, a file that cannot be read or is not text.
     """
-    reader = Reader(path, strip, encoding)
+    reader = Reader(path, strip, encoding, suffixes=suffixes)
     documents = list(reader)
     if notes is not None:
         notes += reader.notes()
@@ -96,7 +100,8 @@ class Reader:
     stand between documents, or after each. Front matter, data in base64 and control characters are left out (clean.py).
     White space at both ends of a document is dropped, unless `strip` is False; a blank one is no document.
 
-    With `max_bytes` only so many bytes are read: of files in the order of a hash of their names, the last of them cut.
+    In a folder only files with one of `suffixes` are read. With `max_bytes` only so many bytes are read: of files in
+    the order of a hash of their names, the last of them cut.
     Raises UserError where there is no such path; while documents are read, also where there are none, where a file
     cannot be read, and, all at once, for the files that are no text.
     """
@@ -108,8 +113,10 @@ class Reader:
         encoding: str | None = None,
         max_bytes: int | None = None,
         rules: int = RULES,
+        suffixes: Collection[str] = SUFFIXES,
     ):
         self.path, self.strip, self.encoding, self.rules = Path(path), strip, encoding, rules
+        self.suffixes = suffixes if rules > 1 else PROSE
         if encoding is not None:
             check_encoding(encoding)
         if max_bytes is not None and max_bytes < 1:
@@ -185,7 +192,7 @@ class Reader:
         """The file, if it is one to read; otherwise it is counted."""
         name = path.relative_to(self.path).as_posix()
         suffix = path.suffix.lower()
-        if suffix not in (SUFFIXES if self.rules > 1 else PROSE):
+        if suffix not in self.suffixes:
             if self.rules > 1:
                 self.found.other_types.setdefault(suffix, Tally()).add(name)
             return None
@@ -209,7 +216,7 @@ class Reader:
 
     def _documents(self, file: File, text: str) -> Iterator[Document]:
         count = 0
-        if self.rules > 1 and file.suffix in records.SUFFIXES:
+        if file.suffix in records.SUFFIXES and file.suffix in self.suffixes:
             wholes = self._records(file, text)
         else:
             wholes = iter([self._prose(file, text)])
@@ -258,12 +265,12 @@ class Reader:
         return text
 
     def _nothing(self) -> UserError:
-        if not self.path.is_dir():
+        if [file.path for file in self.files] == [self.path]:
             reason = f"{self.found.first_problems()} ({GUIDE})" if self.found.problems else "the file has no text"
             return UserError(f"no documents in {self.path}: {reason}")
         looked = f"{' and '.join(PROSE)} files with text in them"
-        if self.rules > 1:
-            looked += f" and records in {', '.join(records.SUFFIXES)} files"
+        tables = [suffix for suffix in records.SUFFIXES if suffix in self.suffixes]
+        looked += f", and records in {', '.join(tables)} files" if tables else ""
         found = "".join(f"; {note}" for note in self.notes())
         return UserError(
             f"no documents in {self.path}: looked for {looked}, in all folders below"

@@ -14,7 +14,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 START = "<start>"  # between a request and its answer
@@ -216,22 +216,28 @@ def _rows_of(value: Any) -> Sequence[Any]:
 
 
 def _table(content: str, delimiter: str) -> Iterator[Record]:
-    """Records of a table whose first row names its columns."""
+    """Records of a table whose first row names its columns.
+
+    In a .tsv file, whose `delimiter` is given, a quotation mark is a character like any other. In a .csv file it may
+    stand around a cell, and the first row shows the delimiter.
+    """
     head = content.lstrip("\n").partition("\n")[0]
-    if not delimiter:
+    quoted = not delimiter
+    if quoted:
         delimiter = max(",;\t|", key=lambda sign: (len(_known(head, sign)), head.count(sign) > 0))
     if not _known(head, delimiter):
         yield Record("line 1", problem=f"its first row must name {FIELDS}; it has {_short(head)}")
         return
     limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
-        yield from _rows(content, delimiter)
+        yield from _rows(content, delimiter, quoted)
     finally:
         csv.field_size_limit(limit)
 
 
-def _rows(content: str, delimiter: str) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter)
+def _rows(content: str, delimiter: str, quoted: bool) -> Iterator[Record]:
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, quoting=quoting)
     names: list[str] = []
     lines, last = content.count("\n"), 0
     try:

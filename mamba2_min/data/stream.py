@@ -61,7 +61,7 @@ class PieceStream:
         start, number = len(self._stream), self._numbers.__getitem__
         n_bytes = n_words = 0
         for part in _parts(text) if self._may_break else [text]:
-            self._stream.extend(map(number, self._cut.pieces(part)))
+            self._stream.extend(map(number, self._cut.pieces(part, allow_special=True)))
             n_bytes += len(part.encode())
             n_words += len(part.split())
             progress(len(part))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mamba2_min.data.corpus import read_documents
+from mamba2_min.data.documents import PROSE, read_documents
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.files import is_folder
@@ -57,7 +57,7 @@ def _read(path: Path) -> Iterator[Conversation]:
     for file in tables:
         yield from (conversation(row, where) for row, where in read_rows(file))
     try:
-        documents = read_documents(path)
+        documents = read_documents(path, suffixes=PROSE)
     except UserError:
         if tables:  # a folder of records needs no documents
             return

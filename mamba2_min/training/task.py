@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
-from mamba2_min.data.corpus import Corpus, Windows
+from mamba2_min.data.corpus import Corpus
 from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.data.windows import Windows
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import Score, evaluate
 from mamba2_min.settings import Settings
