@@ -24,7 +24,7 @@ def prose(seed, size):
     import random
 
     draw = random.Random(seed)
-    words = "the a old young owl fox sea house letter boat saw found lost wrote kept under over by near again".split()
+    words = ["the", "a", "old", "young", "owl", "fox", "sea", "house", "letter", "boat", "saw", "found", "lost", "kept"]
     paragraphs = []
     while sum(map(len, paragraphs)) < size:
         sentences = [" ".join(draw.choices(words, k=draw.randint(4, 12))).capitalize() + "." for _ in range(4)]

@@ -1,18 +1,23 @@
 """From a folder to tensors: the streams, the vocabulary, what is told, and corpora as people have them."""
 
+import random
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from corpora import many, texts, write
+from corpora import many, prose, texts, write
 
-from mamba2_min.data.corpus import load_corpus
+from mamba2_min import files
+from mamba2_min.data import stream
+from mamba2_min.data.corpus import corpus_of, load_corpus
 from mamba2_min.data.documents import read_documents
 from mamba2_min.data.split import split_documents
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.data.windows import Windows, validation_windows
 from mamba2_min.errors import UserError
+from mamba2_min.settings import DataSettings
+from mamba2_min.training.runs import read_plan
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -134,3 +139,124 @@ class TestLoad:
         assert corpus.tokenizer.special_words == ("<start>",)
         assert corpus.notes == []
         assert (corpus.train == 0).sum() == 897
+
+    @pytest.mark.parametrize("pattern", ["words", "llama3", "whitespace"])
+    def test_a_long_document_has_the_same_tokens_as_if_cut_at_once(self, tmp_path, monkeypatch, pattern):
+        text = (
+            prose(0, 30_000).replace("the ", "the  ").replace("a ", "a\t") + " é 日本語 'quoted' \n\n\n  end 1234 ..."
+        )
+        write(tmp_path, {"a.txt": text, "b.txt": "One more."})
+        whole = load_corpus(tmp_path, pattern=pattern)
+        for length in (1, 7, 100):
+            monkeypatch.setattr(stream, "_LENGTH", length)
+            parts = load_corpus(tmp_path, pattern=pattern)
+            assert parts.digest == whole.digest and parts.words == whole.words
+            assert parts.train_bytes == whole.train_bytes
+
+    def test_a_special_word_of_the_validation_part_alone_is_none(self, tmp_path):
+        write(tmp_path / "train", {f"{i}.md": f"Document {i} tells." for i in range(5)})
+        write(tmp_path / "held", {"a.md": "Ask <start>answer"})
+        corpus = load_corpus(tmp_path / "train", val_path=tmp_path / "held")
+        assert corpus.tokenizer.special_words == ()
+        assert corpus.validation.tolist() == [*corpus.tokenizer.encode("Ask <start>answer"), 0]
+
+    def test_what_is_outside_the_vocabulary(self, tmp_path):
+        draw, plain = random.Random(0), "The same words again and again. " * 100
+        files = {f"{i}.md": f"{plain}{i}" for i in range(20)} | {"odd.md": "Xylophon Quagga Zeppelin " + "unique" * 60}
+        corpus = load_corpus(write(tmp_path, files))
+        assert 0 < corpus.outside < 0.02
+        assert corpus.coverage.startswith(
+            f"{corpus.outside:.1%} of the bytes are outside the vocabulary, most of all in "
+        )
+        write(tmp_path, {"odd.md": " ".join("".join(draw.choices("abcdefgh", k=9)) for _ in range(300))})
+        corpus = load_corpus(tmp_path)
+        assert corpus.worst[0] == "odd.md" and corpus.worst[1] > 0.5
+        # Of a long file in two parts, each byte counts once.
+        ids = corpus.train.tolist() + corpus.validation.tolist()
+        assert corpus.outside <= sum(1 <= i <= 256 for i in ids) / (corpus.train_bytes + corpus.validation_bytes)
+
+    def test_settings_of_a_run(self, tmp_path):
+        write(tmp_path, {f"{i}.txt": f"Café {i} and more words.".encode("cp1252") for i in range(40)})
+        data = DataSettings(data=str(tmp_path), encoding="cp1252", max_documents_bytes=300, pattern="words")
+        corpus = corpus_of(data)
+        assert corpus.digest == load_corpus(tmp_path, 8192, encoding="cp1252", max_bytes=300).digest
+        assert corpus.train_bytes + corpus.validation_bytes < 330
+        assert corpus_of(data, corpus.tokenizer).tokenizer is corpus.tokenizer
+
+
+LICENCE = "This book is for the use of anyone anywhere, at no cost and with almost no restrictions."
+
+
+class TestRepeats:
+    def folder(self, tmp_path):
+        books = {f"{i}.txt": f"{LICENCE}\n\n{prose(i, 5000)}\n \n{LICENCE}  \n" for i in range(6)}
+        return write(tmp_path, books | {"rhyme.txt": "Short.\n\nShort.\n\n" + prose(7, 500)})
+
+    def test_are_reported_and_dropped_if_asked(self, tmp_path):
+        folder = self.folder(tmp_path)
+        kept, dropped = load_corpus(folder), load_corpus(folder, drop_repeats=True)
+        (note,) = [note for note in kept.notes if "paragraph" in note and "large" not in note]
+        size = 6 * len(LICENCE)
+        told = f'1 paragraph in 3 or more documents each, {size} bytes, such as "{LICENCE[:40]}..." in 6: '
+        assert note == told + "--drop-repeats leaves them out"
+        assert told + "left out" in dropped.notes
+        for corpus, found in ((kept, True), (dropped, False)):
+            for tokens in (corpus.train, corpus.validation):
+                assert (LICENCE in corpus.tokenizer.decode(tokens.tolist())) == found
+        text = dropped.tokenizer.decode(dropped.train.tolist())
+        assert prose(1, 5000)[:300] in text or prose(2, 5000)[:300] in text
+
+    def test_dropping_moves_no_document(self, tmp_path):
+        folder = self.folder(tmp_path)
+        first = load_corpus(folder, drop_repeats=True)
+        write(folder, {f"new{i}.txt": f"{prose(1, 5000)[:200]}\n\n{LICENCE}\n\n{i}" for i in range(3)})
+        assert first.validation_documents <= load_corpus(folder, drop_repeats=True).validation_documents
+
+    def test_line_by_line_without_empty_lines(self, tmp_path):
+        write(tmp_path, {f"{i}.txt": f"Line {i} of its own.\n{LICENCE}\nAnother line {i}." for i in range(5)})
+        corpus = load_corpus(tmp_path, drop_repeats=True, min_count=1)
+        assert "Line 3 of its own.\nAnother line 3." in corpus.tokenizer.decode(
+            corpus.train.tolist() + corpus.validation.tolist()
+        )
+
+    def test_nothing_else_there(self, tmp_path):
+        write(tmp_path, {f"{i}.txt": LICENCE for i in range(5)})
+        with pytest.raises(UserError, match="all their paragraphs repeat"):
+            load_corpus(tmp_path, drop_repeats=True)
+
+
+ODD = {
+    "a.md": "---\ntitle: A\n---\nThe first note has a head.\n",
+    "b.txt": "One page.\fThe next page.\rAn old line end. \0 And a zero.\n",
+    "c.md": "A picture: ![x](data:image/png;base64," + "iVBORw0KGgo" * 20 + ")\n",
+    "d.txt": "A novel. " * 2000,
+    "chat.jsonl": '{"text": "a record"}\n',
+    "e.md": "One.<end>Two.<|endoftext|>",
+    "u.txt": "Sixteen bits.".encode("utf-16-le"),
+}
+
+
+class TestOldRuns:
+    """A run of the first version is resumed with the documents, and the split, that it began with."""
+
+    def test_rules_of_the_first_version(self, tmp_path):
+        """The digests are those that the first version gave."""
+        corpus = load_corpus(write(tmp_path / "odd", ODD), min_count=1, rules=1)
+        assert corpus.digest == "ddf711ceeff0169be397b984d3c4c5324bcbcf215b66e2edabcefaf000788a6b"
+        assert corpus.notes == ["with 7 documents the validation part is one document"]
+        shelf = {"novel.txt": prose(0, 60_000)} | {f"n{i}.md": prose(i, 200) for i in range(1, 4)}
+        corpus = load_corpus(write(tmp_path / "shelf", shelf), rules=1)
+        assert corpus.digest == "d9a787d8653d2784b4148839c1739a0f6c7249f9e58af6020596da61550686b5"
+        assert load_corpus(tmp_path / "shelf").digest != corpus.digest
+
+    def test_the_bundled_documents_are_read_as_ever(self):
+        for rules in (1, 2):
+            corpus = load_corpus(Path(__file__).parent.parent / "training_data", rules=rules)
+            assert corpus.digest[:16] == "38771fd0db24aa1a" and corpus.notes == []
+
+    def test_settings_without_rules_are_of_the_first_version(self, tmp_path):
+        saved = {"data": {"data": "d", "val_data": None, "vocab_size": 99, "min_count": 1, "pattern": "words"}}
+        saved["data"]["val_fraction"] = 0.1
+        files.save_json(tmp_path / "settings.json", {**saved, "model": {}, "training": {}})
+        assert read_plan(tmp_path).data.rules == 1
+        assert DataSettings().rules == 2

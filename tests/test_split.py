@@ -105,3 +105,73 @@ class TestSplit:
     def test_no_documents(self):
         with pytest.raises(UserError):
             split_documents([])
+
+
+def size(documents):
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def share(documents, fraction=0.1):
+    train, validation, _ = split_documents(documents, fraction)
+    return size(validation) / size([*train, *validation])
+
+
+NOVEL = Document(prose("novel", 300_000), "novel.txt#1")
+NOTES = [Document(prose(f"note {i}", 300), f"note{i}.md#1") for i in range(30)]
+
+
+class TestBySize:
+    """A tenth of the text, not of the number of documents."""
+
+    @pytest.mark.parametrize("notes", [NOTES[:3], NOTES[:10], NOTES, NOTES[7:8]])
+    @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3, 0.5])
+    def test_a_novel_and_notes(self, notes, fraction):
+        train, validation, told = split_documents([*notes[:2], NOVEL, *notes[2:]], fraction)
+        assert share([NOVEL, *notes], fraction) == pytest.approx(fraction, rel=0.2)
+        assert told[0].startswith("1 large document is cut at a paragraph, and the last part validates: novel.txt (")
+        head, tail = (next(d for d in side if d.source == NOVEL.source) for side in (train, validation))
+        assert head.text + "\n\n" + tail.text == NOVEL.text
+
+    @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 9])
+    def test_a_few_novels(self, count):
+        novels = [Document(prose(f"n{i}", 40_000 + 10_000 * i), f"n{i}.txt#1") for i in range(count)]
+        assert 0.05 <= share(novels) <= 0.2
+        assert 0.05 <= share([*novels, *NOTES]) <= 0.2
+
+    def test_every_document_is_on_one_side_or_cut(self):
+        documents = [NOVEL, *NOTES]
+        train, validation, _ = split_documents(documents)
+        assert len(train) + len(validation) == len(documents) + 1
+        together = "".join(sorted("".join(texts([*train, *validation])).replace("\n", "")))
+        assert together == "".join(sorted("".join(texts(documents)).replace("\n", "")))
+
+    def test_additions_move_no_other(self):
+        """Neither the notes, which stay whole, nor the place where the novel is cut."""
+        before = split_documents([NOVEL, *NOTES[:10]])
+        for more in (NOTES[10:], [Document(prose("more", 20_000), "more.md#1")]):
+            after = split_documents([*more, NOVEL, *NOTES[:10]])
+            assert set(texts(before.train)) <= set(texts(after.train))
+            assert set(texts(before.validation)) <= set(texts(after.validation))
+
+    def test_a_reasonable_split_stays_what_it_was(self):
+        documents = [Document(prose(f"d{i}", 8000), f"{i}.md#1") for i in range(40)]
+        train, validation, notes = split_documents(documents)
+        assert {d.key for d in validation} == {d.key for d in documents if int(d.key[:15], 16) / 16**15 < 0.1}
+        assert len(train) + len(validation) == 40 and notes == []
+
+    def test_small_documents_are_not_cut(self):
+        documents = [Document(prose(f"d{i}", 1000 * (i + 1)), f"{i}.md#1") for i in range(3)]
+        train, validation, _ = split_documents(documents)
+        assert len(train) + len(validation) == 3
+
+    def test_copies_are_cut_alike(self):
+        train, validation, _ = split_documents([NOVEL, *NOTES[:3], NOVEL])
+        assert not set(texts(train)) & set(texts(validation))
+        assert 0.05 <= size(validation) / size([*train, *validation]) <= 0.2
+
+    def test_a_long_text_without_a_boundary_near_the_cut(self):
+        _, tail = cut(Document("Some words.\n\n" + "x" * 3_000_000 + "\n\nEnd.", "a.md#1"), 0.1)
+        assert len(tail.text) / 3_000_000 == pytest.approx(0.1, rel=0.01)
+        far = "word " * 400_000 + "\n\nEnd of it. " + "word " * 40_000  # the paragraph ends 100,000 characters before
+        _, tail = cut(Document(far, "a.md#1"), 0.1)
+        assert tail.text.startswith("End of it.")

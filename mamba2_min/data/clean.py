@@ -16,7 +16,6 @@ _CONTROL = re.compile(
       \x1b\[[0-?]*[ -/]*[@-~]                  # a terminal's colours and cursor movements
     | \x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?       # its titles and links
     | [^\n]\x08                                # a letter typed over, as in pages of a manual
-    | [ \t\n]*\f[ \t\n]*                       # a new page
     | [\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]
     | [\ud800-\udfff]                          # half of a character, from JSON with a broken escape
     """,
@@ -67,13 +66,16 @@ def fold_controls(text: str) -> tuple[str, int]:
     """
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return _CONTROL.subn(_folded, text) if _ANY_CONTROL.search(text) else (text, 0)
+    if not _ANY_CONTROL.search(text):
+        return text, 0
+    pages = text.split("\f")
+    text = "\n\n".join([*(page.rstrip(" \t\n") for page in pages[:-1]), pages[-1]])
+    text, count = _CONTROL.subn(_folded, text)
+    return text, count + len(pages) - 1
 
 
 def _folded(match: re.Match[str]) -> str:
     found = match[0]
-    if "\f" in found:
-        return "\n\n"
     if len(found) > 1:
         return ""
     if found == "\v":

@@ -184,7 +184,11 @@ def _json(content: str, is_lines: bool) -> Iterator[Record]:
     for number, text in enumerate(content.split("\n"), start=1):
         if text.strip():
             value, problem, _ = _parse(text)
-            yield Record(f"line {number}", problem=problem) if problem else _record(f"line {number}", value)
+            if problem:
+                yield Record(f"line {number}", problem=problem)
+            else:
+                rows = _rows_of(value) if isinstance(value, list) else [value]
+                yield from (_record(f"line {number}", row) for row in rows)
 
 
 def _is_json(text: str) -> bool:

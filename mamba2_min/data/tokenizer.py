@@ -4,7 +4,7 @@ A model with a small vocabulary learns faster and writes whole words, but a word
 does with a word that it never saw. Here such a word becomes its UTF-8 bytes, and 256 of the ids are reserved for them:
 nothing is ever unknown, and `decode(encode(text)) == text` holds for every string.
 
-    id 0            the end of a document; text never becomes it, only `corpus.py` puts it between documents
+    id 0            the end of a document; text never becomes it, only `stream.py` puts it between documents
     ids 1 ... 256   the bytes 0x00 ... 0xff
     next            the special words, literal strings such as `<start>`, used only where the caller allows them
     the rest        the words, most frequent first, most of them with the space that precedes them: " cat"
