@@ -12,7 +12,7 @@ demo: .venv/installed            ## train on the bundled documents for four minu
 		--temperature 0.6 --known-words
 
 test: .venv/installed-dev        ## lint and the default tests: under six minutes on two cores
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mamba2_min
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: .venv/installed-dev    ## the slow ones too

@@ -140,7 +140,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from mamba2_min import devices
     from mamba2_min.checkpoints import checkpoint
-    from mamba2_min.data.corpus import read_documents
+    from mamba2_min.data.documents import read_documents
     from mamba2_min.data.tokenizer import WordTokenizer
     from mamba2_min.models.mamba2 import Mamba2LM
     from mamba2_min.models.transformer import TransformerLM
