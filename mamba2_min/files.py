@@ -231,7 +231,7 @@ def refuse_link(path: str | Path) -> os.stat_result | None:
             return None
         if stat.S_ISLNK(found.st_mode):
             raise UserError(f"{path} is a link to {os.readlink(path)}, and links are not written through: take it away")
-        _require_regular(path, found)
+        _require_regular(path, found, "cannot write: ")
         return found
 
 
@@ -343,7 +343,7 @@ def _explained(verb: str, path: str | Path) -> Iterator[None]:
         raise UserError(f"cannot {verb} {path}: {_reason(error)}") from error
 
 
-def _require_regular(path: str | Path, found: os.stat_result) -> None:
+def _require_regular(path: str | Path, found: os.stat_result, fault: str = "") -> None:
     """Raises UserError that says what is there instead of a regular file."""
     if stat.S_ISREG(found.st_mode):
         return
@@ -355,7 +355,8 @@ def _require_regular(path: str | Path, found: os.stat_result) -> None:
         stat.S_IFCHR: "a device",
         stat.S_IFBLK: "a device",
     }
-    raise UserError(f"{path} is {kinds.get(stat.S_IFMT(found.st_mode), 'something else')}, where a file is wanted")
+    kind = kinds.get(stat.S_IFMT(found.st_mode), "something else")
+    raise UserError(f"{fault}{path} is {kind}, where a file is wanted")
 
 
 def _reason(error: OSError | ValueError) -> str:

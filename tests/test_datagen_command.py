@@ -1,8 +1,7 @@
 """`data_generator.py` as its users run it: a process, a server, a folder; interrupted in every way there is."""
 
-from __future__ import annotations
-
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -189,11 +188,11 @@ def test_kinds_share_a_folder_and_requests_are_in_the_documents(server, tmp_path
 
 
 def test_what_it_writes_is_what_train_reads(server, tmp_path):
-    corpus = pytest.importorskip("mamba2_min.data.corpus")
+    corpus, documents_of = (importlib.import_module(f"mamba2_min.data.{name}") for name in ("corpus", "documents"))
     done = run(
         "--host", server.url, "--documents", 12, "--with-prompts", "--out", tmp_path / "data" / "generated", *QUICK
     )
-    documents = corpus.read_documents(tmp_path / "data")
+    documents = documents_of.read_documents(tmp_path / "data")
     assert len(documents) == 12
     loaded = corpus.load_corpus(tmp_path / "data", vocab_size=8192)
     tokens = int(re.search(r"tokens +([\d,]+)", done.stdout)[1].replace(",", ""))

@@ -25,6 +25,7 @@ _BEGINNINGS = (
     (b"SQLite format 3", "a database"),
 )
 _SAMPLE = 1 << 16  # bytes that are looked at to say what a file is
+_ASCII_TEXT = bytes(code for code in range(127) if code >= 32 or code in b"\t\n\v\f\r")
 _CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\x1b")
 _USUAL = re.compile("[\\s -~\u00a0-\u05ff\u2010-\u2027\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uffef]")
 _UNDEFINED = b"\x81\x8d\x8f\x90\x9d"  # in Windows-1252
@@ -107,12 +108,16 @@ def _not_text(content: bytes) -> Guess | None:
     for places, order in (((2, 3), "little"), ((0, 1), "big")):
         if len(sample) >= 8 and min(zeros[k] for k in places) > 0.95 * quarter and total < 0.9 * len(sample):
             return Guess(f"UTF-32 ({order}-endian) without a mark", f"utf-32-{order[0]}e")
+    # Few zero bytes are UTF-16 only beside bytes that ASCII text does not have; otherwise they are stray NULs.
+    foreign = len(sample.translate(None, _ASCII_TEXT)) - total > 0.05 * len(sample)
     for places, order in (((1, 3), "little"), ((0, 2), "big")):
         here = sum(zeros[k] for k in places)
-        if here >= 0.95 * total and (here > 0.3 * half or here > max(8, 0.02 * half)):
+        if here >= 0.95 * total and (here > 0.3 * half or (foreign and here > max(8, 0.02 * half))):
             return Guess(f"UTF-16 ({order}-endian) without a mark", f"utf-16-{order[0]}e")
     if len(sample) - len(sample.translate(None, _CONTROLS)) <= 0.05 * len(sample):
         return None
+    if not foreign:
+        return Guess("a binary file") if total > 0.3 * len(sample) else None
     for order in ("little", "big"):  # in Chinese, few characters have a zero byte
         text = sample[: half * 2].decode(f"utf-16-{order[0]}e", errors="replace")
         if sum(bool(_USUAL.match(char)) for char in text) > 0.9 * len(text):

@@ -111,7 +111,7 @@ def cut(document: Document, fraction: float) -> tuple[Document, Document]:
             break
     head, tail = text[:start], text[end:]
     if not head.strip() or not tail.strip():
-        raise UserError(f"{document.source} is too short to be cut in two, and there is no other text to validate with")
+        raise UserError(f"{document.source} is the only document, and too short to be cut in two")
     return Document(head, document.source), Document(tail, document.source)
 
 

@@ -160,7 +160,8 @@ class Completer:
         self._device = next(self.model.parameters()).device
         started = time.perf_counter()
         with torch.inference_mode():
-            logits, state = self.model.prefill(torch.tensor([ids], device=self._device), state)
+            prompt = torch.tensor([ids], device=self._device)
+            logits, state = self.model.prefill(prompt) if state is None else self.model.prefill(prompt, state)
             logits = logits[0].cpu()  # (vocab,); waits for the device, so that the time is the prompt's own
             if word_is_next:
                 logits = logits.masked_fill(~self._begins_with_space, -torch.inf)

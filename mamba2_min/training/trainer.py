@@ -78,7 +78,7 @@ class Trainer:
         accept_documents: bool = False,
     ):
         self.task = task = corpus if isinstance(corpus, Task) else Pretraining(corpus)
-        self.out, self.report = Path(out), report
+        self.corpus, self.out, self.report = corpus, Path(out), report
         self.device = torch.device(device)
         self.precision = devices.pick_precision(settings.precision, self.device)
         self.autocast = devices.autocast(self.device, self.precision)
