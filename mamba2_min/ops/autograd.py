@@ -61,10 +61,14 @@ def no_compile(function: Callable) -> Callable:
     return run
 
 
+# PyTorch 2.11 answers torch.compiler.is_exporting() with True within torch.compile too.
+_TELLS_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+
+
 def is_traced() -> bool:
     """Whether a transform of torch.func runs, or torch.export: neither can be asked for the value of a tensor."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return _TELLS_EXPORT and torch.compiler.is_exporting()
     return torch._C._functorch.maybe_current_level() is not None
 
 
