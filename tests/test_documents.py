@@ -248,7 +248,7 @@ class TestEncodings:
     def test_what_cannot_be_read_by_a_name_is_said_too(self, content, name):
         with pytest.raises(Undecodable) as caught:
             decode(content)
-        assert caught.value.guess == (name, "")
+        assert caught.value.guess == (name, "", name.startswith(("damaged", "an encoding")))
 
     def test_utf8_stays_utf8_whatever_encoding_is_named(self):
         for codec in ("cp1252", "utf-16-le", "shift_jis"):
@@ -266,12 +266,22 @@ class TestEncodings:
         assert all(name in error for name in [*names, "u.txt", "p.md"]) and "good.md" not in error
         assert "30 look like Windows-1252 (add --encoding cp1252, or save as UTF-8): w00.txt" in error
         assert "1 looks like UTF-16 (little-endian) without a mark (add --encoding utf-16-le" in error
-        assert "1 looks like a PDF (save as UTF-8, or take out of the folder)" in error
+        assert "1 looks like a PDF (convert to text, or take out of the folder)" in error
 
     def test_an_encoding_reads_them_beside_utf8(self, tmp_path):
         write(tmp_path, {f"{i}.txt": f"café {i}".encode("cp1252") for i in range(30)} | {"u.md": "naïve"})
         assert "café 7" in texts(read_documents(tmp_path, encoding="cp1252"))
         assert "naïve" in texts(read_documents(tmp_path, encoding="cp1252"))
+
+    @pytest.mark.parametrize("encoding", [None, "cp1252", "latin-1"])
+    def test_what_is_no_text_is_none_in_any_encoding(self, tmp_path, encoding):
+        """Any bytes are text in latin-1, and a PDF or a ZIP archive may have ASCII characters alone."""
+        write(tmp_path, {"a.md": "good", "book.txt": b"%PDF-1.4\n1 0 obj\n", "x.md": b"PK\x03\x04abc"})
+        with pytest.raises(UserError, match=r"2 files in .*a PDF \(convert to text") as caught:
+            read_documents(tmp_path, encoding=encoding)
+        assert "a ZIP archive, such as EPUB or DOCX" in str(caught.value)
+        with pytest.raises(UserError, match="a PDF"):
+            read_documents(tmp_path / "book.txt", encoding=encoding)
 
     def test_an_encoding_that_does_not_fit(self, tmp_path):
         write(tmp_path, {"a.txt": b"caf\xe9", "u.txt": "café".encode("utf-16-le")})

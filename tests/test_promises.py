@@ -31,3 +31,23 @@ def test_every_link_leads_somewhere():
         assert (ROOT / "docs" / link).exists(), link
     for module in re.findall(r"(?:^|[\s;|,])(test_\w+) `", TEXT):
         assert (ROOT / "tests" / f"{module}.py").exists(), module
+
+
+SOURCES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.py"), *(ROOT / "mamba2_min").rglob("*.py")]
+
+
+def test_every_page_that_is_named_is_there():
+    """By the documents, by messages and by comments: a new user goes where an error points."""
+    named = {}
+    for path in SOURCES:
+        for page in re.findall(r"\bdocs/([\w-]+\.md)\b", path.read_text(encoding="utf-8")):
+            named.setdefault(page, path.name)
+    assert {"preparing_documents.md", "promises.md", "LOG.md"} <= named.keys()
+    missing = {page: where for page, where in named.items() if not (ROOT / "docs" / page).is_file()}
+    assert not missing
+
+
+def test_every_link_of_a_page_leads_somewhere():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert "://" in link or (path.parent / link).exists(), f"{path.name}: {link}"

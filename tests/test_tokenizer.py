@@ -508,7 +508,7 @@ class TestFile:
     )
     def test_no_tokenizer_at_all(self, tmp_path, content):
         (tmp_path / "t.json").write_bytes(content)
-        with pytest.raises(UserError, match="no tokenizer"):
+        with pytest.raises(UserError, match=r"no tokenizer|not valid JSON"):
             WordTokenizer.load(tmp_path / "t.json")
 
     def test_half_a_file(self, tmp_path):
@@ -521,7 +521,7 @@ class TestFile:
 
     def test_no_file_or_a_folder(self, tmp_path):
         for path in (tmp_path / "absent.json", tmp_path):
-            with pytest.raises(UserError, match="cannot read"):
+            with pytest.raises(UserError, match=r"cannot read|is a folder"):
                 WordTokenizer.load(path)
 
     def test_cannot_write(self, tmp_path):

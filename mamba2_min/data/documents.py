@@ -296,7 +296,7 @@ class Reader:
 def _advice(guess: Guess) -> str:
     if guess.codec:
         return f"{guess.name} (add --encoding {guess.codec}, or save as UTF-8)"
-    return f"{guess.name} (save as UTF-8, or take out of the folder)"
+    return f"{guess.name} ({'save as UTF-8' if guess.is_text else 'convert to text'}, or take out of the folder)"
 
 
 def _part(files: list[File], max_bytes: int) -> list[File]:

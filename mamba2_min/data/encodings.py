@@ -22,7 +22,7 @@ _BEGINNINGS = (
     (b"\x1f\x8b", "a gzip archive"),
     (b"\x89PNG", "a picture"),
     (b"\xff\xd8\xff", "a picture"),
-    (b"SQLite format 3", "a database"),
+    (b"SQLite format 3\0", "a database"),
 )
 _SAMPLE = 1 << 16  # bytes that are looked at to say what a file is
 _ASCII_TEXT = bytes(code for code in range(127) if code >= 32 or code in b"\t\n\v\f\r")
@@ -32,10 +32,14 @@ _UNDEFINED = b"\x81\x8d\x8f\x90\x9d"  # in Windows-1252
 
 
 class Guess(NamedTuple):
-    """What a file seems to be: `name` for people, and the Python `codec` that would read it, "" where there is none."""
+    """What a file seems to be: `name` for people, and the Python `codec` that would read it, "" where there is none.
+
+    `is_text` is False for what no encoding would turn into text.
+    """
 
     name: str
     codec: str = ""
+    is_text: bool = True
 
 
 class Undecodable(Exception):
@@ -61,8 +65,11 @@ def decode(content: bytes, encoding: str | None = None, partial: bool = False) -
     """The text of a file. With `partial` the bytes may end within a character, which is left out.
 
     A mark at the beginning decides. Without one, what is valid UTF-8 is UTF-8, and anything else is `encoding`.
-    Raises Undecodable where it is neither, and for UTF-8 that is clearly UTF-16 without its mark, or no text at all.
+    Raises Undecodable where it is neither, and for UTF-8 that is clearly UTF-16 without its mark, or no text at all: a
+    PDF may consist of ASCII characters alone, and in `encoding` any bytes may be text.
     """
+    if guess := _by_beginning(content):
+        raise Undecodable(f"it begins with {content[:5]!r}", guess)
     for mark, codec in _MARKS:
         if content.startswith(mark):
             return decode_as(content, codec, partial, len(mark))
@@ -94,10 +101,11 @@ def decode_as(content: bytes, codec: str, partial: bool = False, start: int = 0)
 
 def identify(content: bytes) -> Guess:
     """What a file that is not UTF-8 may be, from its bytes."""
-    for beginning, name in _BEGINNINGS:
-        if content.startswith(beginning):
-            return Guess(name)
-    return _not_text(content) or _damaged(content) or _eight_bit(content)
+    return _by_beginning(content) or _not_text(content) or _damaged(content) or _eight_bit(content)
+
+
+def _by_beginning(content: bytes) -> Guess | None:
+    return next((Guess(name, is_text=False) for beginning, name in _BEGINNINGS if content.startswith(beginning)), None)
 
 
 def _not_text(content: bytes) -> Guess | None:
@@ -117,12 +125,12 @@ def _not_text(content: bytes) -> Guess | None:
     if len(sample) - len(sample.translate(None, _CONTROLS)) <= 0.05 * len(sample):
         return None
     if not foreign:
-        return Guess("a binary file") if total > 0.3 * len(sample) else None
+        return Guess("a binary file", is_text=False) if total > 0.3 * len(sample) else None
     for order in ("little", "big"):  # in Chinese, few characters have a zero byte
         text = sample[: half * 2].decode(f"utf-16-{order[0]}e", errors="replace")
         if sum(bool(_USUAL.match(char)) for char in text) > 0.9 * len(text):
             return Guess(f"UTF-16 ({order}-endian) without a mark", f"utf-16-{order[0]}e")
-    return Guess("a binary file")
+    return Guess("a binary file", is_text=False)
 
 
 def _damaged(content: bytes) -> Guess | None:

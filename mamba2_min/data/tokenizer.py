@@ -36,13 +36,14 @@ from typing import Any
 from mamba2_min.data.folding import fold, unknown_pieces
 from mamba2_min.data.patterns import PIECES
 from mamba2_min.errors import UserError
-from mamba2_min.files import write_atomically
+from mamba2_min.files import load_json, write_atomically
 from mamba2_min.settings import PATTERNS
 
 FORMAT, VERSION = "mamba2_min.tokenizer", 1  # as in files from before this module moved
 MAX_WORD_LENGTH = 100  # characters: what is longer (base64, a line of dashes) is not a word and stays bytes
 MAX_WORDS = 5_000_000
 MAX_FILE_BYTES = 512 * 2**20
+MAX_FILE_VALUES = 2 * MAX_WORDS  # commas and brackets that are words are counted too
 
 _EOS, _UNK = "<eos>", "<unk>"
 
@@ -228,7 +229,7 @@ class WordTokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike) -> WordTokenizer:
         """Reads what `save` wrote. Raises UserError, one line, for whatever is not exactly that."""
-        content = _read_json(Path(path))
+        content = load_json(path, MAX_FILE_BYTES, MAX_FILE_VALUES)
         try:
             words, special_words, pattern = _checked_fields(content)
             tokenizer = cls(words, special_words, pattern)
@@ -346,17 +347,6 @@ def _check_vocabulary(words: tuple[str, ...], special_words: tuple[str, ...], pa
     if len(set(entries)) < len(entries):
         twice = next(word for word, count in Counter(entries).items() if count > 1)
         raise ValueError(f"the word {twice!r} is there twice")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"{path} is no tokenizer: larger than {MAX_FILE_BYTES >> 20} MiB")
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is no tokenizer: not JSON in UTF-8, or not all of it") from None
 
 
 def _checked_fields(content: Any) -> tuple[list[str], list[str], str]:
