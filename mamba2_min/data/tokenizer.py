@@ -229,7 +229,7 @@ class WordTokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike) -> WordTokenizer:
         """Reads what `save` wrote. Raises UserError, one line, for whatever is not exactly that."""
-        content = load_json(path, MAX_FILE_BYTES, MAX_FILE_VALUES)
+        content = load_json(Path(path), MAX_FILE_BYTES, MAX_FILE_VALUES)
         try:
             words, special_words, pattern = _checked_fields(content)
             tokenizer = cls(words, special_words, pattern)
