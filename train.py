@@ -26,12 +26,17 @@ def build_parser() -> argparse.ArgumentParser:
     either.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     run.add_argument("--accept", default="", metavar="NAMES", help="with --resume: what may differ: max-steps, ...")
-    add_flags(parser.add_argument_group("documents and vocabulary"), dataclasses.fields(DataSettings))
+    documents = dataclasses.fields(DataSettings)
+    add_flags(run, (f for f in documents if f.metadata["group"] == "start"))
+    group = parser.add_argument_group("documents and vocabulary")
+    add_flags(group, (f for f in documents if f.metadata["group"] != "start"))
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=tuple(PRESETS), help="shape to start from (small: 256 x 4)")
     add_flags(model, (f for f in dataclasses.fields(Mamba2Config) if f.name in MODEL_FLAGS), PRESETS["small"])
     fields = dataclasses.fields(Settings)
-    add_flags(parser.add_argument_group("training"), (f for f in fields if f.metadata["group"] == "training"))
+    add_flags(
+        parser.add_argument_group("training"), (f for f in fields if f.metadata["group"] in ("recipe", "training"))
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
     add_flags(machine, (f for f in fields if f.metadata["group"] == "machine"))
@@ -59,7 +64,6 @@ def train(args: argparse.Namespace) -> int:
     import torch
 
     from mamba2_min import devices
-    from mamba2_min.models.mamba2 import Mamba2LM
     from mamba2_min.training import screen
     from mamba2_min.training.memory import check_memory, fit_to_memory
     from mamba2_min.training.runs import plan_run
@@ -80,7 +84,7 @@ def train(args: argparse.Namespace) -> int:
     memory = check_memory(config, fitting, device, ignore=args.ignore_memory)
     plan = dataclasses.replace(plan, training=dataclasses.replace(plan.training, micro_batch=fitting.micro_batch))
 
-    model = Mamba2LM(config, seed=plan.training.seed)
+    model = plan.build(config)
     view = screen.Screen(screen.sample_of(model, corpus.tokenizer))
     trainer = Trainer(model, corpus, plan.training, args.out, device, plan.resume, view.report, plan.accept_documents)
     plan.save(args.out)
@@ -88,6 +92,8 @@ def train(args: argparse.Namespace) -> int:
     if args.resume:
         started = f"from step {trainer.step:,}" if trainer.resumed else "nothing saved yet: from the beginning"
         screen.show("resume", started)
+    if plan.data.init_from and not trainer.resumed:
+        screen.show_start(trainer, plan.data.init_from, corpus)
     if trainer.resumed and trainer.evaluated_step == trainer.step and trainer.ended():
         screen.show("note", "this run has ended already; nothing is changed")
     with view.watching(trainer):

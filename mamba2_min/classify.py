@@ -52,9 +52,9 @@ def main() -> int:
 def load(folder: str | Path, base: str | Path | None = None) -> tuple[Classifier, WordTokenizer, list[str]]:
     """The classifier in a folder, its tokenizer and its labels' names. Raises UserError."""
     from mamba2_min import files
+    from mamba2_min.checkpoints import checkpoint
     from mamba2_min.finetune import adapter, labels
     from mamba2_min.finetune.classifier import POOLS, Classifier
-    from mamba2_min.finetune.load import load_tokenizer
     from mamba2_min.finetune.sorting import ClassifierFiles
     from mamba2_min.models.mamba2 import Mamba2LM
     from mamba2_min.training.task import ModelFiles
@@ -74,7 +74,8 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Classifier
         model = adapter.load_adapter(folder, model)
     else:
         model, source = Mamba2LM.from_pretrained(folder), str(folder)
-    tokenizer = load_tokenizer(folder if files.is_file(folder / "tokenizer.json") else source, model)
+    beside = folder if files.is_file(folder / checkpoint.TOKENIZER) else source
+    tokenizer = checkpoint.load_tokenizer(beside, model.config.vocab_size)
     classifier = Classifier(model, len(names), str(pool))
     ClassifierFiles(ModelFiles(), names, str(pool)).load_head(folder, classifier)
     return classifier.eval(), tokenizer, names

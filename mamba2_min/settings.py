@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mamba2_min import validate
+from mamba2_min.recipes import RECIPES
 
 LARGEST = 2**31 - 1  # of every integer but the seed: a larger one is a slip, or a file that means harm
 LARGEST_FLOAT = 1e12
@@ -40,6 +41,13 @@ class Settings:
     papers' recipe (lr 3e-3, weight_decay 0.1, beta2 0.95), which is meant for text that is seen once (docs/LOG.md).
     """
 
+    recipe: str = setting(  # what it set stands in the other fields; the name is kept to tell one run from another
+        "small-corpus",
+        "settings that go together; flags beside it win",
+        choices=RECIPES,
+        shown="small-corpus",
+        group="recipe",
+    )
     context: int = setting(256, "tokens per window", low=1)  # each window starts with an empty state
     batch_size: int = setting(8, "windows per step, or auto", low=1, auto="adapt_micro_batch")
     micro_batch: int = setting(
@@ -113,6 +121,13 @@ class DataSettings:
     )
     val_data: str | None = setting(None, "documents to validate with", metavar="DIR|FILE", shown="a tenth of --data")
     val_fraction: float = setting(0.1, "share of the text to validate with", high=1)
+    init_from: str | None = setting(
+        None,
+        "continue the training of this model on other documents, with its tokenizer and shape",
+        metavar="RUN|FOLDER",
+        shown="a new model",
+        group="start",
+    )
     encoding: str | None = setting(None, "how files that are not UTF-8 are encoded: cp1252, ...", shown="none are read")
     drop_repeats: bool = setting(False, "leave out paragraphs that stand in three documents or more")
     max_documents_bytes: int | None = setting(
@@ -125,6 +140,8 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.init_from == "":
+            raise ValueError("init_from must name a folder")
 
 
 def check_fields(instance: Any) -> None:

@@ -16,6 +16,7 @@ from mamba2_min import files
 from mamba2_min.checkpoints import archive, layouts, pickles
 from mamba2_min.checkpoints import weights as tensors
 from mamba2_min.config import Mamba2Config
+from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.files import load_json, make_folder, save_json, write_atomically
 
@@ -202,16 +203,7 @@ def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
     `Mamba2LM` does not have.
     """
     folder = Path(folder)
-    if not files.is_folder(folder):
-        raise UserError(f"{folder} is not a folder; train a model first, or name the folder of one")
-    if not files.is_file(folder / CONFIG):
-        files.names_in(folder)  # says so where the folder cannot be read
-        raise UserError(f"{folder} holds no {CONFIG}: no model was saved there")
-    layout, values = _read_config(folder)
-    try:
-        config = layouts.config_from(layout, values)
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG}: {_first_line(error)}") from error
+    layout, config = _checked_config(folder)
     names = layouts.WEIGHT_FILES[layout]
     path = next((folder / name for name in names if files.is_file(folder / name)), None)
     if path is None:
@@ -224,6 +216,22 @@ def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
     except ValueError as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
     return config, weights
+
+
+def load_config(folder: str | Path) -> Mamba2Config:
+    """The config of the model in a folder of any layout, without its weights. Raises UserError as `load_model`."""
+    return _checked_config(Path(folder))[1]
+
+
+def load_tokenizer(folder: str | Path, vocab_size: int) -> WordTokenizer:
+    """The tokenizer beside a model of `vocab_size`. Raises UserError where there is none of ours, or another's."""
+    path = Path(folder) / TOKENIZER
+    if not files.is_file(path):
+        raise UserError(f"{folder} holds no {TOKENIZER}: to train on, a model needs the words that it knows")
+    tokenizer = WordTokenizer.load(path)
+    if len(tokenizer) != vocab_size:
+        raise UserError(f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model {vocab_size}")
+    return tokenizer
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
@@ -243,6 +251,21 @@ def _most_bytes(config: Mamba2Config) -> int:
     """The longest that a file of a config's weights can be: in float64, with both of a tied pair, and some room."""
     tied = config.padded_vocab_size * config.d_model
     return 8 * (config.num_parameters() + tied) + 4096 * (16 * config.n_layer + 256)
+
+
+def _checked_config(folder: Path) -> tuple[str, Mamba2Config]:
+    """The layout of the model in a folder, and its config. Raises UserError."""
+    if not files.is_folder(folder):
+        raise UserError(f"{folder} is not a folder; train a model first, or name the folder of one")
+    if not files.is_file(folder / CONFIG):
+        files.names_in(folder)  # says so where the folder cannot be read
+        raise UserError(f"{folder} holds no {CONFIG}: no model was saved there")
+    layout, values = _read_config(folder)
+    try:
+        config = layouts.config_from(layout, values)
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: {_first_line(error)}") from error
+    return layout, config
 
 
 def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:

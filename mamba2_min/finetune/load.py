@@ -20,19 +20,6 @@ from mamba2_min.inference.decoding import lay_out_columns
 from mamba2_min.models.mamba2 import Mamba2LM
 
 
-def load_tokenizer(folder: str | Path, model: Mamba2LM) -> WordTokenizer:
-    """The tokenizer beside a model. Raises UserError where there is none of ours, or one of another model."""
-    path = Path(folder) / checkpoint.TOKENIZER
-    if not files.is_file(path):
-        raise UserError(f"{folder} holds no {checkpoint.TOKENIZER}: fine-tuning needs the words that the model knows")
-    tokenizer = WordTokenizer.load(path)
-    if len(tokenizer) != model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model {model.config.vocab_size}"
-        )
-    return tokenizer
-
-
 def open_run(
     folder: str | Path, adapter_folder: str | Path | None, chat: bool, device: torch.device, weights: str | None
 ) -> tuple[Completer, ChatTemplate | None]:
@@ -55,7 +42,7 @@ def load_completer(
     model = adapter.load_adapter(adapter_folder, Mamba2LM.from_pretrained(folder))
     merge_lora(model)
     model = lay_out_columns(model.to(device))
-    return Completer(model, load_tokenizer(folder, model))
+    return Completer(model, checkpoint.load_tokenizer(folder, model.config.vocab_size))
 
 
 def template_of(folder: str | Path, tokenizer: WordTokenizer) -> ChatTemplate:

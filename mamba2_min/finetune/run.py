@@ -17,7 +17,6 @@ from mamba2_min.finetune import adapter, labels
 from mamba2_min.finetune.chat import ChatData, load_chat
 from mamba2_min.finetune.conversations import TEMPLATES, prompt_ids
 from mamba2_min.finetune.initial_state import TunedStateLM
-from mamba2_min.finetune.load import load_tokenizer
 from mamba2_min.finetune.lora import LoRAConfig, add_lora, trainable
 from mamba2_min.finetune.sorting import ClassifierFiles, Sorting, make_classifier
 from mamba2_min.finetune.spec import FinetuneSettings, FinetuneSpec
@@ -76,7 +75,7 @@ def prepare(spec: FinetuneSpec, out: Path) -> Prepared:
     """Reads the base and the data, and freezes what is not trained. Raises UserError."""
     f = spec.finetune
     model = Mamba2LM.from_pretrained(f.model)
-    tokenizer = load_tokenizer(f.model, model)
+    tokenizer = checkpoint.load_tokenizer(f.model, model.config.vocab_size)
     with _user_errors():
         if f.task == "classify":
             return _sorting(f, spec, model, tokenizer, out)

@@ -16,8 +16,12 @@ from mamba2_min.data.room import check_room
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError, printable
 from mamba2_min.flags import flag
-from mamba2_min.settings import ACCEPTABLE, PRESETS, DataSettings, Settings, defaults
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.recipes import recipe
+from mamba2_min.settings import ACCEPTABLE, MODEL_FLAGS, PRESETS, DataSettings, Settings, defaults
 
+_TRAINING_ONLY = ("dropout", "chunk_size")  # of a model's config: what no weight depends on
+_MOST_WORDS = 50_257  # where the vocabulary has no limit: GPT-2's, to tell the size of a model before its text is read
 DOCUMENTS = "documents"  # the name by which --accept allows other documents than those that a run began with
 
 
@@ -37,13 +41,23 @@ class RunSpec:
         d = self.data
         if not ignore_memory:
             check_room(d.data, d.val_data, d.max_documents_bytes, d.rules)
-        return corpus_of(d, WordTokenizer.load(Path(out) / checkpoint.TOKENIZER) if self.resume else None)
+        if self.resume:
+            return corpus_of(d, WordTokenizer.load(Path(out) / checkpoint.TOKENIZER))
+        return corpus_of(d, start_of(d.init_from)[1] if d.init_from else None)
 
     def config(self, corpus: Corpus) -> Mamba2Config:
         try:
             return Mamba2Config(vocab_size=len(corpus.tokenizer), **self.model)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
+
+    def build(self, config: Mamba2Config) -> Mamba2LM:
+        """The model: new, or with the weights that the run begins from. Raises UserError where they cannot be read."""
+        model = Mamba2LM(config, seed=self.training.seed)
+        if self.data.init_from and not self.resume:  # a resumed run has weights of its own
+            weights = checkpoint.load_model(self.data.init_from)[1]
+            checkpoint.load_weights(model, weights, self.data.init_from)
+        return model
 
     def save(self, out: str | Path) -> None:
         """Writes settings.json, which the next `--resume` reads."""
@@ -88,18 +102,51 @@ def plan_run(
         ]
         if holds:
             raise UserError(f"{out} already holds a run ({holds[0]}): --resume continues it, --overwrite replaces it")
-    return _new_plan(overrides, preset)
+    return _new_plan(out, overrides, preset)
 
 
-def _new_plan(overrides: dict[str, Any], preset: str | None) -> RunSpec:
+def start_of(folder: str) -> tuple[Mamba2Config, WordTokenizer]:
+    """The config and the tokenizer of the model that a run begins from. Raises UserError where one is missing."""
+    config = checkpoint.load_config(folder)
+    return config, checkpoint.load_tokenizer(folder, config.vocab_size)
+
+
+def _new_plan(out: Path, overrides: dict[str, Any], preset: str | None) -> RunSpec:
     def chosen(cls: type, besides: frozenset[str] = frozenset()) -> dict[str, Any]:
         return {name: overrides[name] for name in (_names(cls) - besides) & overrides.keys()}
 
-    model = {**PRESETS[preset or "small"], **chosen(Mamba2Config, besides=_names(DataSettings))}
+    data, model = chosen(DataSettings), chosen(Mamba2Config, besides=_names(DataSettings))
     try:
-        return RunSpec(DataSettings(**chosen(DataSettings)), model, Settings(**chosen(Settings)))
+        if data.get("init_from"):
+            shape, data = _continued(out, overrides, preset, data)
+        else:
+            shape = PRESETS[preset or "small"]
+        config = Mamba2Config(data.get("vocab_size", DataSettings.vocab_size) or _MOST_WORDS, **{**shape, **model})
+        of_training, of_model = recipe(overrides.get("recipe", Settings.recipe), config.num_parameters())
+        training = {**of_training, **chosen(Settings)}
+        return RunSpec(DataSettings(**data), {**shape, **of_model, **model}, Settings(**training))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _continued(
+    out: Path, overrides: dict[str, Any], preset: str | None, data: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The shape of the model that a run begins from, and `data` with its vocabulary. Raises UserError."""
+    source = data["init_from"]
+    if Path(source).resolve() == out.resolve():
+        raise UserError(f"--out and --init-from are one folder, {out}: a new run needs another --out")
+    config, tokenizer = start_of(source)
+    if preset:
+        raise UserError(f"--preset cannot be given with --init-from: the shape is that of {source}")
+    for name in ("vocab_size", "min_count", "pattern"):
+        if name in overrides:
+            raise UserError(f"{flag(name)} cannot be given with --init-from: the vocabulary is that of {source}")
+    shape = {name: value for name, value in config.to_dict().items() if name != "vocab_size"}
+    for name in MODEL_FLAGS:
+        if name in overrides and name not in _TRAINING_ONLY and overrides[name] != shape[name]:
+            raise UserError(f"{flag(name)} {overrides[name]} cannot be: it is {shape[name]} in {source}")
+    return shape, {**data, "vocab_size": config.vocab_size, "pattern": tokenizer.pattern}
 
 
 def _saved_plan(out: Path, overrides: dict[str, Any], preset: str | None, accept: tuple[str, ...]) -> RunSpec:

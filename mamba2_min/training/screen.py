@@ -22,6 +22,7 @@ from mamba2_min.training.guards import JUMPED, NOT_FINITE
 from mamba2_min.training.trainer import Result, Trainer
 
 _SECONDS_BETWEEN_LINES = 30
+_MANY_BYTES = 0.2  # of a text outside the vocabulary
 
 
 class Screen:
@@ -135,10 +136,27 @@ def show_training(trainer: Trainer, needed: str, free: str) -> None:
         f"context {trainer.windows.context}, batch {s.batch_size}{parts}, at most {s.max_steps:,} steps{limit}, "
         f"learning rate {s.lr:g} to {s.min_lr:g}, patience {s.patience}, seed {s.seed}",
     )
+    show(
+        "recipe",
+        f"{s.recipe}: warm-up {s.warmup_steps:,} steps, decay {s.weight_decay:g}, betas ({s.beta1:g}, {s.beta2:g}), "
+        f"clip {s.clip:g}, dropout {c.dropout:g}",
+    )
     for note in trainer.notes:
         show("note", note)
     memory = f"needs about {needed}" + (f" of {free} free" if free else "")
     show("device", f"{trainer.device}, {trainer.precision}; {memory}")
+
+
+def show_start(trainer: Trainer, folder: str, corpus: Corpus) -> None:
+    """Prints what a run begins from, how good that is on the new documents, and where their words are not its own."""
+    before = trainer.task.evaluate(trainer.model, trainer.autocast)
+    show("begins as", f"{folder}, on the validation part: {' '.join(str(before).split())}")
+    if corpus.outside > _MANY_BYTES:
+        show(
+            "note",
+            f"{corpus.outside:.0%} of the bytes are outside the vocabulary of {folder}, which spells them letter by "
+            "letter; a new model with a vocabulary of its own, without --init-from, may do better",
+        )
 
 
 def show_result(result: Result, trainer: Trainer, resume_command: str, next_command: str = "") -> None:
