@@ -237,7 +237,7 @@ def compare(
             if name != FLOOR:
                 with _noting(entries[name]):
                     entries[name]["peak_bytes"] = alone(_prepared, peak, name, setting, options)
-                _forget(options)
+                forget(options)
     for name in names:
         if "skipped" not in entries[name]:
             with _noting(entries[name]):
@@ -246,11 +246,11 @@ def compare(
     for name, seconds in take_turns(works, options).items():
         entries[name] |= timed(seconds, things, tokens)
     works.clear()
-    _forget(options)
+    forget(options)
     return entries
 
 
-def _forget(options: Options) -> None:
+def forget(options: Options) -> None:
     """Frees unused memory, and compiled code: after too many shapes a compiler would not compile the next."""
     torch.compiler.reset()
     devices.release_memory(torch.device(options.device))

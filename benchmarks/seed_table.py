@@ -29,7 +29,9 @@ LABELS = {
     "transformer": "our Transformer, same size",
     "transformer-deep": "our Transformer, same size and depth",
     "transformers-mamba2": "`transformers` Mamba2",
+    "transformers-llama": "`transformers` Llama",
     "mamba_ssm": "`mamba_ssm`",
+    "fft": "convolution by FFT",
     "llama.cpp": "llama.cpp",
     "plain-autograd": "plain autograd",
     FLOOR: "matrix products alone",
@@ -101,12 +103,61 @@ def length_cell(benchmark: str, peer: dict[str, Any]) -> str:
     return "; ".join(filter(None, cell))
 
 
+def beside_table(results: list[Measurement]) -> str:
+    """A row per prompt and peer: the first token, the speed after it, and what the model carries."""
+    head = ["", "", "first token", "tokens/s (quartiles)", "our speed / its", "state or cache", "peak memory"]
+    rows = []
+    for result in results:
+        about = result["about"]
+        where = f"{result['setting'].partition('-')[0].upper()}, b {about['batch']}, after {about['context']:,} tokens"
+        for name, peer in result["peers"].items():
+            if "median" in peer:
+                tokens = peer["tokens_per_second"] * peer["median"]
+                low, high = (number(tokens / s) for s in reversed(peer["quartiles"]))
+                times = harness.ratio(result, name)
+                one_row = " (one row)" * (peer["first_token_rows"] < about["batch"])
+                cells = [
+                    f"{number(1e3 * peer['first_token_seconds'])} ms{one_row}",
+                    f"{number(peer['tokens_per_second'])} ({low} to {high})",
+                    "" if times is None else f"{times:.2f}",
+                    size(peer["state_bytes"]),
+                    size(peer["peak_bytes"]),
+                ]
+            else:
+                cells = [peer["skipped"], "", "", "", ""]
+            rows.append([where, label(name), *cells])
+            where = ""
+    return markdown(head, rows)
+
+
+def crossing_table(results: list[Measurement]) -> str:
+    """A row per length with each peer's time, forward and then with the backward, and where the lines cross."""
+    from benchmarks import scan_lengths
+
+    parts = []
+    for backward, title in ((False, "forward"), (True, "forward and backward")):
+        series = [r for r in results if r["about"]["backward"] is backward]
+        if not series:
+            continue
+        names = list(series[0]["peers"])
+        rows = [[f"{r['about']['l']:,}", *(_milliseconds(r["peers"][name]) for name in names)] for r in series]
+        parts.append(markdown([f"tokens, {title}", *map(label, names)], rows))
+        parts.append("".join(f"- {found}\n" for found in scan_lengths.crossings(series)))
+    return "\n".join(parts)
+
+
+def _milliseconds(peer: dict[str, Any]) -> str:
+    return f"{number(1e3 * peer['median'])} ms" if "median" in peer else peer.get("skipped", "").partition(":")[0]
+
+
 TABLES: dict[str, Callable[[list[Measurement]], str]] = {
     "train_step": row_table,
     "decode": row_table,
     "llama_cpp": row_table,
     "scan": length_table,
     "memory": length_table,
+    "beside_transformer": beside_table,
+    "scan_lengths": crossing_table,
 }
 
 
