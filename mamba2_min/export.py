@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from mamba2_min.errors import UserError, printable, run_script
 if TYPE_CHECKING:  # importing torch takes seconds: not for --help
     from mamba2_min.data.corpus import Corpus
     from mamba2_min.data.tokenizer import WordTokenizer
+    from mamba2_min.finetune.conversations import ChatTemplate
     from mamba2_min.models.mamba2 import Mamba2LM
 
 GGUF, MODELFILE = "model.gguf", "Modelfile"
@@ -63,6 +63,7 @@ def export(model: str, out: str, kind: str = "f32", template: str | None = None,
     from mamba2_min.checkpoints import checkpoint, gguf, llama_cpp
     from mamba2_min.data.tokenizer import WordTokenizer
     from mamba2_min.files import is_file, make_folder, write_atomically
+    from mamba2_min.finetune.load import saved_template
     from mamba2_min.models.mamba2 import Mamba2LM
 
     source, folder = Path(model), Path(out)
@@ -74,14 +75,14 @@ def export(model: str, out: str, kind: str = "f32", template: str | None = None,
         raise UserError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and the model {network.config.vocab_size}"
         )
-    turns = chat_turns(source)
-    template = template or ("chat" if turns else "text")
-    if template == "chat" and turns is None:
+    form = saved_template(source)
+    template = template or ("chat" if form else "text")
+    if template == "chat" and form is None:
         raise UserError(f"{source} was not fine-tuned on turns: its settings have no chat template")
     if template == "request" and "<start>" not in tokenizer.special_words:
         raise UserError("no document of this run has <start>: it has learnt to continue text, not to answer requests")
     llama_cpp.check_supported(network.config)
-    jinja, go = turns.templates() if turns and template == "chat" else ("", TEMPLATES[template])
+    jinja, go = chat_templates(form) if form and template == "chat" else ("", TEMPLATES[template])
     metadata = llama_cpp.metadata(network.config, tokenizer, kind, jinja)
     reason = llama_cpp.inexact(tokenizer)
     if reason and not approximate:
@@ -111,50 +112,26 @@ def export(model: str, out: str, kind: str = "f32", template: str | None = None,
 SAMPLING = ["--temp", "0.8", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
 
 
-@dataclass(frozen=True)
-class Turns:
-    """How a conversation is written as text, with {content} where a message goes.
+def chat_templates(form: ChatTemplate) -> tuple[str, str]:
+    """How turns are written, for programs that have messages: in Jinja for the GGUF file, in Go for the Modelfile.
 
-    Between an answer and the next turn the model has read the end of a document.
+    A message is trimmed, as fine-tuning reads it: a server's answer begins with the space before its first word, and
+    comes back with it in the next turn. Go has no such function; there a space that is there is not written twice.
     """
+    from mamba2_min.checkpoints.llama_cpp import END
 
-    system: str
-    user: str
-    answer: str
-    end: str
-
-    def templates(self) -> tuple[str, str]:
-        """The same as a template of Jinja, for the GGUF file, and of Go, for the Modelfile."""
-        jinja, go = (
-            [text.replace("{content}", content) for text in (self.system, self.user, self.answer + self.end)]
-            for content in ("{{ message.content }}", "{{ .Content }}")
-        )
-        return (
-            "{% for message in messages %}"
-            f"{{% if message.role == 'system' %}}{jinja[0]}{{% elif message.role == 'user' %}}{jinja[1]}"
-            f"{{% else %}}{jinja[2]}{{% endif %}}{{% endfor %}}",
-            f'{{{{ range .Messages }}}}{{{{ if eq .Role "system" }}}}{go[0]}{{{{ else if eq .Role "user" }}}}{go[1]}'
-            f"{{{{ else }}}}{go[2]}{{{{ end }}}}{{{{ end }}}}",
-        )
-
-
-def chat_turns(source: Path) -> Turns | None:
-    """How the turns of a run are written that was fine-tuned on them; None for any other.
-
-    Its settings.json names the template under "chat". Raises UserError where there is no such template.
-    """
-    from mamba2_min.checkpoints import checkpoint, llama_cpp
-    from mamba2_min.files import is_file, load_json
-    from mamba2_min.finetune.conversations import TEMPLATES as known
-
-    settings = load_json(source / checkpoint.SETTINGS) if is_file(source / checkpoint.SETTINGS) else {}
-    name = settings.get("chat") if isinstance(settings, dict) else None
-    if name is None:
-        return None
-    if name not in known:
-        raise UserError(f"{source / checkpoint.SETTINGS} names the chat template {str(name)[:40]!r}, which is unknown")
-    form = known[name]
-    return Turns(form.system, form.user, form.before_answer + "{content}", llama_cpp.END)
+    jinja, go = "{{ message.content | trim }}", "{{ .Content }}"
+    space = form.before_answer
+    once = f'{{{{ if ne (printf "%.1s" .Content) "{space}" }}}}{space}{{{{ end }}}}' if space else ""
+    return (
+        "{% for message in messages %}"
+        f"{{% if message.role == 'system' %}}{form.written('system', jinja)}"
+        f"{{% elif message.role == 'user' %}}{form.written('user', jinja)}"
+        f"{{% else %}}{form.written('assistant', jinja)}{END}{{% endif %}}{{% endfor %}}",
+        f'{{{{ range .Messages }}}}{{{{ if eq .Role "system" }}}}{form.written("system", go)}'
+        f'{{{{ else if eq .Role "user" }}}}{form.written("user", go)}'
+        f"{{{{ else }}}}{once}{go}{END}{{{{ end }}}}{{{{ end }}}}",
+    )
 
 
 def modelfile(template: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import modelfile
 
 FOLDER = Path(__file__).parent / "llama"
 
@@ -70,6 +71,10 @@ class LlamaCpp:
         """
         return self._ask("generate", ids=ids, count=count, temperature=temperature, seed=seed, through=through)
 
+    def conversation(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids of messages, {"role", "content"} each, by the file's own chat template."""
+        return self._ask("conversation", messages=messages)
+
     def text(self, ids: list[int]) -> str:
         """What `ids` say, special words included."""
         return self._ask("detokenize", ids=ids)
@@ -87,13 +92,14 @@ class OllamaStandIn:
     """An HTTP server that answers as Ollama does for one exported model, with llama.cpp behind it. In a `with`.
 
     It serves what data_generator.py asks: the list of models, a model's details, and a chat in pieces. `folder` is
-    what the export wrote; of the Modelfile it follows the template.
+    what the export wrote; of the Modelfile it follows the template and the temperature.
     """
 
     NAME = "mine:latest"
 
     def __init__(self, folder: str | Path):
-        self.template = re.search(r'TEMPLATE """(.*?)"""', (Path(folder) / "Modelfile").read_text(), re.DOTALL)[1]
+        text = (Path(folder) / "Modelfile").read_text()
+        self.template, self.parameters = modelfile.template(text), modelfile.parameters(text)
         self.llama = LlamaCpp(Path(folder) / "model.gguf")
         self.lock = threading.Lock()  # one text at a time
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -109,12 +115,14 @@ class OllamaStandIn:
         self.http.server_close()
         self.llama.__exit__(*error)
 
-    def write(self, prompt: str, options: dict) -> tuple[list[int], bool]:
-        """The ids that follow a prompt, and whether the model ended the text itself."""
+    def write(self, messages: list[dict], options: dict) -> tuple[list[int], bool]:
+        """The ids that follow the messages, and whether the model ended the text itself."""
         count = options.get("num_predict", 1000)
+        temperature = options.get("temperature", float(self.parameters["temperature"][0]))
         with self.lock:
-            (ids,) = self.llama.tokenize([self.template.replace("{{ .Prompt }}", prompt)])
-            sampling = {"temperature": options.get("temperature", 0.8), "seed": options.get("seed", 0)}
+            text = modelfile.render(self.template, messages, prompt=messages[-1]["content"])
+            (ids,) = self.llama.tokenize([text])
+            sampling = {"temperature": temperature, "seed": options.get("seed", 0)}
             written = self.llama.generate([0, *ids], count, **sampling)
         return written, len(written) < count
 
@@ -132,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send([{"capabilities": ["completion"], "details": {"family": "mamba2", "format": "gguf"}}])
             return
         stand_in = self.server.stand_in
-        ids, ended = stand_in.write(asked["messages"][-1]["content"], asked["options"])
+        ids, ended = stand_in.write(asked["messages"], asked.get("options", {}))
         pieces = [stand_in.llama.text([i]) for i in ids]
         parts = [{"message": {"role": "assistant", "content": piece}, "done": False} for piece in pieces]
         last = {"done": True, "done_reason": "stop" if ended else "length", "eval_count": len(ids)}

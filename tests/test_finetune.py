@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def write_lines(path, records):
 @pytest.fixture
 def base(tmp_path):
     """The folder of a small untrained model that knows the words."""
-    texts = [TURNS.prompt(p["prompt"]) + TURNS.answer(p["completion"]) for p in PAIRS] + [t["text"] for t in TEXTS]
+    texts = [TURNS.written("user", p["prompt"]) + TURNS.written("assistant", p["completion"]) for p in PAIRS]
+    texts += [t["text"] for t in TEXTS]
     tokenizer = WordTokenizer.train(texts, min_count=1)
     model = Mamba2LM(Mamba2Config(len(tokenizer), d_model=32, n_layer=2, d_state=8, headdim=16, chunk_size=16), seed=0)
     model.save_pretrained(tmp_path / "base")
@@ -308,6 +310,22 @@ def command(name, *arguments, stdin=None):
         text=True,
         timeout=120,
     )
+
+
+def test_words_that_the_model_does_not_know_are_told(base):
+    """Counted by their bytes; what is one token, such as a full stop or a space, is known."""
+    tokenizer = WordTokenizer.load(base / "tokenizer.json")
+
+    def told(*texts):
+        with tempfile.TemporaryDirectory() as folder:
+            talks = [{"prompt": f"What does the {text} do?", "completion": "The cat."} for text in texts]
+            return [n for n in load_chat(write_lines(Path(folder, "a.jsonl"), talks), tokenizer).notes if "bytes" in n]
+
+    assert not told(*ANIMALS)
+    assert not told(*(f"{animal}." for animal in ANIMALS))
+    (note,) = told(*(f"{animal} qxqxqxqx" for animal in ANIMALS))
+    said = len(" What does the cat qxqxqxqx do? The cat.")
+    assert note.startswith(f"{9 / said:.0%} of the bytes are outside the model's vocabulary")
 
 
 BAD = {

@@ -6,10 +6,12 @@ import json
 import math
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import gguf as reference
+import modelfile
 import numpy as np
 import pytest
 from exported_runs import TEXTS, make_model, make_tokenizer, save_run
@@ -21,6 +23,8 @@ from mamba2_min.data.patterns import PIECES
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.finetune.conversations import TEMPLATES, Conversation, Message, tokenize
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.settings import PRESETS
 
 ROOT = Path(__file__).parent.parent
 SHAPES = [
@@ -312,9 +316,11 @@ class TestCommand:
         assert lines[-4].split(maxsplit=1)[1] == f"ollama create mine -f '{out}/Modelfile'"
         assert lines[-3].strip() == "ollama run mine 'Once upon a time'"
         assert lines[-2].split(maxsplit=1)[1].startswith(f"llama-completion -m '{out}/model.gguf' ")
-        modelfile = (out / "Modelfile").read_text()
-        assert modelfile.startswith('FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\n')
-        assert "PARAMETER top_k 0\n" in modelfile and "PARAMETER num_ctx 1048576\n" in modelfile
+        text = (out / "Modelfile").read_text()
+        assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\n')
+        values = {name: float(*value) for name, value in modelfile.parameters(text).items()}
+        off = {"top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}
+        assert values == {"temperature": 0.8, **off, "num_ctx": 2**20}
         reader = reference.GGUFReader(out / "model.gguf")
         assert reader.fields["general.file_type"].contents() == 7
         assert {t.tensor_type.name for t in reader.tensors} == {"F32", "Q8_0"}
@@ -345,7 +351,7 @@ class TestCommand:
         tok = make_tokenizer(["User: a\nAssistant: b<start>", *TEXTS])
         run = save_run(tmp_path / "run", make_model(len(tok)), tok)
         settings = json.loads((run / "settings.json").read_text())
-        (run / "settings.json").write_text(json.dumps({**settings, "chat": name}))
+        (run / "settings.json").write_text(json.dumps({**settings, "chat": {"template": name}}))
         export.export(str(run), str(tmp_path / "out"))
         metadata, _ = gguf.read_gguf(tmp_path / "out" / "model.gguf")
         said = [
@@ -355,16 +361,24 @@ class TestCommand:
             ("user", "Why?"),
             ("assistant", "So."),
         ]
-        messages = [{"role": role, "content": content} for role, content in said]
-        text = jinja2.Template(metadata["tokenizer.chat_template"]).render(messages=messages)
-        ids = [0]
-        for part in text.removesuffix(llama_cpp.END).split(llama_cpp.END):
-            ids += [*tok.encode(part, allow_special=True), 0]
+        loose = jinja2.Environment()
         talk = Conversation(tuple(Message(*message) for message in said))
-        assert ids == tokenize(talk, TEMPLATES[name], tok).ids.tolist()
+        trained = tokenize(talk, TEMPLATES[name], tok).ids.tolist()
+        go = modelfile.template((tmp_path / "out" / "Modelfile").read_text())
+        strict = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+        for before in ("", " "):  # a server's answer comes back as the model wrote it
+            messages = [{"role": r, "content": before * (r == "assistant") + content} for r, content in said]
+            texts = [environment.from_string(metadata["tokenizer.chat_template"]) for environment in (strict, loose)]
+            texts = [text.render(messages=messages, add_generation_prompt=True) for text in texts]
+            if not before or name == "turns":
+                texts.append(modelfile.render(go, messages))
+            for text in texts:
+                ids = [0]
+                for part in text.removesuffix(llama_cpp.END).split(llama_cpp.END):
+                    ids += [*tok.encode(part, allow_special=True), 0]
+                assert ids == trained
         assert metadata["tokenizer.ggml.token_type"][0] == 3  # text becomes it
-        go = (tmp_path / "out" / "Modelfile").read_text().split('"""')[1]
-        assert go.count("{{ .Content }}") == 3 and llama_cpp.END + "{{ end }}" in go
+        assert metadata["tokenizer.ggml.tokens"][metadata["tokenizer.ggml.eos_token_id"]] == llama_cpp.END  # it stops
         export.export(str(run), str(tmp_path / "text"), template="text")
         metadata, _ = gguf.read_gguf(tmp_path / "text" / "model.gguf")
         assert "tokenizer.chat_template" not in metadata and metadata["tokenizer.ggml.token_type"][0] == 5
@@ -374,9 +388,10 @@ class TestCommand:
             export.export(str(run), str(tmp_path / "out"), template="chat")
         tok = make_tokenizer()
         other = save_run(tmp_path / "other", make_model(len(tok)), tok)
-        (other / "settings.json").write_text('{"chat": "shouting"}')
-        with pytest.raises(UserError, match="'shouting', which is unknown"):
-            export.export(str(other), str(tmp_path / "out"))
+        for bad in ('"shouting"', '{"template": "shouting"}', '{"template": ["shouting"]}'):
+            (other / "settings.json").write_text(f'{{"chat": {bad}}}')
+            with pytest.raises(UserError, match=r"the chat template .*shouting.*; there are turns, request"):
+                export.export(str(other), str(tmp_path / "out"))
 
     def test_an_inexact_tokenizer_is_refused_unless_approximate(self, tmp_path):
         data = tmp_path / "data"
@@ -422,6 +437,20 @@ class TestCommand:
         assert export.different_share(tok, stream(257, 0), stream(257, 0)) == 0
         assert export.different_share(tok, stream(257, 257, 0), stream(258, b, 257, 0)) == 0.5
         assert export.different_share(tok, stream(257, 0), stream(33, a, b, 0)) == 0.75
+
+    @pytest.mark.parametrize(
+        ("preset", "parameters", "most"), [("small", 3.8e6, 2), pytest.param("base", 130e6, 10, marks=pytest.mark.slow)]
+    )
+    def test_the_export_takes_seconds(self, tmp_path, preset, parameters, most):
+        """In processor time, reading the file back included."""
+        words = [f" w{i}" for i in range(8192 - 257 if preset == "small" else 52_000)]
+        tok = WordTokenizer(words, pattern="llama3")
+        model = Mamba2LM(Mamba2Config(len(tok), **PRESETS[preset]))
+        assert model.config.num_parameters() > parameters
+        run = save_run(tmp_path / "run", model, tok)
+        before = time.process_time()
+        export.export(str(run), str(tmp_path / "out"))
+        assert time.process_time() - before < most
 
     def test_an_adapter_is_to_be_merged_first(self, run, tmp_path):
         folder = tmp_path / "adapter"

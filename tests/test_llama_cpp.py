@@ -3,12 +3,15 @@
 `make test-llama` installs it and runs these; elsewhere they are skipped.
 """
 
+import json
 import random
 import subprocess
 import sys
 import unicodedata
 
+import modelfile
 import numpy as np
+import ollama
 import pytest
 import torch
 from exported_runs import DOCUMENTS, TEXTS, make_model, make_tokenizer, save_run
@@ -20,7 +23,15 @@ from mamba2_min.checkpoints import gguf, llama_cpp
 from mamba2_min.data.corpus import load_corpus
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.evaluation.perplexity import evaluate
+from mamba2_min.finetune.conversations import TEMPLATES, conversation, tokenize
+from mamba2_min.finetune.load import template_of
+from mamba2_min.finetune.run import finetune
+from mamba2_min.finetune.spec import plan
+from mamba2_min.finetune.talk import Chat
+from mamba2_min.inference.completer import Completer
+from mamba2_min.merge import merge
 from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.ops.sampling import Sampler
 
 pytestmark = [pytest.mark.llama, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -169,6 +180,68 @@ def test_an_approximate_export_reads_text_as_it_was_told(tmp_path):
     with LlamaCpp(tmp_path / "out" / "model.gguf") as llama:
         for text, ids in zip(texts, llama.tokenize(texts), strict=True):
             assert ids == tokenizer.recut("llama3").encode(text, allow_special=True)
+
+
+def conversations(draw, parts, count):
+    """Conversations of one to four turns, some after a system message, with contents drawn from `parts`."""
+    made = []
+    for _ in range(count):
+        roles = ["system"] * draw.randrange(2) + ["user", "assistant"] * draw.randrange(1, 5)
+        contents = ["".join(draw.choices(parts, k=draw.randrange(1, 12))).strip() or "So." for _ in roles]
+        made.append([{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)])
+    return made
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_has_the_tokens_that_fine_tuning_trains_on(tmp_path, name):
+    """By the template in the file, by the Modelfile's, and when the next answer is asked for."""
+    tokenizer = make_tokenizer([*TEXTS, "User: a\nAssistant: b"])
+    save_run(tmp_path / "run", make_model(len(tokenizer)), tokenizer)
+    (tmp_path / "run" / "settings.json").write_text(json.dumps({"chat": {"template": name}}))
+    export.export(str(tmp_path / "run"), str(tmp_path / "out"))
+    go = modelfile.template((tmp_path / "out" / "Modelfile").read_text())
+    signs = "aéI我ค😀 \n\t'\"-.?!:{}%<>19½"
+    parts = [*signs, "cat", "User:", "\n\n", "“Well,” ", " don't", "{{ x }}", "{% if %}", "  "]
+    with LlamaCpp(tmp_path / "out" / "model.gguf") as llama:
+        for messages in conversations(random.Random(0), parts, 300):
+            talk = conversation({"messages": messages}, "here")
+            trained = tokenize(talk, TEMPLATES[name], tokenizer).ids.tolist()
+            # A server's answer begins with the space that the model writes, and comes back so in the next turn.
+            before = TEMPLATES[name].before_answer
+            said = [{**m, "content": before * (m["role"] == "assistant") + m["content"]} for m in messages]
+            rendered = [modelfile.render(go, each) for each in (messages, said)]
+            assert [llama.conversation(each) for each in (messages, said)] == [trained] * 2, messages
+            assert [[0, *ids] for ids in llama.tokenize(rendered)] == [trained] * 2, messages
+            answer = len(tokenizer.encode(TEMPLATES[name].written("assistant", messages[-1]["content"]))) + 1
+            assert llama.conversation(said[:-1]) == trained[:-answer], messages
+
+
+def test_a_fine_tuned_run_answers_as_in_a_chat_here(tmp_path, trained):
+    """Turn after turn the same text, to the end of each answer: an adapter, merged, with its template."""
+    animals = ["cat", "dog", "cow", "hen", "fox", "owl"]
+    pairs = [{"prompt": f"What is a {a}?", "completion": f"The {a} is an animal, and it's old."} for a in animals]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    chosen = {"model": str(trained[0]), "data": str(tmp_path / "pairs.jsonl"), "method": "lora", "lora_dropout": 0.0}
+    steps = {"max_steps": 60, "eval_every": 60, "batch_size": 8, "context": 64, "patience": 0, "precision": "float32"}
+    spec = plan(tmp_path / "chat", {**chosen, **steps})
+    finetune(spec, tmp_path / "chat", torch.device("cpu"), again="", quiet=True)
+    merge(tmp_path / "chat", tmp_path / "merged")
+    export.export(str(tmp_path / "merged"), str(tmp_path / "out"))
+
+    completer = Completer.load(tmp_path / "merged")
+    chat = Chat(completer, Sampler(0), 60, (), template_of(tmp_path / "merged", completer.tokenizer))
+    messages = []
+    with OllamaStandIn(tmp_path / "out") as server:
+        client = ollama.Client(server.url)
+        for animal in animals[:3]:
+            request = f"What is a {animal}?"
+            messages.append({"role": "user", "content": request})
+            parts = [*client.chat("mine", messages, stream=True, options={"temperature": 0, "num_predict": 60})]
+            theirs = "".join(part.message.content for part in parts)
+            ours = "".join(chat.reply(request, 60, Sampler(0), ()))
+            assert completer.stopped_by == "end" and parts[-1].done_reason == "stop"
+            assert theirs == chat.template.before_answer + ours and len(ours) > 5
+            messages.append({"role": "assistant", "content": theirs})
 
 
 def test_the_data_generator_asks_an_exported_model(tmp_path, trained):

@@ -252,6 +252,14 @@ class TestCharacters:
         assert self.TOK.encode("è你") == [1 + b for b in "è你".encode()]
         assert self.TOK.word(ids[b"\xe6\x88"]) == "<0xE6><0x88>"
 
+    def test_a_character_that_is_a_token_is_inside_the_vocabulary(self):
+        outside = {"我": 0, "我我": 0, " cat": 0, "x": 0, ".": 0, "dog": 3, " dog": 4, "我戒": 3, "è": 2, "xé": 1}
+        assert {piece: self.TOK.bytes_outside(piece) for piece in outside} == outside
+        special = WordTokenizer([" cat"], ["<start>"], "words")
+        assert [special.bytes_outside(piece) for piece in ("<start>", " cat", " cats", "é")] == [0, 0, 5, 2]
+        plain = WordTokenizer(["cat"], pattern="whitespace")
+        assert [plain.bytes_outside(piece) for piece in ("cat", "dog", "\n")] == [0, 3, 0]
+
     def test_a_stream_waits_for_the_rest_of_a_beginning(self):
         stream = StreamDecoder(self.TOK)
         assert [stream.feed(i) for i in self.TOK.encode("戒😁")] == ["", "戒", "", "😁"]

@@ -99,15 +99,12 @@ class PieceStream:
         return [int(outside[stream[span.start : span.stop]].sum()) for span in spans]
 
     def _look_up(self, tokenizer: WordTokenizer) -> tuple[np.ndarray, ...]:
-        """The ids of all pieces one after the other; of each piece its first there, how many, and its bytes if it is
-        in no word. Kept for the next time, with the same vocabulary and no more pieces."""
+        """The ids of all pieces one after the other; of each piece its first there, how many, and its bytes
+        that are in no word. Kept for the next time, with the same vocabulary and no more pieces."""
         if not self._found or self._found[0] is not tokenizer or len(self._found[1][1]) != len(self._numbers):
             ids = [[tokenizer.eos_id], *map(tokenizer.piece_ids, itertools.islice(self._numbers, 1, None))]
             lengths = np.array([len(each) for each in ids])
-            outside = [
-                len(piece.encode()) if len(each) > 1 or each == [tokenizer.unk_id] else 0
-                for piece, each in zip(self._numbers, ids, strict=True)
-            ]
+            outside = [0, *map(tokenizer.bytes_outside, itertools.islice(self._numbers, 1, None))]
             flat = np.array([i for each in ids for i in each], dtype=np.int32)
             self._found = (tokenizer, (flat, np.cumsum(lengths) - lengths, lengths, np.array(outside)))
         return self._found[1]

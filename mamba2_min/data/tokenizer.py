@@ -158,6 +158,16 @@ class WordTokenizer:
         known = self._word_ids.get(piece, self._special_ids.get(piece))
         return self._spelled(piece) if known is None else [known]
 
+    def bytes_outside(self, piece: str) -> int:
+        """How many bytes of one of the `pieces` are in no word: those of characters that are no tokens themselves."""
+        ids = self.piece_ids(piece)
+        if ids == [self.unk_id]:
+            return len(piece.encode())
+        if len(ids) == 1:
+            return 0
+        last_word = 256 + len(self.special_words) + len(self.words)
+        return sum(len(self._bytes[i]) for i in ids if not 256 < i <= last_word)
+
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of what a person typed: `encode(text, allow_special=True)`, in the spelling that is known.
 

@@ -6,6 +6,7 @@ place, and requests that are in both are then left out of training.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,10 @@ from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.files import is_folder
 from mamba2_min.finetune.conversations import (
+    ROLES,
     START,
     TEMPLATES,
+    ChatTemplate,
     Conversation,
     Example,
     conversation,
@@ -90,7 +93,7 @@ def load_chat(
             raise UserError(f"nothing to {name}: {data} has {len(talks):,} conversations{why}")
     name = template_for(tokenizer)
     made = [[tokenize(talk, TEMPLATES[name], tokenizer) for talk in part] for part in (train, validation)]
-    notes += _about_bytes(made[0], tokenizer)
+    notes += _about_bytes(train, TEMPLATES[name], tokenizer)
     return ChatData(made[0], made[1], name, train, validation, notes)
 
 
@@ -110,16 +113,16 @@ def _without_repeats(talks: Sequence[Conversation]) -> tuple[list[Conversation],
     return kept, len(talks) - len(kept)
 
 
-def _about_bytes(examples: Sequence[Example], tokenizer: WordTokenizer) -> list[str]:
-    """A line where many tokens are bytes: words that the model's vocabulary does not have."""
-    if tokenizer.pattern == "whitespace":
-        return []
-    tokens = sum(len(example) for example in examples)
-    spelled = sum(int(((example.ids[1:] > 0) & (example.ids[1:] <= 256)).sum()) for example in examples)
-    share = spelled / tokens
-    if share < 0.2:
+def _about_bytes(talks: Sequence[Conversation], template: ChatTemplate, tokenizer: WordTokenizer) -> list[str]:
+    """A line where much of what is said, without the template's markers, is in no word of the model's vocabulary."""
+    before = {role: template.written(role, "\0").partition("\0")[0][-1:] for role in ROLES}  # the first word's space
+    said = [before[message.role] + message.content for talk in talks for message in talk.messages]
+    pieces = Counter(piece for text in said for piece in tokenizer.pieces(text))
+    outside = sum(count * tokenizer.bytes_outside(piece) for piece, count in pieces.items())
+    share = outside / sum(len(text.encode()) for text in said)
+    if share < 0.1:
         return []
     return [
-        f"{share:.0%} of the tokens are bytes: the model's vocabulary lacks many of these words; a model trained on "
-        "texts of this kind, with a vocabulary of its own, will do better"
+        f"{share:.0%} of the bytes are outside the model's vocabulary; a model trained on texts of this kind, with a "
+        "vocabulary of its own, will do better"
     ]

@@ -138,14 +138,10 @@ class ChatTemplate:
     user: str
     before_answer: str
 
-    def prompt(self, user: str, system: str = "") -> str:
-        """What is read before an answer."""
-        begin = self.system.format(content=system) if system else ""
-        return begin + self.user.format(content=user)
-
-    def answer(self, text: str) -> str:
-        """What is written as an answer, without the end token."""
-        return self.before_answer + text
+    def written(self, role: str, content: str) -> str:
+        """One message as text, without the end token that follows an answer."""
+        form = {"system": self.system, "user": self.user, "assistant": self.before_answer + "{content}"}[role]
+        return form.replace("{content}", content)
 
 
 TURNS = ChatTemplate(system="{content}\n\n", user="User: {content}\nAssistant:", before_answer=" ")
@@ -189,7 +185,7 @@ def tokenize(talk: Conversation, template: ChatTemplate, tokenizer: WordTokenize
             learnt += [False] * len(part)
             system = ""
         else:
-            text = template.answer(message.content)
+            text = template.written("assistant", message.content)
             part = [*tokenizer.encode(text), tokenizer.eos_id]
             ids += part
             learnt += [True] * len(part)
@@ -202,7 +198,7 @@ def prompt_ids(tokenizer: WordTokenizer, template: ChatTemplate, content: str, s
 
     The template's own <start> is a word of the vocabulary; what a user types never becomes one.
     """
-    text = template.prompt(content, system)
+    text = (template.written("system", system) if system else "") + template.written("user", content)
     if template.user.endswith(START):
         return [*tokenizer.encode(text.removesuffix(START)), *tokenizer.encode(START, allow_special=True)]
     return tokenizer.encode(text)

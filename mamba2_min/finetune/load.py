@@ -47,11 +47,17 @@ def load_completer(
 
 def template_of(folder: str | Path, tokenizer: WordTokenizer) -> ChatTemplate:
     """The template that a fine-tuning wrote down, or the one that fits the tokenizer. Raises UserError for another."""
+    return saved_template(folder) or TEMPLATES[template_for(tokenizer)]
+
+
+def saved_template(folder: str | Path) -> ChatTemplate | None:
+    """The template that a fine-tuning wrote down; None in any other run. Raises UserError for an unknown one."""
     path = Path(folder) / SETTINGS
     settings: Any = files.load_json(path) if files.is_file(path) else {}
-    about = settings.get("chat", {}) if isinstance(settings, dict) else {}
-    name = about.get("template") if isinstance(about, dict) else None
-    name = template_for(tokenizer) if name is None else name
-    if name not in TEMPLATES:
-        raise UserError(f"{path} names the template {str(name)[:40]!r}; there are {', '.join(TEMPLATES)}")
+    about = settings.get("chat") if isinstance(settings, dict) else None
+    name = about.get("template") if isinstance(about, dict) else about
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in TEMPLATES:
+        raise UserError(f"{path} names the chat template {str(name)[:40]!r}; there are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]

@@ -1,5 +1,6 @@
 // llama.cpp for tests/test_llama_cpp.py: reads requests from standard input, one JSON object a line, and answers each.
 import readline from "node:readline";
+import { Template } from "@huggingface/jinja";
 import { getLlama, LlamaLogLevel, TokenBias } from "node-llama-cpp";
 
 const llama = await getLlama({
@@ -18,6 +19,12 @@ async function load({ path, context, threads }) {
 
 function tokenize({ texts }) {
     return texts.map((text) => model.tokenize(text, true));
+}
+
+// As a server does: the template of the file makes one text of the messages, in which special words count.
+function conversation({ messages }) {
+    const template = new Template(model.fileInfo.metadata.tokenizer.chat_template);
+    return [model.tokens.bos, ...model.tokenize(template.render({ messages, add_generation_prompt: true }), true)];
 }
 
 // For every place of `ids` the probability of each token that may follow, in the order of their ids.
@@ -61,7 +68,7 @@ function detokenize({ ids }) {
     return ids.map((id) => model.detokenize([id], true)).join("");
 }
 
-const operations = { load, tokenize, detokenize, probabilities, nats, generate };
+const operations = { load, tokenize, conversation, detokenize, probabilities, nats, generate };
 for await (const line of readline.createInterface({ input: process.stdin, crlfDelay: Infinity })) {
     const { operation, ...values } = JSON.parse(line);
     console.log(JSON.stringify(await operations[operation](values)));
