@@ -9,7 +9,7 @@ if (!text) {
 }
 const llama = await getLlama({ gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error });
 const model = await llama.loadModel({ modelPath: path, gpuLayers: 0 });
-const sequence = (await model.createContext({ contextSize: 4096 })).getSequence();
+const sequence = (await model.createContext({ contextSize: 4096, threads: 1 })).getSequence();
 const tokenBias = TokenBias.for(model).set(model.fileInfo.metadata.tokenizer.ggml.suppress_tokens, "never");
 
 process.stdout.write(text);
