@@ -12,6 +12,7 @@ from mamba2_min import validate
 
 LARGEST_SIZE = 1 << 24  # of every size: beyond it stands a slip, or a file that means harm
 A_INITS = ("hippo", "uniform")
+DROPOUTS = ("dropout", "embedding_dropout", "variational_dropout")
 
 
 def _value(default: Any, help: str, **more: Any) -> Any:  # the metadata is for the flags of train.py
@@ -41,6 +42,8 @@ class Mamba2Config:
     dt_max: float = _value(0.1, "largest step size that a head starts with")
     dt_init_floor: float = _value(1e-4, "no head starts with a smaller step size, whatever dt_min is")
     dropout: float = _value(0.0, "on each block's output, before it joins the residual stream")
+    embedding_dropout: float = _value(0.0, "of words: a word is absent from a whole batch")
+    variational_dropout: float = _value(0.0, "of channels before and after the blocks, held over a window")
     tie_embeddings: bool = _value(True, "the head's weight is the embedding's")
     pad_vocab_size_multiple: int = _value(1, "rows of the embedding are rounded up to this; no extra id is produced")
     norm_eps: float = _value(1e-5, "added to the mean square in every RMSNorm")
@@ -70,8 +73,9 @@ class Mamba2Config:
             raise ValueError(f"0 < dt_min <= dt_max must hold, not dt_min {self.dt_min}, dt_max {self.dt_max}")
         if not 0 < self.dt_init_floor <= self.dt_max:
             raise ValueError(f"dt_init_floor must lie in (0, dt_max], not {self.dt_init_floor}")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        for name in DROPOUTS:
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
         if self.norm_eps == 0:
             raise ValueError("norm_eps must be positive")
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mamba2_min import validate
+from mamba2_min.config import DROPOUTS
 from mamba2_min.recipes import RECIPES
 
 LARGEST = 2**31 - 1  # of every integer but the seed: a larger one is a slip, or a file that means harm
 LARGEST_FLOAT = 1e12
 PRECISIONS = ("auto", "float32", "bf16")
+VALIDATE = ("documents", "carried")
 PATTERNS = ("words", "llama3", "whitespace")  # where a tokenizer cuts text: data/patterns.py
 
 
@@ -68,6 +70,19 @@ class Settings:
     )
     patience: int = setting(5, "validations without a better one, then stop; 0: never", acceptable=True)
     min_delta: float = setting(0.0, "nats that count as better", acceptable=True)
+    validate: str = setting(
+        "documents",
+        "each document from an empty state, as it is completed, or the state carried through all of them",
+        choices=VALIDATE,
+    )
+    carry_state: bool | None = setting(  # see Streams
+        None,
+        "each window goes on with the state of the one before it",
+        shown="on where most of the text is in documents longer than 16 windows",
+    )
+    ema_decay: float = setting(  # see Average
+        0.0, "of the average of weights that is validated and kept, such as 0.998; 0: none", high=1
+    )
     lr: float = setting(5e-3, "peak learning rate")
     min_lr: float = setting(1e-5, "final learning rate")
     warmup_steps: int = setting(100, "steps of linear warm-up")
@@ -96,7 +111,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             if getattr(self, name) == 1:
                 raise ValueError(f"{name} must be below 1")
         if self.lr == 0:
@@ -108,6 +123,11 @@ class Settings:
 # What may differ when a run resumes, if the user accepts it by name: when to stop, validate and save, and how the work
 # of a step is divided. None of it changes what a step is meant to compute.
 ACCEPTABLE = tuple(field.name for field in dataclasses.fields(Settings) if field.metadata.get("acceptable"))
+
+
+# What a run began with that does not name a setting, because it is older: the others are the defaults of today.
+BEFORE = {"validate": "carried", "carry_state": False, "ema_decay": 0.0}
+BEFORE_OF_DATA = {"rules": 1}
 
 
 @dataclass(frozen=True)
@@ -178,7 +198,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base": {"d_model": 768, "n_layer": 24, "d_state": 128, "chunk_size": 128},
 }
 # The fields of Mamba2Config that are flags of train.py.
-MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "expand", "ngroups", "chunk_size", "a_init", "dropout")
+MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "expand", "ngroups", "chunk_size", "a_init", *DROPOUTS)
 
 
 def defaults(cls: type) -> dict[str, Any]:

@@ -72,7 +72,7 @@ WHOLE = (
     "chunk_size",
     "pad_vocab_size_multiple",
 )
-REAL = ("dt_min", "dt_max", "dt_init_floor", "dropout", "norm_eps")
+REAL = ("dt_min", "dt_max", "dt_init_floor", "dropout", "embedding_dropout", "variational_dropout", "norm_eps")
 SWITCHES = ("tie_embeddings", "norm_before_gate", "norm_per_group", "conv_bias", "proj_bias", "residual_in_fp32")
 
 

@@ -151,9 +151,9 @@ def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tens
     """Writes a model's config and weights into a folder, which is made if need be.
 
     format: "own" (config.json, model.pt), "official" (config.json, pytorch_model.bin: state-spaces' mamba_ssm) or "hf"
-    (config.json, model.safetensors: transformers). The official layout drops a_init and dropout, which only training
-    reads. Raises UserError where a layout cannot say what the weights need, where the folder holds a model in another
-    layout, or where it cannot be written; ValueError for any other format.
+    (config.json, model.safetensors: transformers). The official layout drops what only training reads: a_init and the
+    dropouts. Raises UserError where a layout cannot say what the weights need, where the folder holds a model in
+    another layout, or where it cannot be written; ValueError for any other format.
     """
     if format not in layouts.WEIGHT_FILES:
         raise ValueError(f"format must be one of {', '.join(layouts.WEIGHT_FILES)}, not {format!r}")

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from mamba2_min.checkpoints import config_keys as keys
 from mamba2_min.checkpoints.weights import EMBEDDING, HEAD, parameter_shapes, with_tied_head
-from mamba2_min.config import Mamba2Config
+from mamba2_min.config import DROPOUTS, Mamba2Config
 
 __all__ = ["WEIGHT_FILES", "config_from", "config_to", "layout_of", "parameter_shapes", "shards", "weights_to"]
 
@@ -55,7 +55,7 @@ WEIGHT_FILES = {
 
 # What a Hugging Face config has no key for, kept under one of our own, which transformers carries along unread.
 _HF_OURS = "mamba2_min"
-_HF_OURS_KEYS = ("vocab_size", "pad_vocab_size_multiple", "a_init", "dropout")
+_HF_OURS_KEYS = ("vocab_size", "pad_vocab_size_multiple", "a_init", *DROPOUTS)
 _HF_EMBEDDING = "backbone.embeddings.weight"
 
 

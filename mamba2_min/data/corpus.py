@@ -36,6 +36,7 @@ class Corpus:
     `train_bytes`, `validation_bytes`: the UTF-8 bytes that the streams stand for, to give bits per byte: the bytes of
     the texts, and 1 for each end-of-document token, as if it were the one byte between two documents.
     `train_documents`, `train_words`, ...: how many documents, and how many words as white space separates them.
+    `train_starts`, `validation_starts`: (documents,) int64, where each document begins in its stream.
     `notes`: lines for the user about what was skipped, moved or cut.
     `outside`: the share of all bytes that are in no word of the vocabulary; `worst`: the file with the largest share.
     """
@@ -52,6 +53,8 @@ class Corpus:
     notes: list[str] = field(default_factory=list)
     outside: float = 0.0
     worst: tuple[str, float] | None = None
+    train_starts: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    validation_starts: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
     @property
     def documents(self) -> int:
@@ -143,6 +146,8 @@ def load_corpus(
         notes=texts.notes(),
         outside=outside,
         worst=worst,
+        train_starts=_starts(texts.stream.lengths(train_spans, tokenizer)),
+        validation_starts=_starts(texts.stream.lengths(validation_spans, tokenizer)),
     )
 
 
@@ -279,6 +284,10 @@ class _Texts:
 
 def _spans(texts: list[_Text]) -> list[Span]:
     return [text.span for text in texts if text.span]
+
+
+def _starts(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)[:-1]
 
 
 def _outside(

@@ -92,6 +92,12 @@ class PieceStream:
             done += int(ends[-1])
         return tokens
 
+    def lengths(self, spans: Iterable[Span], tokenizer: WordTokenizer) -> list[int]:
+        """How many tokens each document has."""
+        _, _, lengths, _ = self._look_up(tokenizer)
+        stream = np.frombuffer(self._stream, dtype=np.int32)
+        return [int(lengths[stream[span.start : span.stop]].sum()) for span in spans]
+
     def outside(self, spans: Iterable[Span], tokenizer: WordTokenizer) -> list[int]:
         """The bytes of each document that are in no word of a vocabulary: spelled byte by byte, or unknown."""
         _, _, _, outside = self._look_up(tokenizer)

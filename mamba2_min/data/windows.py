@@ -122,6 +122,31 @@ def validation_windows(
     return _in_order(tokens, context)
 
 
+def document_windows(
+    tokens: torch.Tensor, starts: torch.Tensor, context: int, start_id: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]:
+    """Documents in order, each read after `start_id`: (input_ids, targets, seq_idx, new), the tensors (1, l) int64.
+
+    `starts` (d,): where each document begins in `tokens`. Each token is the target once. seq_idx numbers the documents;
+    `new`: the window begins with a new document, and so from an empty state, else it goes on with the one before it.
+    A window has `context` tokens at most, and ends with a document where one ends in it.
+    Raises UserError for a stream without a token.
+    """
+    if not len(tokens):
+        raise UserError("nothing to validate with: the validation part has no token to predict")
+    inputs = torch.cat([tokens.new_tensor([start_id]), tokens[:-1]])
+    inputs[starts] = start_id
+    ends = torch.cat([starts[1:], starts.new_tensor([len(tokens)])])
+    begin = 0
+    while begin < len(tokens):
+        fit = ends[(ends > begin) & (ends <= begin + context)]
+        end = int(fit[-1]) if len(fit) else begin + context
+        number = torch.searchsorted(ends, torch.arange(begin, end), right=True)
+        new = bool((starts == begin).any())
+        yield inputs[None, begin:end].long(), tokens[None, begin:end].long(), number[None], new
+        begin = end
+
+
 def _in_order(tokens: torch.Tensor, context: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for start in range(0, len(tokens) - 1, context):
         piece = tokens[start : start + context + 1].long()[None]  # (1, l + 1)

@@ -1,15 +1,20 @@
-"""The exact perplexity of a model on a text: each token counts once, with everything before it as its context."""
+"""The exact perplexity of a model on documents: each token counts once, with all of its document before it as context.
+
+A document is scored from an empty state, as the completer begins one; or the state is carried on from one document to
+the next. What is computed is exact: no window cuts a token's context off.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mamba2_min.data.windows import validation_windows
+from mamba2_min.data.windows import document_windows, validation_windows
 from mamba2_min.models.base import LanguageModel
 from mamba2_min.models.evaluating import evaluating
 from mamba2_min.ops.autograd import widest
@@ -55,9 +60,12 @@ def evaluate(
     start_id: int,
     window: int = WINDOW,
     autocast: contextlib.AbstractContextManager | None = None,
+    starts: Tensor | None = None,
 ) -> Score:
-    """Scores `tokens` (l,), one stream that is read in order after the token `start_id`; the state is carried over.
+    """Scores `tokens` (l,), read in order after the token `start_id`.
 
+    starts (d,): where documents begin in `tokens` (`Corpus.validation_starts`); each is then read after `start_id` from
+    an empty state. None: the state is carried from the first token to the last, whatever documents there are.
     n_bytes: the bytes of text that the tokens stand for (`Corpus.validation_bytes`); window: tokens per forward pass;
     autocast: a context to run the model in. The model's training mode is restored. Raises UserError for no tokens.
     """
@@ -65,10 +73,27 @@ def evaluate(
     state, count = None, 0
     nats = torch.zeros((), dtype=widest(device), device=device)
     with evaluating(model):
-        for input_ids, targets in validation_windows(tokens, window, start_id):
-            input_ids, targets = input_ids.to(device), targets.to(device)
+        for input_ids, targets, seq_idx, new in _windows(tokens, starts, window, start_id):
             with autocast or contextlib.nullcontext():
-                loss, state = model.loss_and_state(input_ids, targets, state, reduction="sum")
+                loss, state = model.loss_and_state(
+                    input_ids.to(device),
+                    targets.to(device),
+                    None if new else state,
+                    None if seq_idx is None else seq_idx.to(device),
+                    reduction="sum",
+                )
             nats += loss
             count += targets.numel()
     return Score(float(nats), count, n_bytes)
+
+
+def _windows(
+    tokens: Tensor, starts: Tensor | None, window: int, start_id: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, bool]]:
+    """(input_ids, targets, seq_idx, whether the state is empty); seq_idx is None where there is one document."""
+    if starts is None:
+        for k, (input_ids, targets) in enumerate(validation_windows(tokens, window, start_id)):
+            yield input_ids, targets, None, k == 0
+        return
+    for input_ids, targets, seq_idx, new in document_windows(tokens, starts, window, start_id):
+        yield input_ids, targets, seq_idx if seq_idx[0, 0] != seq_idx[0, -1] else None, new

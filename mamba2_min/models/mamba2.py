@@ -36,6 +36,7 @@ from mamba2_min.models.init import init_mamba2
 from mamba2_min.models.inputs import check_step
 from mamba2_min.ops.autograd import widen
 from mamba2_min.ops.conv import causal_conv_silu
+from mamba2_min.ops.dropout import embedding_dropout, variational_dropout
 from mamba2_min.ops.norm import gated_rms_norm
 from mamba2_min.ssd import ssd_chunked, ssd_step
 
@@ -164,14 +165,24 @@ class Mamba2Backbone(Backbone):
         seq_idx: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        x = self.start_of_stream(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
+        x = self.start_of_stream(
+            self._dropped_out(self._embedded(input_ids) if inputs_embeds is None else inputs_embeds)
+        )
         new = State([], [])
         for i, block in enumerate(self.layers):
             before = (None, None) if state is None else (state.conv[i], widen(state.ssm[i]))
             x, conv, ssm = self.run_block(block, x, *before, seq_idx)
             new.conv.append(conv)
             new.ssm.append(ssm)
-        return self.norm_f(x), new
+        return self._dropped_out(self.norm_f(x)), new
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        x, p = self.embedding(ids), self.config.embedding_dropout
+        return embedding_dropout(x, ids, self.config.padded_vocab_size, p) if self.training and p else x
+
+    def _dropped_out(self, x: Tensor) -> Tensor:
+        p = self.config.variational_dropout
+        return variational_dropout(x, p) if self.training and p else x
 
     @property
     def blocks(self) -> list[Block]:

@@ -29,12 +29,14 @@ def training_memory(
     device: torch.device | str = "cpu",
     recompute: bool = False,
     precision: str = "float32",
+    averaged: bool = False,
 ) -> int:
     """An estimate of the bytes that a training adds to the process: more than it takes, by at most three fifths.
 
     Weights, gradients and AdamW's two moments are four float32 copies of the parameters; while the head's gradient is
     computed there is one more of the embedding. Until the backward pass a token keeps, in each layer, the residual
     stream and the inputs and outputs of projections, convolution, scan and norms; with `recompute`, of one layer only.
+    Weights that are `averaged` are one copy more.
     With `precision` "bf16" a GPU keeps all but the residual stream in half of the bytes.
     """
     device = torch.device(device)
@@ -53,7 +55,7 @@ def training_memory(
     with devices.matmul_precision(device, precision):
         logits = min(slice_elements(device), tokens * config.vocab_size) * (1 if on_cpu else 3)
     libraries = 192 << 20 if on_cpu else 0  # what the optimizer and the plot import
-    return 4 * (4 * config.num_parameters() + head + logits) + tokens * per_token + libraries
+    return 4 * ((4 + averaged) * config.num_parameters() + head + logits) + tokens * per_token + libraries
 
 
 def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device) -> Settings:
@@ -118,4 +120,4 @@ def explained(trainer: Trainer) -> Iterator[None]:
 
 def _needed(config: Mamba2Config, settings: Settings, device: torch.device, batch: int, context: int) -> int:
     precision = devices.pick_precision(settings.precision, device)
-    return training_memory(config, batch, context, device, settings.recompute, precision)
+    return training_memory(config, batch, context, device, settings.recompute, precision, settings.ema_decay > 0)

@@ -10,7 +10,7 @@ import torch
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.errors import UserError
-from mamba2_min.settings import ACCEPTABLE, Settings, defaults
+from mamba2_min.settings import ACCEPTABLE, BEFORE, Settings, defaults
 from mamba2_min.training.last import check_fit, check_last, optimizer_state
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state_dict(),
         "windows": trainer.windows.state_dict(),
         "guard": trainer.guard.state_dict(),
+        "average": trainer.average.state_dict(),
+        "carried": trainer.carried.state_dict() if trainer.carried else {},
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else [],
         "step": trainer.step,
@@ -58,9 +60,12 @@ def restore(trainer: Trainer, accept_documents: bool) -> None:
         trainer.optimizer.load_state_dict(optimizer_state(saved["optimizer"], trainer.optimizer))
         _restore_counts(trainer, saved)
         trainer.guard.load_state_dict(saved["guard"])
+        trainer.average.load_state_dict(saved.get("average", {}))
         if same:
             trainer.best = best
             trainer.windows.load_state_dict(saved["windows"])
+            if trainer.carried:
+                trainer.carried.load_state_dict(saved.get("carried", {}), trainer.settings.batch_size)
         else:
             trainer.best, trainer.best_step, trainer.evaluated_step, trainer.stale = None, 0, -1, 0
             trainer.notes.append("other documents than before: reading from their start, looking for a new best")
@@ -96,14 +101,15 @@ def repair_best(trainer: Trainer) -> None:
     """Writes model.pt where the run was killed between last.pt and model.pt: last.pt holds the same weights."""
     if trainer.best is None or trainer.best_step != trainer.step:
         return
-    if not trainer.task.files.is_saved(trainer.out, trainer.model):
-        trainer.task.files.save(trainer.out, trainer.model)
+    with trainer.average.in_place():
+        if not trainer.task.files.is_saved(trainer.out, trainer.model):
+            trainer.task.files.save(trainer.out, trainer.model)
 
 
 def _check_same_run(trainer: Trainer, saved: dict[str, Any], accept_documents: bool) -> None:
     """Raises UserError where the run in last.pt is another one than the trainer's."""
     out, task = trainer.out, trainer.task
-    before = {**defaults(Settings), **saved["settings"]}
+    before = {**defaults(Settings), **BEFORE, **saved["settings"]}
     for name, value in dataclasses.asdict(trainer.asked).items():
         if name not in ACCEPTABLE and before[name] != value:
             raise UserError(f"{name} was {before[name]} when the run in {out} began, and is now {value}")

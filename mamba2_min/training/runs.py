@@ -10,7 +10,7 @@ from typing import Any
 
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
-from mamba2_min.config import Mamba2Config
+from mamba2_min.config import DROPOUTS, Mamba2Config
 from mamba2_min.data.corpus import Corpus, corpus_of
 from mamba2_min.data.room import check_room
 from mamba2_min.data.tokenizer import WordTokenizer
@@ -18,9 +18,18 @@ from mamba2_min.errors import UserError, printable
 from mamba2_min.flags import flag
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.recipes import recipe
-from mamba2_min.settings import ACCEPTABLE, MODEL_FLAGS, PRESETS, DataSettings, Settings, defaults
+from mamba2_min.settings import (
+    ACCEPTABLE,
+    BEFORE,
+    BEFORE_OF_DATA,
+    MODEL_FLAGS,
+    PRESETS,
+    DataSettings,
+    Settings,
+    defaults,
+)
 
-_TRAINING_ONLY = ("dropout", "chunk_size")  # of a model's config: what no weight depends on
+_TRAINING_ONLY = (*DROPOUTS, "chunk_size")  # of a model's config: what no weight depends on
 _MOST_WORDS = 50_257  # where the vocabulary has no limit: GPT-2's, to tell the size of a model before its text is read
 DOCUMENTS = "documents"  # the name by which --accept allows other documents than those that a run began with
 
@@ -181,8 +190,11 @@ def read_plan(out: str | Path) -> RunSpec:
         if not all(isinstance(part, dict) for part in saved.values()):
             raise ValueError("data, model and training are not objects")
         Mamba2Config(vocab_size=1, **saved["model"])
-        data = DataSettings(**{"rules": 1, **saved["data"]})  # a run of the first version does not name its rules
-        return RunSpec(data, saved["model"], Settings(**saved["training"]), resume=True)
+        data, training = (
+            DataSettings(**{**BEFORE_OF_DATA, **saved["data"]}),
+            Settings(**{**BEFORE, **saved["training"]}),
+        )
+        return RunSpec(data, saved["model"], training, resume=True)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be understood: {printable(str(error))[:300]}") from error
 

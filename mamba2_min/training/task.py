@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.data.corpus import Corpus
+from mamba2_min.data.streams import Streams, are_long
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.data.windows import Windows
 from mamba2_min.errors import UserError
@@ -26,7 +27,8 @@ from mamba2_min.training.last import check_model
 
 class Batches(Protocol):
     """An endless iterator of (input_ids, targets) or (input_ids, targets, seq_idx), each (b, l) int64, that can be
-    saved and resumed to the batch."""
+    saved and resumed to the batch. A fourth, fresh (b,) bool, says that the rows go on from batch to batch (`Streams`).
+    """
 
     context: int  # tokens per window
     note: str | None
@@ -122,8 +124,9 @@ class Task(ABC):
 class Pretraining(Task):
     """The next token of every document of a corpus."""
 
-    def __init__(self, corpus: Corpus):
-        self.corpus, self.tokenizer = corpus, corpus.tokenizer
+    def __init__(self, corpus: Corpus, carried: bool = False):
+        """`carried`: validation carries the state from one document to the next, else each begins from an empty one."""
+        self.corpus, self.tokenizer, self.carried = corpus, corpus.tokenizer, carried
 
     @property
     def digest(self) -> str:
@@ -133,9 +136,15 @@ class Pretraining(Task):
     def validation_size(self) -> tuple[int, int]:
         return len(self.corpus.validation), self.corpus.validation_bytes
 
-    def batches(self, settings: Settings) -> Windows:
-        return Windows(self.corpus.train, settings.context, settings.batch_size, settings.seed)
+    def batches(self, settings: Settings) -> Windows | Streams:
+        c, (context, rows, seed) = self.corpus, (settings.context, settings.batch_size, settings.seed)
+        carry = settings.carry_state
+        if carry is None:
+            carry = are_long(c.train_starts, len(c.train), context) and len(c.train) >= rows * context
+        if carry:
+            return Streams(c.train, c.train_starts, context, rows, c.tokenizer.eos_id, seed)
+        return Windows(c.train, context, rows, seed)
 
     def evaluate(self, model: Any, autocast: AbstractContextManager) -> Score:
-        c = self.corpus
-        return evaluate(model, c.validation, c.validation_bytes, c.tokenizer.eos_id, autocast=autocast)
+        c, starts = self.corpus, None if self.carried else self.corpus.validation_starts
+        return evaluate(model, c.validation, c.validation_bytes, c.tokenizer.eos_id, autocast=autocast, starts=starts)

@@ -28,12 +28,17 @@ from torch import Tensor, nn
 from mamba2_min import devices, files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.data.corpus import Corpus
+from mamba2_min.data.streams import LONG, Streams
+from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import Score
 from mamba2_min.models.base import LanguageModel, decay_groups
+from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.ops.autograd import widest
 from mamba2_min.ops.loss import IGNORE
 from mamba2_min.settings import Settings, learning_rate
 from mamba2_min.training import memory
+from mamba2_min.training.averaging import Average
+from mamba2_min.training.carried import CarriedState
 from mamba2_min.training.compile_check import compile_checked
 from mamba2_min.training.guards import LossGuard, deferred_signals
 from mamba2_min.training.metrics import MetricsLog, plot_run
@@ -77,7 +82,7 @@ class Trainer:
         report: Callable[[str, dict[str, Any]], None] = lambda event, values: None,
         accept_documents: bool = False,
     ):
-        self.task = task = corpus if isinstance(corpus, Task) else Pretraining(corpus)
+        self.task = task = corpus if isinstance(corpus, Task) else Pretraining(corpus, settings.validate == "carried")
         self.corpus, self.out, self.report = corpus, Path(out), report
         self.device = torch.device(device)
         self.precision = devices.pick_precision(settings.precision, self.device)
@@ -86,10 +91,12 @@ class Trainer:
             devices.make_deterministic()
         self.model = task.files.unwrapped(model).to(self.device)
         self.model.recompute = settings.recompute
-        self.windows = task.batches(settings)
+        self.windows = _batches(task, settings, self.model)
         self.asked, self.settings = settings, _resolved(settings, task, self.windows)
         self.micro_batch = min(settings.micro_batch or settings.batch_size, settings.batch_size)
         self.optimizer = _adamw(self.model, settings, fused=self.device.type in ("cpu", "cuda"))
+        self.average = Average(self.model, settings.ema_decay)
+        self.carried = CarriedState(self.model) if isinstance(self.windows, Streams) else None
         self.guard = LossGuard(settings.spike)
         self.log = MetricsLog(self.out / checkpoint.METRICS)
         self.step, self.seconds = 0, 0.0  # seconds of training, over all sittings
@@ -98,6 +105,8 @@ class Trainer:
         self.pending: list[float] = []  # training losses that are not in metrics.jsonl yet
         self.saved_records = 0  # lines of metrics.jsonl when last.pt was written
         self.notes = [self.windows.note] if self.windows.note else []
+        if self.carried and settings.carry_state is None:
+            self.notes.append(f"the state is carried on: most of the text is in documents longer than {LONG} windows")
         self._to_compile = settings.compile
         self._clock = self._drawn = 0.0  # when `seconds` was last counted, and when loss.png was drawn
         torch.manual_seed(settings.seed)
@@ -146,6 +155,8 @@ class Trainer:
             why_not = compile_checked(self.model, backward, self.device)
             self.report("compiled", {"step": self.step + 1, "why_not": why_not})
         total = self._gradients(*batch)
+        if self.carried:
+            self.carried.commit()
         total_norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf)
         loss, norm = torch.stack([total, total_norm.to(total.dtype)]).tolist()  # the only wait for a GPU in a step
         self.step += 1
@@ -154,6 +165,7 @@ class Trainer:
             self.report("skipped", {"step": self.step, "loss": loss, "norm": norm, "why": why})
         else:
             self.optimizer.step()
+            self.average.update(self.step - self.guard.skipped - 1)
             self.pending.append(loss)
         self.optimizer.zero_grad(set_to_none=True)
         if self.step % s.log_every == 0:
@@ -179,7 +191,9 @@ class Trainer:
             self._to_compile = self.settings.compile  # for the new sizes, at the next step
             self.report("memory", {"step": self.step + 1, "micro_batch": self.micro_batch})
 
-    def _backward(self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    def _backward(
+        self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None = None, fresh: Tensor | None = None
+    ) -> Tensor:
         """Adds the gradients of a batch's mean loss, micro-batch by micro-batch, and returns that loss.
 
         The mean is over the targets of the whole batch, however they are spread over the micro-batches.
@@ -189,9 +203,13 @@ class Trainer:
         for start in range(0, len(input_ids), size):
             part = slice(start, start + size)
             ids, wanted = input_ids[part].to(self.device), targets[part].to(self.device)
-            packed = {} if seq_idx is None else {"seq_idx": seq_idx[part].to(self.device)}
+            more = {} if seq_idx is None else {"seq_idx": seq_idx[part].to(self.device)}
             with self.autocast:
-                loss = self.model.loss(ids, wanted, **packed)
+                if self.carried and fresh is not None:
+                    loss, state = self.model.loss_and_state(ids, wanted, self.carried.before(part, fresh), **more)
+                    self.carried.after(state)
+                else:
+                    loss = self.model.loss(ids, wanted, **more)
             loss = loss * (int((targets[part] != IGNORE).sum()) / everything)
             loss.backward()
             total += loss.detach()
@@ -199,7 +217,8 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """The exact validation loss, and whether it is the best so far: then the model goes to model.pt at once."""
-        score = self.task.evaluate(self.model, self.autocast)
+        with self.average.in_place():
+            score = self.task.evaluate(self.model, self.autocast)
         limit = self.best.loss - self.settings.min_delta if self.best else math.inf
         better = math.isfinite(score.loss) and score.loss < limit
         self.evaluated_step, self.stale = self.step, 0 if better else self.stale + 1
@@ -207,10 +226,12 @@ class Trainer:
         if better:
             self.best, self.best_step = score, self.step
             self.save()  # before model.pt, which is then never ahead of last.pt
-            self.task.files.save(self.out, self.model)
+            with self.average.in_place():
+                self.task.files.save(self.out, self.model)
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_PLOTS:
             self._draw()
-        self.report("evaluation", {"step": self.step, "score": score, "best": better, "stale": self.stale})
+        with self.average.in_place():  # for a screen that has the model write
+            self.report("evaluation", {"step": self.step, "score": score, "best": better, "stale": self.stale})
         return better
 
     def ended(self) -> str:
@@ -262,6 +283,15 @@ class Trainer:
 def _adamw(model: LanguageModel, s: Settings, fused: bool) -> torch.optim.AdamW:
     groups = decay_groups(model, s.weight_decay)
     return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=fused)
+
+
+def _batches(task: Task, settings: Settings, model: nn.Module) -> Batches:
+    """The task's batches. Only a state of constant size can be carried from one to the next."""
+    if isinstance(model, Mamba2LM):
+        return task.batches(settings)
+    if settings.carry_state:
+        raise UserError(f"carry-state needs a Mamba-2, not a {type(model).__name__}")
+    return task.batches(dataclasses.replace(settings, carry_state=False))
 
 
 def _resolved(settings: Settings, task: Task, batches: Batches) -> Settings:

@@ -1,0 +1,73 @@
+"""The state that each row of a batch hands on to its next window, without its history (truncated backpropagation)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba2_min.models.mamba2 import Mamba2LM, State
+
+
+class CarriedState:
+    """The `State` of all rows of a batch. `before` and `after` enclose each micro-batch, `commit` ends a step.
+
+    What `after` got takes effect with `commit` alone: a step that is computed again, in other parts, starts from the
+    same state.
+    """
+
+    def __init__(self, model: Mamba2LM):
+        self.model = model
+        self.state: State | None = None
+        self._next: list[State] = []
+
+    def before(self, part: slice, fresh: Tensor) -> State:
+        """The state from which rows `part` of a batch go on; those of `fresh` (b,) bool begin from an empty one."""
+        if part.start == 0:
+            self._next = []
+        if self.state is None:
+            self.state = self.model.initial_state(len(fresh))
+        gone = fresh[part].to(self.state.ssm[0].device)
+
+        def rows(tensors: list[Tensor]) -> list[Tensor]:
+            return [t[part].masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0) for t in tensors]
+
+        return State(rows(self.state.conv), rows(self.state.ssm))
+
+    def after(self, state: State) -> None:
+        """Takes the state after a micro-batch."""
+        self._next.append(state.detach())
+
+    def commit(self) -> None:
+        """Ends a step: its states are those from which the next one starts."""
+        parts, self._next = self._next, []
+        self.state = State(
+            [torch.cat(layer) for layer in zip(*(part.conv for part in parts), strict=True)],
+            [torch.cat(layer) for layer in zip(*(part.ssm for part in parts), strict=True)],
+        )
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Empty before the first step."""
+        return {} if self.state is None else {"conv": self.state.conv, "ssm": self.state.ssm}
+
+    def load_state_dict(self, saved: Any, rows: int) -> None:
+        """Goes on from what `state_dict` gave, for a batch of `rows`. Raises ValueError for anything else."""
+        if saved == {}:
+            self.state = None
+            return
+        like = self.model.initial_state(rows)
+        if not isinstance(saved, dict) or saved.keys() != {"conv", "ssm"}:
+            raise ValueError("its carried state is of another kind")
+        loaded = {}
+        for name, layers in (("conv", like.conv), ("ssm", like.ssm)):
+            tensors = saved[name]
+            if not isinstance(tensors, list) or len(tensors) != len(layers):
+                raise ValueError(f"its carried state has not {len(layers)} layers")
+            for tensor, layer in zip(tensors, layers, strict=True):
+                if not isinstance(tensor, Tensor) or tensor.shape != layer.shape or not tensor.is_floating_point():
+                    raise ValueError(f"its carried state must have tensors of {tuple(layer.shape)}")
+                if tensor.layout != torch.strided or tensor.is_meta or not tensor.isfinite().all():
+                    raise ValueError("its carried state must have finite numbers")
+            loaded[name] = [tensor.to(layer.device) for tensor, layer in zip(tensors, layers, strict=True)]
+        self.state = State(loaded["conv"], loaded["ssm"])
