@@ -165,9 +165,7 @@ class Mamba2Backbone(Backbone):
         seq_idx: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        x = self.start_of_stream(
-            self._dropped_out(self._embedded(input_ids) if inputs_embeds is None else inputs_embeds)
-        )
+        x = self.start_of_stream(self._dropped_out(self._embedded(input_ids, inputs_embeds)))
         new = State([], [])
         for i, block in enumerate(self.layers):
             before = (None, None) if state is None else (state.conv[i], widen(state.ssm[i]))
@@ -176,7 +174,10 @@ class Mamba2Backbone(Backbone):
             new.ssm.append(ssm)
         return self._dropped_out(self.norm_f(x)), new
 
-    def _embedded(self, ids: Tensor) -> Tensor:
+    def _embedded(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        if ids is None or embeds is not None:
+            assert embeds is not None
+            return embeds
         x, p = self.embedding(ids), self.config.embedding_dropout
         return embedding_dropout(x, ids, self.config.padded_vocab_size, p) if self.training and p else x
 

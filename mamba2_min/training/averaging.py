@@ -22,7 +22,8 @@ class Average:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad and decay}
-        self._names, self._parameters = list(trained), list(trained.values())
+        self._names = list(trained)
+        self._parameters: list[Tensor] = list(trained.values())
         self._average = [p.detach().clone() for p in self._parameters]
 
     @torch.no_grad()

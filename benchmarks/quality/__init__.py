@@ -1,0 +1,1 @@
+"""How good a model gets, on tasks that others report: one command per task, results as JSON."""

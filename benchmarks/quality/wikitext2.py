@@ -1,0 +1,148 @@
+"""WikiText-2 (arXiv:1609.07843): from a folder with train.txt, valid.txt and test.txt to the test perplexity.
+
+    python -m benchmarks.quality.wikitext2 --data wikitext-2 --device cuda --minutes 10
+
+The published convention: words as white space separates them, a line end is <eos>, and all 33,278 words of the training
+part are the vocabulary. Each part is one text that is read once, with everything before a token as its context: no
+cache, no dynamic evaluation, nothing learnt from the test part. The model is the one that was best on valid.txt;
+test.txt is scored once, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from mamba2_min import devices
+from mamba2_min.config import Mamba2Config
+from mamba2_min.data.corpus import load_corpus
+from mamba2_min.evaluation.perplexity import evaluate
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.settings import Settings
+from mamba2_min.training.trainer import Trainer
+
+PUBLISHED = {"AWD-LSTM": 65.6, "Mogrifier LSTM": 55.0}  # test perplexity: arXiv:1708.02182, arXiv:1909.01792
+WORDS = 33_278
+MODEL: dict[str, Any] = {
+    "d_model": 512,
+    "n_layer": 6,
+    "d_state": 64,
+    "chunk_size": 128,
+    "dropout": 0.4,
+    "embedding_dropout": 0.1,
+    "variational_dropout": 0.4,
+}
+TRAINING = Settings(
+    context=256,
+    batch_size=32,
+    max_steps=13_000,
+    eval_every=500,
+    save_every=10**6,
+    patience=0,
+    lr=3e-3,
+    weight_decay=1.0,
+    beta2=0.99,
+    carry_state=True,
+    ema_decay=0.998,
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="holds train.txt, valid.txt, test.txt")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/wikitext2"), metavar="DIR", help="of the runs (%(default)s)"
+    )
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, metavar="DIR", help="the JSON (%(default)s)")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=0.0, help="time limit; the learning rate falls with the clock")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values of model or training")
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Trains with one seed, and scores the best model on both parts that it did not learn from."""
+    model_values, settings = chosen(args, seed)
+    device = devices.pick_device(args.device)
+    files = {"val_path": args.data / "valid.txt", "min_count": 1, "pattern": "whitespace"}
+    corpus = load_corpus(args.data / "train.txt", **files)
+    test = load_corpus(args.data / "test.txt", tokenizer=corpus.tokenizer, **files)
+    if len(corpus.tokenizer) != WORDS:
+        print(f"the vocabulary has {len(corpus.tokenizer):,} words, and WikiText-2 has {WORDS:,}: another data set?")
+    model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), **model_values), seed=seed)
+    out = args.out / f"seed{seed}"
+    trainer = Trainer(model, corpus, settings, out, device, report=say)
+    begun = time.perf_counter()
+    result = trainer.train()
+    minutes = (time.perf_counter() - begun) / 60
+    scores = {}
+    for name, tokens, size in (
+        ("valid", corpus.validation, corpus.validation_bytes),
+        ("test", test.train, test.train_bytes),
+    ):
+        with devices.matmul_precision(device, "float32"):
+            score = evaluate(trainer.model, tokens, size, corpus.tokenizer.eos_id)
+        scores[name] = {"perplexity": round(score.perplexity, 3), "tokens": score.tokens}
+        print(f"seed {seed}: {name} perplexity {score.perplexity:.2f} over {score.tokens:,} tokens", flush=True)
+    return {
+        "seed": seed,
+        "minutes": round(minutes, 2),
+        "steps": result.step,
+        "best_step": result.best_step,
+        "parameters": model.config.num_parameters(),
+        "model": model_values,
+        "training": {k: v for k, v in dataclasses.asdict(settings).items() if v != getattr(Settings(), k)},
+        **scores,
+    }
+
+
+def chosen(args: argparse.Namespace, seed: int) -> tuple[dict[str, Any], Settings]:
+    """The values of the model and the settings, with those of --set. Raises SystemExit for a name that neither has."""
+    model, training = dict(MODEL), dataclasses.asdict(TRAINING)
+    training |= {"seed": seed, "max_minutes": args.minutes, "compile": not args.no_compile}
+    for text in args.set:
+        name, _, value = text.partition("=")
+        place = training if name in training else model
+        if name not in training and name not in {field.name for field in dataclasses.fields(Mamba2Config)}:
+            raise SystemExit(f"neither the model nor the training has a {name}")
+        place[name] = json.loads(value)
+    return model, Settings(**training)
+
+
+def say(event: str, values: dict[str, Any]) -> None:
+    if event == "evaluation":
+        star = "  *" if values["best"] else ""
+        print(f"step {values['step']:>6,}  validation {values['score']}{star}", flush=True)
+    elif event == "compiled" and values["why_not"]:
+        print(f"not compiled: {values['why_not']}", flush=True)
+
+
+def main() -> None:
+    args = parse()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    runs = []
+    for seed in args.seeds:
+        runs.append(measure(args, seed))
+        options = harness.Options(device=devices.pick_device(args.device).type, threads=torch.get_num_threads())
+        written = {
+            "benchmark": "quality.wikitext2",
+            "machine": harness.machine(options),
+            "versions": harness.versions(),
+            "published": PUBLISHED,
+            "runs": runs,
+        }
+        args.results.mkdir(parents=True, exist_ok=True)
+        (args.results / "quality-wikitext2.json").write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
