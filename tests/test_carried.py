@@ -126,7 +126,7 @@ def test_windows_with_the_state_carried_score_as_the_whole_rows_do():
         at = w * 7
         number[:, at : at + 7] = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         number[:, at] = restarts[:, w]
-    expected = float(model.loss_and_state(whole[0], whole[1], None, number.cumsum(1), reduction="sum")[0])
+    expected = float(model.loss_and_state(whole[0], whole[1], None, number.cumsum(1), reduction="sum")[0].detach())
     assert sum(losses) == pytest.approx(expected, rel=1e-9)
 
 

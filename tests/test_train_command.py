@@ -15,7 +15,7 @@ from small_runs import ROOT, SHAPE, load_script, write_documents
 from mamba2_min import devices, files
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
-from mamba2_min.settings import PRESETS, Settings
+from mamba2_min.settings import BEFORE, PRESETS, Settings
 from mamba2_min.training import memory, screen
 from mamba2_min.training.runs import plan_run, read_plan
 from mamba2_min.training.trainer import Trainer
@@ -257,7 +257,7 @@ def test_settings_from_elsewhere_are_checked(tmp_path):
     }
     path = tmp_path / "settings.json"
     files.save_json(path, good)
-    assert read_plan(tmp_path).training == Settings()
+    assert read_plan(tmp_path).training == Settings(**BEFORE)
     for part, change in (
         ("data", {"data": 7}),
         ("data", {"more": 1}),

@@ -54,7 +54,7 @@ def training_memory(
     per_token = width * per_layer * (1 if recompute else config.n_layer) + 4 * config.d_model * (config.n_layer + 4)
     with devices.matmul_precision(device, precision):
         logits = min(slice_elements(device), tokens * config.vocab_size) * (1 if on_cpu else 3)
-    libraries = 192 << 20 if on_cpu else 0  # what the optimizer and the plot import
+    libraries = 216 << 20 if on_cpu else 0  # what the optimizer and the plot import, Triton with them
     return 4 * ((4 + averaged) * config.num_parameters() + head + logits) + tokens * per_token + libraries
 
 
