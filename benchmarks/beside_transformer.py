@@ -201,26 +201,26 @@ class Clock:
 class Reader:
     """Reads prompts of growing length with one peer, and predicts what the next will take."""
 
-    def __init__(self, peer: Any, name: str, options: Options, clock: Clock):
-        self.peer, self._options, self._clock = peer, options, clock
+    def __init__(self, peer: Any, name: str, options: Options):
+        self.peer, self._options = peer, options
         self._power = 1 if name == OURS else 2  # at most: the time is linear, or quadratic, in the length
         self._last: tuple[int, int, float] | None = None  # rows, tokens, seconds
 
     @torch.inference_mode()
-    def read(self, setting: Setting) -> tuple[Callable[[], None], dict[str, Any]]:
+    def read(self, setting: Setting, clock: Clock) -> tuple[Callable[[], None], dict[str, Any]]:
         """A round's writing after the prompt, and what is known of the prompt. Raises Unavailable."""
         rows = setting.batch if setting.batch * setting.context <= READ_AT_ONCE else 1
         if self._last:
             before, tokens, seconds = self._last
             predicted = seconds * rows / before * (setting.context / tokens) ** self._power
-            self._clock.need(predicted)
+            clock.need(predicted)
         prompt = torch.randint(setting.mamba.vocab_size, (rows, setting.context), device=self._options.device)
         if self._last is None:
             self.peer.prefill(prompt[:, : min(256, setting.context)])  # loads and compiles what has to be
         meter = MemoryMeter(self._options.device)
         meter.start()
         times: list[float] = []
-        while not times or (len(times) < 3 and times[-1] < min(1.0, self._clock.left / 20)):
+        while not times or (len(times) < 3 and times[-1] < min(1.0, clock.left / 20)):
             state = logits = None  # the last one's memory
             started = self._now()
             logits, state = self.peer.prefill(prompt)
@@ -268,10 +268,12 @@ def take_turns(works: dict[str, Callable[[], None]], options: Options, clock: Cl
 
 
 def measure(settings: dict[str, Setting], names: list[str], options: Options, seconds: float) -> list[dict[str, Any]]:
-    """A measurement per setting. All settings of one shape share their models."""
-    clock, results = Clock(seconds), []
+    """A measurement per setting. All settings of one shape share their models, and what is left of the time is
+    shared among the settings that are left."""
+    whole, results = Clock(seconds), []
     readers: dict[tuple[str, Mamba2Config], Reader | str] = {}
-    for name, setting in settings.items():
+    for k, (name, setting) in enumerate(settings.items()):
+        clock = Clock(whole.left / (len(settings) - k))
         entries: dict[str, dict[str, Any]] = {peer: {} for peer in names}
         works = {}
         for peer in names:
@@ -280,7 +282,7 @@ def measure(settings: dict[str, Setting], names: list[str], options: Options, se
                 readers[peer, setting.mamba] = reader
                 if isinstance(reader, str):
                     raise Unavailable(reader)
-                works[peer], facts = harness.in_this_process(reader.read, setting)
+                works[peer], facts = harness.in_this_process(reader.read, setting, clock)
                 entries[peer] |= facts
             except Unavailable as reason:
                 entries[peer]["skipped"] = str(reason)
@@ -300,7 +302,7 @@ def _reader(name: str, setting: Setting, options: Options, clock: Clock) -> Read
     """The peer, ready to read; or why it cannot be built."""
     try:
         clock.need(0)
-        return Reader(harness.in_this_process(build, name, setting, options), name, options, clock)
+        return Reader(harness.in_this_process(build, name, setting, options), name, options)
     except Unavailable as reason:
         return str(reason)
 

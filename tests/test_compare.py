@@ -16,9 +16,6 @@ from mamba2_min.evaluation.axes import AXES, Axis, axes_for
 WORDS = "owl fox hen cat dog cow bee ant sea sun oak elm ink pot jar box hat cup bed map key tin fog ice rye wax"
 NAMED = WORDS.split()
 TEXTS = [" ".join(f"the {NAMED[k * i % 26]} saw the {NAMED[(i + k) % 26]} ." for i in range(12)) for k in range(30)]
-    " ".join(f"the {WORDS.split()[(k * i) % 26]} saw the {WORDS.split()[(i + k) % 26]} ." for i in range(12))
-    for k in range(30)
-]
 DOCUMENTS = [Document(text, f"x#{k}") for k, text in enumerate(TEXTS[:3])]
 
 
