@@ -109,37 +109,70 @@ def test_a_long_text_goes_through_the_state(mamba):
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_same_figures_as_hf(mamba, tmp_path):
-    """`lm_eval --model hf` on the same weights and words, with the end token first as here: equal to 1e-4."""
+@pytest.fixture(scope="module")
+def words():
+    """One vocabulary as ours, and as a tokenizer of `transformers`: tokenizer, theirs(begin with the end token?)."""
     transformers = pytest.importorskip("transformers")
-    from lm_eval.models.huggingface import HFLM
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     tokenizer = WordTokenizer.train([TEXT], min_count=1, pattern="whitespace")
-    config = Mamba2Config(len(tokenizer), d_model=32, n_layer=2, d_state=8, headdim=16, chunk_size=16)
-    ours = Mamba2LM(config, seed=1).eval()
-    ours.save_pretrained(tmp_path / "hf", format="hf")
     vocabulary = {tokenizer.decode([i]).strip() or f"<{i}>": i for i in range(len(tokenizer))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     end = next(word for word, i in vocabulary.items() if i == tokenizer.eos_id)
-    theirs = HFLM(
-        transformers.Mamba2ForCausalLM.from_pretrained(tmp_path / "hf"),
-        tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token=end, eos_token=end),
-        device="cpu",
-        batch_size=1,
-    )
-    pairs = [("The cat", " sat on the mat ."), ("A bird sang", " in the tree"), ("The dog sat on", " the cat .")]
-    plain = [(0, (pair, theirs.tok_encode(pair[0]), theirs.tok_encode(pair[1]))) for pair in pairs]
-    with_end = [(p, [tokenizer.eos_id, *c], t) for _, (p, c, t) in plain]
-    assert [(c, t) for _, c, t in with_end] == [
-        (Mamba2Eval(ours, tokenizer).tok_encode(p[0]), tokenizer.encode(p[1].strip())) for p, _, _ in with_end
-    ]
-    wanted = theirs._loglikelihood_tokens(with_end, disable_tqdm=True)
-    found = Mamba2Eval(ours, tokenizer)._loglikelihood_tokens(with_end, disable_tqdm=True)
-    for (a, same_a), (b, same_b) in zip(wanted, found, strict=True):
+
+    def theirs(begin):
+        made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if begin:
+            special = [(end, tokenizer.eos_id)]
+            made.post_processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=special)
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=end, eos_token=end)
+
+    return tokenizer, theirs
+
+
+@pytest.mark.parametrize("made_by", ["mamba2_min", "transformers"])
+def test_the_same_figures_as_hf_on_whole_tasks(made_by, words, tmp_path):
+    """`lm_eval --model hf` beside ours on the same random weights, made by either: equal to 1e-4."""
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    from mamba2_min.evaluation import harness
+    from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
+
+    tokenizer, theirs_words = words
+    sizes = {"vocab_size": len(tokenizer), "chunk_size": 16}
+    if made_by == "mamba2_min":
+        ours = Mamba2LM(Mamba2Config(**sizes, d_model=32, n_layer=2, d_state=8, headdim=16), seed=1).eval()
+        ours.save_pretrained(tmp_path / "run", format="hf")
+        theirs = transformers.Mamba2ForCausalLM.from_pretrained(tmp_path / "run")
+    else:
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 4, "head_dim": 16}
+        shape |= {"n_groups": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+        theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **shape))
+        theirs.save_pretrained(tmp_path / "run")
+        ours = Mamba2LM.from_pretrained(tmp_path / "run")
+    with torch.no_grad():
+        for model in (ours, theirs.eval()):
+            model.get_parameter("backbone.norm_f.weight").mul_(8)  # so that it is sure of something
+
+    items = {
+        "cloze": [{"text": "The cat sat on the", "word": " mat"}, {"text": "A bird sang in the", "word": " tree"}],
+        "choice": [{"context": "The dog sat on", "choices": [" the cat .", " the mat .", " A bird"], "label": 1}],
+        "perplexity": [{"text": TEXT}, {"text": "A bird sang"}],
+    }
+    for kind, made in items.items():
+        task_files.write_items(tmp_path / f"{kind}.jsonl", made)
+        task = harness.task_config(kind, "made", tmp_path / f"{kind}.jsonl")
+        # A rolling task begins with the end token by itself; it would be counted twice.
+        hf = HFLM(theirs, tokenizer=theirs_words(kind != "perplexity"), device="cpu", batch_size=1, max_length=512)
+        found, wanted = (harness.evaluate_tasks(m, [task]) for m in (Mamba2Eval(ours, tokenizer), hf))
+        for metric, value in wanted[f"made_{kind}"].items():
+            if isinstance(value, float) and not math.isnan(value):
+                assert found[f"made_{kind}"][metric] == pytest.approx(value, rel=1e-4), (kind, metric)
+    hf = HFLM(theirs, tokenizer=theirs_words(True), device="cpu", batch_size=1, max_length=512)
+    pairs = requests(*((i["text"], i["word"]) for i in items["cloze"]))
+    ours_sums, their_sums = (m.loglikelihood(pairs, disable_tqdm=True) for m in (Mamba2Eval(ours, tokenizer), hf))
+    for (a, same_a), (b, same_b) in zip(ours_sums, their_sums, strict=True):
         assert a == pytest.approx(b, abs=1e-4) and same_a == same_b
 
 
@@ -179,7 +212,6 @@ def test_the_bundled_tasks_run_offline_and_agree_with_evaluate(run_folder, mamba
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "lambada"], "no task lambada is bundled"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--include", "nowhere", "--tasks", "x"], "nowhere is not a folder"),
         (["--data", "nowhere"], "nowhere"),
@@ -189,6 +221,24 @@ def test_bad_input_is_one_line(run_folder, tmp_path, arguments, message):
     done = command("--model", run_folder, *arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_tasks_of_a_folder_by_name_and_those_whose_data_is_missing(mamba, tmp_path):
+    from mamba2_min.errors import UserError
+    from mamba2_min.evaluation import harness
+    from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
+
+    (tmp_path / "items.jsonl").write_text('{"text": "The cat sat on the", "word": " mat"}\n')
+    task = (harness.TASKS / "cloze.yaml").read_text() + f"task: mine\ndataset_kwargs: {{data_files: {{test: {tmp_path}/"
+    (tmp_path / "mine.yaml").write_text(task + "items.jsonl}}\n")
+    (tmp_path / "away.yaml").write_text(task.replace("task: mine", "task: away") + "nothing.jsonl}}\n")
+    model = Mamba2Eval(*mamba)
+    found = harness.evaluate_tasks(model, ["mine"], str(tmp_path))
+    wanted, greedy = by_hand(*mamba, "The cat sat on the", " mat")
+    assert found["mine"]["perplexity,none"] == pytest.approx(math.exp(-wanted), rel=1e-3)
+    assert found["mine"]["acc,none"] == greedy
+    with pytest.raises(UserError, match="the data of away is not on this machine"):
+        harness.evaluate_tasks(model, ["away"], str(tmp_path))
 
 
 DOCUMENTS = [

@@ -2,12 +2,14 @@
 
     python -m mamba2_min.evaluation.harness --model runs/mine                        # the bundled tasks
     python -m mamba2_min.evaluation.harness --model runs/mine --data my_documents    # tasks made from your documents
-    python -m mamba2_min.evaluation.harness --model runs/mine --include my_tasks --tasks lambada_openai
+    python -m mamba2_min.evaluation.harness --model runs/mine --tasks lambada_openai hellaswag arc_easy
+    python -m mamba2_min.evaluation.harness --model runs/mine --include my_tasks --tasks my_task
 
 The bundled tasks: stories_cloze (the last word of a passage), stories_choice (which of four sentences comes next; 25%
 by chance) and stories_perplexity. They are made from the documents that `train.py` keeps for validation, so that a
-model trained on the bundled documents has not seen them. A task of the harness's own, such as LAMBADA, needs its data
-on this machine: --include names a folder with its YAML file, whose `data_files` may be local.
+model trained on the bundled documents has not seen them. Nothing is downloaded: a task of the harness's own, such as
+LAMBADA, runs where its data is in the cache of the package `datasets` on this machine; --include names a folder with
+YAML files of tasks, whose `data_files` may be local.
 
 Needs the extra: pip install "mamba2-min[eval]".
 """
@@ -15,6 +17,7 @@ Needs the extra: pip install "mamba2-min[eval]".
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import tempfile
 from pathlib import Path
@@ -22,9 +25,11 @@ from typing import Any
 
 from mamba2_min import files
 from mamba2_min.errors import UserError, run_script
+from mamba2_min.printable import one_line
 
 TASKS = Path(__file__).parent / "tasks"
 KINDS = ("cloze", "choice", "perplexity")
+BUNDLED = [f"stories_{kind}" for kind in KINDS]
 
 
 def task_config(kind: str, name: str, data: Path) -> dict[str, Any]:
@@ -57,12 +62,25 @@ def make_items(source: str | Path, folder: Path, limit: int, seed: int = 0) -> d
 def evaluate_tasks(
     model: Any, tasks: list[Any], include: str | None = None, limit: int | None = None
 ) -> dict[str, Any]:
-    """The harness's results for a `Mamba2Eval`: {task: {metric: value}}. Nothing is downloaded."""
+    """The harness's results for a `Mamba2Eval`: {task: {metric: value}}. Nothing is downloaded.
+
+    tasks: descriptions (`task_config`), or names: the harness's own, or those of the folder `include`.
+    Raises UserError for a name that is none, and where a task's data is not on this machine.
+    """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include, include_defaults=include is not None)
-    found = lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)
+    names = [task for task in tasks if isinstance(task, str)]
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if set(names) - set(manager.all_tasks):
+        manager = TaskManager(include_path=include)  # reads 14,000 files
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
+        raise UserError(f"there is no task {unknown[0]}" + (f"; near to it: {', '.join(near)}" if near else ""))
+    try:
+        found = lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)
+    except OSError as error:
+        raise UserError(f"the data of {', '.join(names)} is not on this machine: {one_line(error)}") from error
     return found["results"]
 
 
@@ -90,7 +108,9 @@ def main() -> int:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as cache:
-        os.environ.update(offline, HF_DATASETS_CACHE=cache)
+        os.environ.update(offline)
+        if not standard_tasks(args):  # those find their data in the user's own cache
+            os.environ["HF_DATASETS_CACHE"] = cache
         try:
             import lm_eval  # noqa: F401
         except ImportError as error:
@@ -102,6 +122,11 @@ def main() -> int:
     return 0
 
 
+def standard_tasks(args: argparse.Namespace) -> list[str]:
+    """The tasks asked for that are not the bundled ones."""
+    return [name for name in args.tasks or () if name not in BUNDLED]
+
+
 def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from mamba2_min import devices
     from mamba2_min.checkpoints import checkpoint
@@ -111,11 +136,6 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     model = Mamba2LM.from_pretrained(args.model).to(devices.pick_device(args.device))
     tokenizer = WordTokenizer.load(Path(args.model) / checkpoint.TOKENIZER)
-    if args.tasks and args.include is None:
-        known = [f"stories_{kind}" for kind in KINDS]
-        unknown = [name for name in args.tasks if name not in known]
-        if unknown:
-            raise UserError(f"no task {unknown[0]} is bundled; there are {', '.join(known)}; --include adds a folder")
     if args.include is not None and not files.is_folder(args.include):
         raise UserError(f"--include: {args.include} is not a folder")
     if args.data:
@@ -126,8 +146,9 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         if not tasks:
             raise UserError("--include needs --tasks: the names of the tasks to run")
     else:
-        chosen = args.tasks or [f"stories_{kind}" for kind in KINDS]
+        chosen = args.tasks or BUNDLED
         tasks = [task_config(kind, "stories", TASKS / f"{kind}.jsonl") for kind in KINDS if f"stories_{kind}" in chosen]
+        tasks += standard_tasks(args)
     return evaluate_tasks(Mamba2Eval(model, tokenizer, args.batch_size), tasks, args.include, args.limit)
 
 
