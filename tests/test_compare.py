@@ -11,7 +11,7 @@ from mamba2_min import Mamba2Config, Mamba2LM, TransformerConfig, TransformerLM,
 from mamba2_min.data.documents import Document
 from mamba2_min.errors import run_script
 from mamba2_min.evaluation import compare, compare_plots, repetition
-from mamba2_min.evaluation.axes import AXES, Axis, axes_for
+from mamba2_min.evaluation.axes import AXES, Axis, axes_for, noise
 
 WORDS = "owl fox hen cat dog cow bee ant sea sun oak elm ink pot jar box hat cup bed map key tin fog ice rye wax"
 NAMED = WORDS.split()
@@ -142,6 +142,10 @@ def test_odd_values_on_an_axis():
     assert recall.scaled([0.5, 0.2, None, math.nan]) == [1.0, 0.0, 0.0, 0.0]
     assert recall.scaled([0.2, 0.1]) == [0.0, 0.0]  # nobody is better than chance
     assert recall.scaled([None]) == [0.0]
+    lucky = Axis("r", "recall", 0.25, noise=noise(0.25, 300))
+    assert lucky.scaled([0.3, 0.2]) == [0.0, 0.0] and lucky.scaled([0.75, 0.3, 0.5]) == [1.0, 0.0, 0.5]
+    guesses = torch.rand(2000, 300, generator=torch.Generator().manual_seed(0)) < 0.25
+    assert ((guesses.double().mean(1) - 0.25).abs() > noise(0.25, 300)).double().mean() < 0.01
     memory = Axis("m", "MB", None, more_is_better=False)
     assert memory.scaled([4.0, 2.0]) == [0.5, 1.0]
     assert axes_for(4.4)[0].chance == 4.4 and AXES[0].chance is None

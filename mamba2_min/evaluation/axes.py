@@ -6,19 +6,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+GAMES = 400  # rows of each game of recall; a row of associations asks four times
+
 
 @dataclass(frozen=True)
 class Axis:
     """A measure: its `key` in the results, its `label`, and whether more of it is better.
 
-    chance: what a model reaches that knows nothing; None where nothing is lost by having little (time, memory): such an
-    axis is scaled by the ratio to the best. digits: after the point, in tables.
+    chance: what a model reaches that knows nothing; None where there is no such thing (time, memory): that axis is
+    scaled by the ratio to the best. noise: what lies no further than this from chance counts as chance, or else the
+    luckiest of runs that know nothing would be drawn as the best. digits: after the point, in tables.
     """
 
     key: str
     label: str
     chance: float | None
     more_is_better: bool = True
+    noise: float = 0.0
     digits: int = 3
 
     def text(self, value: float | None) -> str:
@@ -39,11 +43,15 @@ class Axis:
     def _share(self, value: float, best: float) -> float:
         if self.chance is None:
             share = value / best if self.more_is_better else best / value
-        elif best == self.chance or (best > self.chance) != self.more_is_better:
-            return 0.0  # not even the best is better than chance
         else:
-            share = (value - self.chance) / (best - self.chance)
+            gain, most = ((v - self.chance) * (1 if self.more_is_better else -1) for v in (value, best))
+            share = gain / most if gain > self.noise else 0.0
         return min(1.0, max(0.0, share))
+
+
+def noise(chance: float, answers: int) -> float:
+    """Three standard errors of the share that is right of so many answers by guessing."""
+    return 3 * math.sqrt(chance * (1 - chance) / answers)
 
 
 AXES = (
@@ -52,8 +60,8 @@ AXES = (
     Axis("distinct", "distinct three-word phrases", 0.0),
     Axis("loop_free", "loop-free share, greedy", 0.0),
     Axis("closure", "texts that end by themselves", 0.0),
-    Axis("induction", "recall: induction", 1 / 15),
-    Axis("association", "recall: association", 1 / 8),
+    Axis("induction", "recall: induction", 1 / 15, noise=noise(1 / 15, GAMES)),
+    Axis("association", "recall: association", 1 / 8, noise=noise(1 / 8, 4 * GAMES)),
     Axis("write", "tokens written per second", None, digits=0),
     Axis("read", "tokens read per second", None, digits=0),
     Axis("memory", "weights and state, MB", None, more_is_better=False, digits=1),

@@ -14,8 +14,9 @@
 The documents are the validation part of --data, as train.py splits it; --all takes all of them. A run that was trained
 on them gets figures that mean nothing.
 
-In the radar an axis runs from chance (the centre) to the best of the runs (the rim). A radar misleads: its area depends
-on the order of the axes, and a rim says nothing of how good the best is. The bars show the figures themselves.
+In the radar an axis runs from chance (the centre) to the best of the runs (the rim); what is within three standard
+errors of chance counts as chance. A radar misleads: its area depends on the order of the axes, and the rim says nothing
+of how good the best is. The bars show the figures themselves.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba2_min.errors import UserError, run_script
-from mamba2_min.evaluation.axes import Axis, axes_for
+from mamba2_min.evaluation.axes import GAMES, Axis, axes_for
 
 if TYPE_CHECKING:
     from mamba2_min.data.documents import Document
@@ -115,7 +116,7 @@ def game_words(tokenizers: Sequence[WordTokenizer]) -> list[list[int]]:
     return [[s[word] for word in common[:GAME_WORDS]] for s in spelled]
 
 
-def play(model: LanguageModel, words: Sequence[int], batch: int = 200, seed: int = 0) -> dict[str, float]:
+def play(model: LanguageModel, words: Sequence[int], batch: int = GAMES, seed: int = 0) -> dict[str, float]:
     """Accuracy in two games of recall.py, 16 symbols each, with `words` for symbols, newly dealt for every row.
 
     Only the possible answers are compared, so a guess is right once in 15 times (induction) or in 8 (association).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,13 @@ def radar(found: Values, axes: Sequence[Axis], path: str | Path) -> None:
             axis.fill(angles, values, color=colour, alpha=0.08)
         axis.set_ylim(0, 1.05)
         axis.set_yticks([0.25, 0.5, 0.75, 1.0], ["", "half way", "", "best"], fontsize=7)
-        axis.set_xticks(angles, [a.label.replace(", ", ",\n").replace(" per ", "\nper ") for a in axes], fontsize=8)
-        axis.tick_params(axis="x", pad=12)
-        axis.set_title("from chance (centre) to the best of these runs (rim)", fontsize=9, pad=18)
+        axis.set_rlabel_position(180 / len(axes))
+        axis.set_xticks(angles, [""] * len(axes))
+        for angle, measure in zip(angles, axes, strict=True):
+            side = math.sin(angle)
+            where = "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
+            axis.text(angle, 1.14, _wrapped(measure.label), ha=where, va="center", fontsize=8)
+        axis.set_title("from chance (centre) to the best of these runs (rim)", fontsize=9, pad=30)
         figure.legend(fontsize=8, loc="outside right upper")
         save_figure(figure, path)
 
@@ -58,6 +63,7 @@ def bars(found: Values, axes: Sequence[Axis], path: str | Path) -> None:
             panel.barh(list(found), [v or 0.0 for v in values], color=_colours(len(found)), height=0.65)
             panel.invert_yaxis()
             panel.grid(axis="y", visible=False)
+            panel.set_axisbelow(True)
             better = "more" if axis.more_is_better else "less"
             panel.set_title(f"{axis.label} ({better} is better)", loc="left", fontsize=8)
             panel.tick_params(labelsize=7)
@@ -70,6 +76,10 @@ def bars(found: Values, axes: Sequence[Axis], path: str | Path) -> None:
         for panel in list(panels.flat)[len(axes) :]:
             panel.set_visible(False)
         save_figure(figure, path)
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, 15)
 
 
 def _colours(count: int) -> list[str]:
