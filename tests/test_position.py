@@ -84,6 +84,9 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "position.json").read_text())
     assert found["tokens"] == len(tokenizer.encode(text.strip())) and len(found["curves"]) == 2
+    carried, cleared = found["curves"].values()
+    for a, b, gain in zip(carried, cleared, found["gain"], strict=True):
+        assert gain["loss"] == pytest.approx(b["loss"] - a["loss"], abs=1e-5)
     assert (tmp_path / "out" / "position.png").stat().st_size > 5000 and "state carried" in done.stdout
     for arguments, message in (
         (["--model", "run", "--data", "none.txt"], "none.txt"),

@@ -4,7 +4,8 @@
 
 A token at position i is predicted from the i tokens before it. The text is read once with the state carried from its
 first token to its last, and once with the state cleared every `reset` tokens, the length that the model was trained on.
-Both score the very same tokens, so that their difference says what the distant past is worth. A Transformer beside it
+Both score the very same tokens, so that their difference, the gain in nats per token, says what the distant past is
+worth; its standard error is that of the difference itself, far smaller than those of the two. A Transformer beside them
 (--transformer) is cut off where its cache no longer fits.
 
 What it can say: whether a model still works beyond the length that it was trained on, and whether it gains from what
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from mamba2_min.errors import UserError, run_script
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torch import Tensor
 
     from mamba2_min.models.base import LanguageModel
@@ -89,49 +91,57 @@ def buckets(losses: Tensor) -> list[Bucket]:
     return found
 
 
-def table(curves: dict[str, list[Bucket]]) -> str:
-    """A line per bucket: positions, tokens, and the perplexity of each curve."""
+def table(curves: dict[str, list[Bucket]], gain: list[Bucket]) -> str:
+    """A line per bucket: positions, tokens, the perplexity of each curve, and the gain in nats where there is one."""
     names = list(curves)
     longest = max(curves.values(), key=len)
-    lines = [f"{'positions':>17}  {'tokens':>8}" + "".join(f"  {name:>22}" for name in names)]
+    head = [f"{name:>22}" for name in names] + [f"{'gain, nats':>16}"] * bool(gain)
+    lines = [f"{'positions':>17}  {'tokens':>8}  " + "  ".join(head)]
     for k, bucket in enumerate(longest):
         line = f"{bucket.first:>8,} -{bucket.last:>7,}  {bucket.tokens:>8,}"
         for name in names:
             here = curves[name][k] if k < len(curves[name]) else None
             line += "  " + (f"{here.perplexity:>12,.2f} ± {here.error * here.perplexity:>7.2f}" if here else " " * 22)
+        if gain:
+            line += f"  {gain[k].loss:>7.4f} ± {gain[k].error:>6.4f}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def plot(curves: dict[str, list[Bucket]], path: Path, trained: int | None) -> None:
-    """Draws loss against position, the training length marked."""
+def plot(curves: dict[str, list[Bucket]], gain: list[Bucket], path: Path, trained: int | None) -> None:
+    """Draws loss against position, the training length marked, and below it the gain of the carried state."""
     import matplotlib.pyplot as plt
 
     from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE, STYLE, save_figure
 
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+        height = (8.0, 5.6) if gain else (8.0, 4.0)
+        figure, panels = plt.subplots(
+            1 + bool(gain), 1, figsize=height, sharex=True, squeeze=False, layout="constrained"
+        )
+        top, bottom = panels[0, 0], panels[-1, 0]
         for (name, found), colour in zip(curves.items(), (BLUE, ORANGE, GREEN, GREY), strict=False):
-            shown = [b for b in found if b.tokens > 1]
-            centres = [math.sqrt(b.first * b.last) for b in shown]
-            axis.errorbar(
-                centres,
-                [b.loss for b in shown],
-                [b.error for b in shown],
-                fmt="o-",
-                markersize=4,
-                color=colour,
-                label=name,
-                capsize=2,
-            )
+            _draw(top, found, colour, name)
+        top.set_ylabel("loss, nats per token")
+        top.legend()
+        if gain:
+            _draw(bottom, [b for b in gain if b.last > (trained or 0)], BLUE, "")
+            bottom.axhline(0, color=GREY, linewidth=0.8)
+            bottom.set_ylabel("gain of the carried\nstate, nats per token")
         if trained:
-            axis.axvline(trained, color=GREY, linestyle="--", linewidth=0.8)
-            axis.text(trained, axis.get_ylim()[1], " trained on this length", va="top", fontsize=8)
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("position in the text, tokens")
-        axis.set_ylabel("loss, nats per token")
-        axis.legend()
+            for panel in panels[:, 0]:
+                panel.axvline(trained, color=GREY, linestyle="--", linewidth=0.8)
+            top.text(trained, top.get_ylim()[1], " trained on this length", va="top", fontsize=8)
+        bottom.set_xscale("log", base=2)
+        bottom.set_xlabel("position in the text, tokens")
         save_figure(figure, path)
+
+
+def _draw(panel: Axes, found: list[Bucket], colour: str, label: str) -> None:
+    shown = [b for b in found if b.tokens > 1]
+    centres = [math.sqrt(b.first * b.last) for b in shown]
+    losses, errors = [b.loss for b in shown], [b.error for b in shown]
+    panel.errorbar(centres, losses, errors, fmt="o-", markersize=4, color=colour, label=label, capsize=2)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,16 +162,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ids = torch.tensor(tokenizer.encode(text.text)[: args.max_tokens], dtype=torch.int32)
     reset = args.reset or _trained_context(args.model)
     carried = losses_by_position(model, ids, tokenizer.eos_id)
-    curves = {"state carried": buckets(carried)}
+    curves, gain = {"state carried": buckets(carried)}, []
     if reset:
         again = losses_by_position(model, ids, tokenizer.eos_id, reset)
         curves[f"cleared every {reset:,}"] = buckets(again)
+        gain = buckets(again - carried)
     if args.transformer:
         other = TransformerLM.from_pretrained(args.transformer).to(device)
         if other.config.vocab_size != model.config.vocab_size:
             raise UserError(f"{args.transformer} has another vocabulary than {args.model}: their losses do not compare")
         curves["Transformer"] = buckets(_until_memory_ends(other, ids, tokenizer.eos_id))
-    return {"source": text.source, "tokens": len(ids), "trained": reset, "curves": curves}
+    return {"source": text.source, "tokens": len(ids), "trained": reset, "curves": curves, "gain": gain}
 
 
 def _until_memory_ends(model: LanguageModel, ids: Tensor, start_id: int) -> Tensor:
@@ -220,12 +231,10 @@ def main() -> int:
     out = make_folder(args.out)
     result = measure(args)
     print(f"{result['source']}: {result['tokens']:,} tokens\n")
-    print(table(result["curves"]))
-    save_json(
-        out / "position.json",
-        {**result, "curves": {name: [asdict(b) for b in found] for name, found in result["curves"].items()}},
-    )
-    plot(result["curves"], out / "position.png", result["trained"])
+    print(table(result["curves"], result["gain"]))
+    curves = {name: [asdict(b) for b in found] for name, found in result["curves"].items()}
+    save_json(out / "position.json", {**result, "curves": curves, "gain": [asdict(b) for b in result["gain"]]})
+    plot(result["curves"], result["gain"], out / "position.png", result["trained"])
     print(f"\nwritten: {out / 'position.json'}, {out / 'position.png'}")
     return 0
 
