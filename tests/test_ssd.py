@@ -705,11 +705,12 @@ def test_extremes_are_still_right(name, form):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, float32)):
         got = run(form, to(case, dtype))
         assert_close(got, reference, tolerance)
-        # In float32 the gradient by A of each head is coarser in two cases. Where tokens forget nearly everything and
-        # are separated all the same, what is left beyond such a token is a difference of large sums: 1 in 100. What is
-        # compiled leaves such differences to autograd everywhere: 1 in 10,000.
-        coarse = 1e-4 if form is WHOLE else tolerance
-        coarse = 1e-2 if name == "the most of a token that is separated" else coarse
+        # In float32 the gradient by A of each head is coarser in three cases. With the largest factors that separated
+        # decays may have, what is left of a sum depends on the CPU: 5 in 100,000. Where tokens forget nearly everything
+        # and are separated all the same, what is left beyond such a token is a difference of large sums: 1 in 100. What
+        # is compiled leaves such differences to autograd everywhere: 1 in 10,000.
+        of_case = {"the most of a token that is separated": 1e-2, "as much decay as is separated": 5e-5}
+        coarse = max(1e-4 if form is WHOLE else tolerance, of_case.get(name, 0))
         by_head = [by_head_and_size_of_dt(values, case["dt"]) for values in (got, reference)]
         for part in [key for key in by_head[0] if key[0] == "dA"] if dtype == torch.float32 else []:
             assert_close(*({part: values.pop(part)} for values in by_head), coarse)

@@ -138,9 +138,9 @@ class _BlockStep:
         self.dt, self.decay = new(b, c.nheads), new(b, c.nheads)
         self.dt_of_channels, self.decay_of_states = self.dt[:, :, None], self.decay[:, :, None, None]
         self.dt_x = new(b, c.nheads, c.headdim)
-        self.dt_x_column = self.dt_x.view(b, c.ngroups, -1, 1)  # (b, g, r p, 1)
+        self.dt_x_column = self.dt_x.view(b, c.ngroups, c.d_inner // c.ngroups, 1)  # (b, g, r p, 1)
         self.state = ssm_state
-        self.state_rows = ssm_state.view(b, c.ngroups, -1, c.d_state)  # (b, g, r p, n)
+        self.state_rows = ssm_state.view(b, c.ngroups, c.d_inner // c.ngroups, c.d_state)  # (b, g, r p, n)
 
         self.gated_norm = _GatedRMSNormStep(mixer.norm, b)
         self.out_proj = _product(mixer.out_proj)

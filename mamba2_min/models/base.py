@@ -22,6 +22,7 @@ from mamba2_min.models.bypass import forwards, is_hooked, is_plain
 from mamba2_min.models.called import cross_entropy_by_module
 from mamba2_min.models.evaluating import evaluating
 from mamba2_min.models.inputs import as_ids, check_inputs, one_prompt
+from mamba2_min.ops.autograd import is_traced
 from mamba2_min.ops.loss import linear_cross_entropy
 from mamba2_min.ops.norm import rms_norm
 from mamba2_min.ops.sampling import Sampler
@@ -108,7 +109,7 @@ class LanguageModel(nn.Module, ABC):
         """Sets `config`, `backbone` and `lm_head`, and has `init` draw their parameters: from `seed`, or from a seed
         that torch's own generator draws if None. Drawn on the CPU, the same seed gives the same weights everywhere."""
         if seed is None:
-            seed = int(torch.randint(2**62, (), device="cpu"))
+            seed = 0 if is_traced() else int(torch.randint(2**62, (), device="cpu"))
         self.config = config
         target = torch.get_default_device()
         # PyTorch's modules draw numbers of their own, which nobody will see.
@@ -120,6 +121,15 @@ class LanguageModel(nn.Module, ABC):
             init(self, torch.Generator("cpu").manual_seed(seed))
         if target.type not in ("cpu", "meta"):
             self.to(target)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
+        """What `to`, `half`, `to_empty` and the like do. Where PyTorch makes new parameters, a tied head stays tied."""
+        ends = (self.lm_head, self.backbone.embedding)
+        tied = all(type(module) in (nn.Linear, nn.Embedding) for module in ends) and ends[0].weight is ends[1].weight
+        super()._apply(fn, recurse)
+        if tied and self.lm_head.weight is not self.backbone.embedding.weight:
+            self.lm_head.weight = self.backbone.embedding.weight
+        return self
 
     @abstractmethod
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -30,7 +30,9 @@ def conv_silu_by_module(
         return F.silu(_convolved(conv1d, inputs, back).to(u.dtype)), inputs[:, inputs.shape[1] - back :].clone()
     document = document_numbers(seq_idx, b, l, u.device)
     place = torch.arange(l, device=u.device) + back * (document + 1)  # (b, l)
-    zeros = u.new_zeros(b, l + back * int(document.max()), c)
+    # Zeros for as many documents as a row has; for as many as it may have, where nobody can look.
+    most = l - 1 if is_traced() or document.is_meta or not b else int(document.max())
+    zeros = u.new_zeros(b, l + back * most, c)
     inputs = torch.cat([state, zeros], dim=1).scatter(1, _of_channels(place, c), u)
     y = _convolved(conv1d, inputs, back).to(u.dtype).gather(1, _of_channels(place - back, c))
     last = place[:, -1:] - torch.arange(back - 1, -1, -1, device=u.device)  # (b, width - 1)

@@ -15,7 +15,9 @@ from torch import Tensor
 def autocast_off(t: Tensor) -> contextlib.AbstractContextManager:
     """A context without autocast on the device of t: states, sums and decays must not be rounded to bf16."""
     device = t.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -33,14 +35,18 @@ def without_autocast(function: Callable) -> Callable:
 def handwritten_backward(backward: Callable) -> Callable:
     """Runs the `backward` of an autograd function without autocast, which would round its products and convolutions.
 
-    It has no derivative of its own: asking for one (create_graph=True) is a RuntimeError. PyTorch's
-    `once_differentiable` notices that in `backward()` alone, not in `torch.autograd.grad`, and gives a wrong result.
+    It has no derivative of its own: asking for one (create_graph=True) is a RuntimeError. (torch.func.grad, once or
+    twice, takes the plain definitions, which have one.) PyTorch's `once_differentiable` notices that in `backward()`
+    alone, not in `torch.autograd.grad`, and gives a wrong result.
     """
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("mamba2_min's hand-written derivatives have no derivative of their own (create_graph)")
+            raise RuntimeError(
+                "mamba2_min's hand-written gradients have no gradients of their own (create_graph): "
+                "take both by torch.func, as in docs/interop.md"
+            )
         with autocast_off(gradients[0]):
             return backward(ctx, *gradients)
 
@@ -66,10 +72,20 @@ _TELLS_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >=
 
 
 def is_traced() -> bool:
-    """Whether a transform of torch.func runs, or torch.export: neither can be asked for the value of a tensor."""
+    """Whether PyTorch looks inside: a transform of torch.func, torch.export, torch.jit.trace, make_fx, fake tensors.
+
+    None of them can be asked for the value of a tensor. What they see is the plain definition of each operation.
+    """
     if torch.compiler.is_compiling():
         return _TELLS_EXPORT and torch.compiler.is_exporting()
-    return torch._C._functorch.maybe_current_level() is not None
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.jit.is_tracing()
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING_MODES)
+    )
+
+
+_TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
 def is_rounded() -> bool:

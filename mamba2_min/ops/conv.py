@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mamba2_min.ops.autograd import (
     handwritten_backward,
+    is_traced,
     materialize,
     no_compile,
     pack_saved,
@@ -50,19 +51,27 @@ def causal_conv_silu(
     """
     K, (b, l, c) = weight.shape[1], u.shape
     weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
-    if state is None and seq_idx is None and (torch.compiler.is_compiling() or not _is_cpu(u)):
+    fast = not is_traced()
+    if state is None and seq_idx is None and fast and (torch.compiler.is_compiling() or not _is_cpu(u)):
         last = u[:, max(0, l - (K - 1)) :]
         return _ShiftedConvSiLU.apply(u, weight, bias), F.pad(last, (0, 0, K - 1 - last.shape[1], 0))
     if state is None:
         state = u.new_zeros(b, K - 1, c)
     padded = torch.cat([state.to(u.dtype), u], dim=1)  # (b, K - 1 + l, c)
     new_state = padded[:, padded.shape[1] - (K - 1) :].clone()  # a view would keep all of `padded` alive
-    if seq_idx is None:
-        return (_on_cpu if _is_cpu(u) else conv_silu_by_taps)(padded, weight, bias), new_state
-    document = document_numbers(seq_idx, b, l, u.device)
-    documents = F.pad(document, (K - 1, 0))
-    same = (documents[:, documents.shape[1] - (K - 1) :] == document[:, -1:])[..., None]
-    return conv_silu_by_taps(padded, weight, bias, documents), torch.where(same, new_state, 0)
+    documents = None
+    if seq_idx is not None:
+        document = document_numbers(seq_idx, b, l, u.device)
+        documents = F.pad(document, (K - 1, 0))
+        same = (documents[:, documents.shape[1] - (K - 1) :] == document[:, -1:])[..., None]
+        new_state = torch.where(same, new_state, 0)
+    form = _on_cpu if seq_idx is None and fast and _is_cpu(u) else conv_silu_by_taps
+    if not (fast and _is_cpu(u)) or torch.compiler.is_compiling() or bool(padded.detach().sum().isfinite()):
+        return form(padded, weight, bias, documents), new_state
+    # Else the derivative at NaN, itself NaN, would reach earlier tokens, even where nobody asks for it: 0 NaN = NaN.
+    finite = padded.isfinite()
+    reached = conv_silu_by_taps((~finite).to(u.dtype), torch.ones_like(weight), None, documents) > 0
+    return form(padded.masked_fill(~finite, 0), weight, bias, documents).masked_fill(reached, torch.nan), new_state
 
 
 def _is_cpu(t: Tensor) -> bool:
@@ -105,7 +114,7 @@ def _shifted(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @no_compile
-def _on_cpu(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _on_cpu(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: None = None) -> Tensor:
     return _ConvSiLU.apply(padded, weight, bias)
 
 
@@ -137,10 +146,10 @@ class _ConvSiLU(torch.autograd.Function):
                     part = rows[:, start : start + tokens]
                     n = part.shape[1]
                     one = ones[: len(part) * n]
-                    dbias.addmv_(part.reshape(len(one), -1).to(wide).t(), one)
+                    dbias.addmv_(part.flatten(0, 1).to(wide).t(), one)
                     for k in range(K):
                         product = part * past[:, start + k : start + k + n]
-                        dtaps[k].addmv_(product.view(len(one), -1).to(wide).t(), one)
+                        dtaps[k].addmv_(product.flatten(0, 1).to(wide).t(), one)
         return dpadded, dtaps.t().to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
 
 

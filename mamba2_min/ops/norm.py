@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.ops.autograd import handwritten_backward, materialize, pack_saved, unpack_saved
+from mamba2_min.ops.autograd import handwritten_backward, is_traced, materialize, pack_saved, unpack_saved
 
 
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """The definition: x / rms(x) * weight (arXiv:1910.07467), over each of `groups` parts of the last axis."""
-    parts = x.to(weight.dtype).unflatten(-1, (groups, -1))
-    return (parts * (parts.square().mean(-1, keepdim=True) + eps).rsqrt_()).flatten(-2).mul_(weight)
+    x = x.to(weight.dtype)
+    return _scaled(x, _inverse_rms(x, eps, groups)) * weight
 
 
 def gated_rms_norm_plain(
@@ -27,7 +27,7 @@ def gated_rms_norm_plain(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm_plain`: x (..., d), weight (d,) -> (..., d), in weight's dtype."""
-    if not torch.is_grad_enabled():  # one token at a time, `apply` alone would take as long
+    if not torch.is_grad_enabled() or is_traced():  # one token at a time, `apply` alone would take as long
         return rms_norm_plain(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps, 1)
 
@@ -36,7 +36,7 @@ def gated_rms_norm(
     y: Tensor, z: Tensor, weight: Tensor, eps: float, norm_before_gate: bool = False, groups: int = 1
 ) -> Tensor:
     """`gated_rms_norm_plain`: y and z (..., d), weight (d,) -> (..., d), in weight's dtype."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_traced():
         return gated_rms_norm_plain(y, z, weight, eps, norm_before_gate, groups)
     if norm_before_gate:
         return _RMSNorm.apply(y, weight, eps, groups) * F.silu(z.to(weight.dtype))
@@ -83,7 +83,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 def _inverse_rms(u: Tensor, eps: float, groups: int) -> Tensor:
     """(..., groups, 1)"""
     parts = u.unflatten(-1, (groups, -1))
-    return (parts.square().mean(-1, keepdim=True) + eps).rsqrt_()
+    return (parts.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
 def _scaled(u: Tensor, scale: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from mamba2_min.ops.autograd import is_traced, without_autocast
 from mamba2_min.ssd import cpu, cuda, parts
 from mamba2_min.ssd.arguments import Shape, check
+from mamba2_min.ssd.nonfinite import contained
 from mamba2_min.ssd.plain import ssd_plain, ssd_quadratic, ssd_recurrent, ssd_step
 
 __all__ = ["SCANS", "Shape", "ssd_chunked", "ssd_plain", "ssd_quadratic", "ssd_recurrent", "ssd_step", "using"]
@@ -38,6 +40,7 @@ SCANS: dict[str, tuple[Callable[[torch.device, torch.dtype, Shape], bool], Calla
 
 
 @without_autocast
+@contained
 def ssd_chunked(
     x: Tensor,
     dt: Tensor,
@@ -99,9 +102,15 @@ def _forcing(name: str) -> Iterator[None]:
 def _pick(device: torch.device, dtype: torch.dtype, shape: Shape) -> Callable[..., tuple[Tensor, Tensor]]:
     if _forced.name is not None:
         return SCANS[_forced.name][1]
-    if is_traced():
-        return ssd_plain  # the others ask for values, or have backward passes written by hand
+    # The scans of the table ask for values, or have backward passes written by hand.
+    if is_traced() or shape.b == 0 or device.type == "meta":
+        return _without_chunk_size if isinstance(shape.l, torch.SymInt) else ssd_plain
     for supports, scan in SCANS.values():
         if supports(device, dtype, shape):
             return scan
     raise AssertionError("unreachable: the last scan supports everything")
+
+
+def _without_chunk_size(*args: Any) -> tuple[Tensor, Tensor]:
+    """`ssd_quadratic`: what is exported for any length must not loop over chunks."""
+    return ssd_quadratic(*args[:-1])

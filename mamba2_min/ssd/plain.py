@@ -50,9 +50,11 @@ from torch.nn import functional as F
 
 from mamba2_min.ops.autograd import without_autocast
 from mamba2_min.ssd.arguments import check
+from mamba2_min.ssd.nonfinite import contained
 
 
 @without_autocast
+@contained
 def ssd_recurrent(
     x: Tensor,
     dt: Tensor,
@@ -95,6 +97,7 @@ def ssd_step(
 
 
 @without_autocast
+@contained
 def ssd_quadratic(
     x: Tensor,
     dt: Tensor,
@@ -110,11 +113,11 @@ def ssd_quadratic(
     Arguments, results and errors as for `ssd_recurrent`.
     """
     H, narrow = check(x, dt, A, B, C, D, initial_state, seq_idx), x.dtype
-    b, l, h, p, g, n = *x.shape, *B.shape[2:]
+    g = B.shape[2]
     x, dt, A, B, C = (t.to(H.dtype) for t in (x, dt, A, B, C))
-    a = log_decay(dt, A, seq_idx).view(b, l, g, -1).movedim(1, -1)  # (b, g, r, l)
-    X = (x * dt[..., None]).view(b, l, g, -1, p)  # (b, l, g, r, p)
-    H = H.view(b, g, -1, p, n)
+    a = log_decay(dt, A, seq_idx).unflatten(2, (g, -1)).movedim(1, -1)  # (b, g, r, l)
+    X = (x * dt[..., None]).unflatten(2, (g, -1))  # (b, l, g, r, p)
+    H = H.unflatten(1, (g, -1))
 
     L = segment_sum(a).exp()  # (b, g, r, l, l)
     M = torch.einsum("bign,bjgn->bgij", C, B)[:, :, None] * L  # queries C, keys B, values X
@@ -123,10 +126,11 @@ def ssd_quadratic(
     from_start = a.cumsum(-1).exp()  # (b, g, r, l)
     y = y + torch.einsum("bign,bgrpn,bgri->bigrp", C, H, from_start)
     H = from_start[..., -1, None, None] * H + torch.einsum("bgrj,bjgrp,bjgn->bgrpn", L[..., -1, :], X, B)
-    return _add_skip(y.reshape(b, l, h, p), x, D).to(narrow), H.reshape(b, h, p, n)
+    return _add_skip(y.flatten(2, 3), x, D).to(narrow), H.flatten(1, 2)
 
 
 @without_autocast
+@contained
 def ssd_plain(
     x: Tensor,
     dt: Tensor,
@@ -144,7 +148,7 @@ def ssd_plain(
     backward pass is autograd's. `ssd_chunked` computes the same faster, and with less memory.
     """
     H, narrow = check(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size), x.dtype
-    b, l, h, p, g, n = *x.shape, *B.shape[2:]
+    l, h, p, g, n = *x.shape[1:], *B.shape[2:]
     x, dt, A, B, C = (t.to(H.dtype) for t in (x, dt, A, B, C))
 
     # Cut into chunks of q tokens. The last one is filled up with tokens of a = 0 and X = 0, which change no state.
@@ -161,7 +165,7 @@ def ssd_plain(
     added = torch.einsum("bcgrj,bcjgrp,bcjgn->bcgrpn", L[..., -1, :], X, Bc)
 
     # Step 2: the state from chunk to chunk, a recurrence of l / q steps.
-    H = H.view(b, g, -1, p, n)
+    H = H.unflatten(1, (g, -1))
     entering = []
     for c in range(a.shape[1]):
         entering.append(H)
@@ -172,7 +176,7 @@ def ssd_plain(
 
     # Step 4: the diagonal blocks, attention without softmax within each chunk.
     y = y + torch.einsum("bcign,bcjgn,bcgrij,bcjgrp->bcigrp", Cc, Bc, L, X)
-    return _add_skip(y.reshape(b, -1, h, p)[:, :l], x, D).to(narrow), H.reshape(b, h, p, n)
+    return _add_skip(y.flatten(1, 2)[:, :l].flatten(2, 3), x, D).to(narrow), H.flatten(1, 2)
 
 
 def log_decay(dt: Tensor, A: Tensor, seq_idx: Tensor | None) -> Tensor:
@@ -200,9 +204,10 @@ def _advance(
     """Equation 1 for one token; a (b, h) is the logarithm of its decay."""
     b, h, p, n = H.shape
     g = B.shape[1]
-    written = (dt[..., None] * x).reshape(b, g, -1, 1) * B[:, :, None, :]  # (b, g, r p, n)
+    rp = h // g * p
+    written = (dt[..., None] * x).reshape(b, g, rp, 1) * B[:, :, None, :]  # (b, g, r p, n)
     H = torch.addcmul(written.reshape(b, h, p, n), H, a.exp()[..., None, None])
-    y = (H.reshape(b, g, -1, n) @ C[..., None]).reshape(b, h, p)
+    y = (H.reshape(b, g, rp, n) @ C[..., None]).reshape(b, h, p)
     return _add_skip(y, x, D), H
 
 
