@@ -14,11 +14,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from mamba2_min import console, validate
 from mamba2_min.errors import UserError, printable, run_script
 from mamba2_min.finetune.talk import Chat
+from mamba2_min.flags import Parser
 from mamba2_min.inference.dialogue import OFF, SETTINGS, Dialogue, described, how_it_ended, in_words, show, write_out
 from mamba2_min.inference.terminal import is_terminal
 
@@ -99,13 +99,8 @@ def _read_standard_input() -> str:
     return text.replace("\r\n", "\n").removesuffix("\n")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     model = parser.add_argument_group("the model")
     model.add_argument("--model", metavar="DIR", type=Path, help="a run's folder (default: runs/demo or the newest)")
     model.add_argument("--adapter", metavar="DIR", type=Path, help="what a fine-tuning of that model left")

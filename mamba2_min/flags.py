@@ -1,13 +1,24 @@
-"""Command-line flags made from the fields of settings classes: each setting is described in one place, its field."""
+"""Command-line flags made from the fields of settings classes: each setting is described in one place, its field.
+
+And a parser whose errors are one line.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+from mamba2_min.errors import UserError
 from mamba2_min.settings import kind_of
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as for every other error, instead of after the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the arguments)")
 
 
 def add_flags(

@@ -94,6 +94,26 @@ def test_every_folder_has_a_floor():
     assert folders <= set(FLOORS), f"no floor is given for {folders - set(FLOORS)}"
 
 
+def test_files_and_classes_are_of_a_size_that_one_reads():
+    for path in [*MODULES.values(), *ROOT.glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 420, f"{path.name} has more than 420 lines"
+        for node in ast.walk(ast.parse(text)):
+            lines = node.end_lineno - node.lineno + 1 if isinstance(node, ast.ClassDef) else 0
+            assert lines <= 200, f"{node.name} in {path.name} has {lines} lines, more than 200"
+    for command in ("run.py", "train.py"):
+        assert (ROOT / command).read_text(encoding="utf-8").count("\n") < 170, f"{command} has 170 lines or more"
+
+
+def test_the_first_evening_is_short():
+    """What docs call the first evening: the scan, its time scales, the config, the network, the loss's definition."""
+    files = ["ssd/plain.py", "ssd/hippo.py", "config.py", "models/mamba2.py"]
+    lines = sum((PACKAGE / name).read_text(encoding="utf-8").count("\n") for name in files)
+    loss = ast.parse((PACKAGE / "ops" / "loss.py").read_text(encoding="utf-8"))
+    (definition,) = (n for n in ast.walk(loss) if isinstance(n, ast.FunctionDef) and n.name == "cross_entropy")
+    assert lines + definition.end_lineno - definition.lineno + 1 <= 750
+
+
 @pytest.mark.parametrize("name", mamba2_min.__all__)
 def test_every_name_of_the_interface_is_there(name):
     assert getattr(mamba2_min, name) is not None and name in dir(mamba2_min)

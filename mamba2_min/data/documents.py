@@ -92,18 +92,16 @@ class File:
 class Reader:
     """The documents of a folder or a file, one at a time; after that, `notes()` tells what was skipped or changed.
 
-    Files come in the order of their paths within the folder. Left out are hidden files and folders, symbolic links (so
-    that nothing outside of the folder is read), files of other types, and at the top of the folder README.md,
-    LICENSE.md and their .txt forms. A `path` that is a file is read whatever its name is.
-
+    Files come in the order of their paths within the folder. Not read are hidden files and folders, symbolic links (so
+    that nothing outside of the folder is read), files without one of `suffixes`, and at the top README.md, LICENSE.md
+    and their .txt forms. A `path` that is a file is read whatever its name is.
     A file is UTF-8, or UTF-16 or UTF-32 with its mark; any other file is in `encoding`. `<end>` or `<|endoftext|>`
     stand between documents, or after each. Front matter, data in base64 and control characters are left out (clean.py).
-    White space at both ends of a document is dropped, unless `strip` is False; a blank one is no document.
+    White space at both ends of a document is dropped, unless `strip` is False; a blank document is skipped.
+    With `max_bytes` only so many bytes are read: of files in the order of a hash of their names, the last one cut.
 
-    In a folder only files with one of `suffixes` are read. With `max_bytes` only so many bytes are read: of files in
-    the order of a hash of their names, the last of them cut.
-    Raises UserError where there is no such path; while documents are read, also where there are none, where a file
-    cannot be read, and, all at once, for the files that are no text.
+    Raises UserError where there is no such path; and while reading, where there are no documents, where a file cannot
+    be read, and, all at once, for the files that are not text.
     """
 
     def __init__(

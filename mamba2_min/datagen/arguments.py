@@ -6,13 +6,14 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mamba2_min.datagen.builtin import KINDS
 from mamba2_min.datagen.judging import Rules
 from mamba2_min.datagen.kinds import Kind
 from mamba2_min.datagen.languages import LANGUAGES
 from mamba2_min.errors import UserError
+from mamba2_min.flags import Parser
 from mamba2_min.printable import one_line
 
 if TYPE_CHECKING:
@@ -25,13 +26,6 @@ _INTEGERS = {  # of each, the smallest and the largest that make sense; the serv
     "retries": (0, 10_000),
     "seed": (0, 1 << 62),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line, as for every other fault, instead of after the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the arguments)")
 
 
 def parse(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -124,10 +124,9 @@ class LanguageModel(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
         """What `to`, `half`, `to_empty` and the like do. Where PyTorch makes new parameters, a tied head stays tied."""
-        ends = (self.lm_head, self.backbone.embedding)
-        tied = all(type(module) in (nn.Linear, nn.Embedding) for module in ends) and ends[0].weight is ends[1].weight
+        tied = _is_tied(self)
         super()._apply(fn, recurse)
-        if tied and self.lm_head.weight is not self.backbone.embedding.weight:
+        if tied:
             self.lm_head.weight = self.backbone.embedding.weight
         return self
 
@@ -231,18 +230,8 @@ class LanguageModel(nn.Module, ABC):
             for start in range(0, shape[1], step):
                 part = slice(start, start + step)
                 ids, embeds = (t if t is None else t[:, part] for t in (input_ids, inputs_embeds))
-                logits, state = self._read(ids, state, seq_idx, embeds)
+                logits, state = _last_logits(self, ids, state, seq_idx, embeds)
         return logits, state
-
-    def _read(
-        self, input_ids: Tensor | None, state: Any, seq_idx: Tensor | None, inputs_embeds: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        """The last logits (b, vocab_size) and the state."""
-        if self.is_called():
-            logits, state = self(input_ids, state, seq_idx, inputs_embeds)
-            return logits[:, -1], state
-        hidden, state = self.hidden(input_ids, state, seq_idx, inputs_embeds)
-        return self.lm_head(hidden[:, -1:])[:, 0, : self.config.vocab_size], state
 
     @torch.no_grad()
     def generate(
@@ -290,6 +279,23 @@ class LanguageModel(nn.Module, ABC):
     def is_called(self) -> bool:
         """Whether the model as a whole has to be called, because a call does more than `hidden` and the head."""
         return is_hooked(self) or type(self).forward is not LanguageModel.forward
+
+
+def _is_tied(model: LanguageModel) -> bool:
+    """Whether the head and the embedding are ordinary modules and share their weight."""
+    head, embedding = model.lm_head, model.backbone.embedding
+    return isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight
+
+
+def _last_logits(
+    model: LanguageModel, input_ids: Tensor | None, state: Any, seq_idx: Tensor | None, inputs_embeds: Tensor | None
+) -> tuple[Tensor, Any]:
+    """The logits after the last token, (b, vocab_size), and the state. No others are computed if that can be helped."""
+    if model.is_called():
+        logits, state = model(input_ids, state, seq_idx, inputs_embeds)
+        return logits[:, -1], state
+    hidden, state = model.hidden(input_ids, state, seq_idx, inputs_embeds)
+    return model.lm_head(hidden[:, -1:])[:, 0, : model.config.vocab_size], state
 
 
 def register_state(cls: type) -> type:

@@ -73,7 +73,7 @@ class Screen:
 
     def _progress(self, values: dict[str, Any]) -> None:
         trainer, now = self.trainer, time.perf_counter()
-        loss, speed, left = values["loss"], values["tokens"] / values["seconds"], _clock(trainer.seconds_left)
+        loss, speed, left = values["loss"], values["tokens"] / values["seconds"], _clock(_seconds_left(trainer))
         if not self.bar.disable:
             if trainer.progress:  # where a time limit ends the run, the number of steps follows the speed
                 self.bar.total = max(trainer.step, round(trainer.step / trainer.progress))
@@ -195,6 +195,12 @@ def wrapped(text: str, first: str, rest: str | None = None) -> str:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     lines = textwrap.wrap(text, max(width - len(first) - 1, 20), break_on_hyphens=False) or [""]
     return first + ("\n" + (first if rest is None else rest)).join(lines)
+
+
+def _seconds_left(trainer: Trainer) -> float | None:
+    """Until the steps or the minutes are over, at the speed so far; None before the first step."""
+    done = trainer.progress
+    return trainer.seconds / done * (1 - min(done, 1)) if trainer.seconds and done else None
 
 
 def _clock(seconds: float | None) -> str:

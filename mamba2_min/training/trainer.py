@@ -265,11 +265,6 @@ class Trainer:
         done = self.step / self.settings.max_steps
         return max(done, self.seconds / 60 / self.settings.max_minutes) if self.settings.max_minutes else done
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Until the steps or the minutes are over, at the speed so far; None before the first step."""
-        return self.seconds / self.progress * (1 - min(self.progress, 1)) if self.seconds and self.progress else None
-
     def _count_time(self) -> None:
         now = time.perf_counter()
         self.seconds += now - self._clock
