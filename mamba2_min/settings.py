@@ -83,8 +83,8 @@ class Settings:
     ema_decay: float = setting(  # see Average
         0.0, "of the average of weights that is validated and kept, such as 0.998; 0: none", high=1
     )
-    lr: float = setting(5e-3, "peak learning rate")
-    min_lr: float = setting(1e-5, "final learning rate")
+    lr: float = setting(5e-3, "peak learning rate", acceptable=True)
+    min_lr: float = setting(1e-5, "final learning rate", acceptable=True)
     warmup_steps: int = setting(100, "steps of linear warm-up")
     weight_decay: float = setting(1.0, "on matrices only")
     beta1: float = setting(0.9, "AdamW's mean of gradients", high=1)
@@ -120,8 +120,8 @@ class Settings:
             raise ValueError(f"min_lr must not exceed lr, and {self.min_lr} is above {self.lr}")
 
 
-# What may differ when a run resumes, if the user accepts it by name: when to stop, validate and save, and how the work
-# of a step is divided. None of it changes what a step is meant to compute.
+# What may differ when a run resumes, if the user accepts it by name: when to stop, validate and save, how the work of a
+# step is divided, and the learning rate, because a run whose loss jumps needs a lower one.
 ACCEPTABLE = tuple(field.name for field in dataclasses.fields(Settings) if field.metadata.get("acceptable"))
 
 

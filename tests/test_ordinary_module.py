@@ -289,6 +289,7 @@ def test_inputs_that_contradict_each_other_are_refused(build):
         ({"inputs_embeds": embeds[:, :0]}, r"inputs_embeds must be \(b, l, 16\)"),
         ({"input_ids": IDS, "seq_idx": IDS[:, 1:]}, "seq_idx must be"),
         ({"input_ids": IDS, "state": model.initial_state(3)}, "the state has 3 rows, and the input 2"),
+        ({"input_ids": IDS, "state": [1, 2]}, "state must be one that an earlier call returned, not a list"),
     ):
         with pytest.raises(ValueError, match=words):
             model(**arguments)
@@ -364,6 +365,64 @@ def test_gradients_of_a_forward_that_is_computed_again(build, how):
         assert_close([p.grad for p in model.parameters()], expected)
         return
     assert_close(gradients(model, loss), expected)
+
+
+@each_model
+def test_inference_mode_before_training(build):
+    model = build().train()
+    expected = gradients(model, model.loss(IDS, TARGETS))
+    with torch.inference_mode():
+        _, state = model(IDS)
+        model.prefill(IDS), list(model.generate([1], 3, seed=0))
+        model.step(IDS[:, 0], state)
+    assert_close(gradients(model, model.loss(IDS, TARGETS)), expected)
+    model.loss(IDS, TARGETS, state.clone()).backward()  # a state that was read in inference mode starts a training
+
+
+@each_model
+def test_pytorchs_hooks_on_saved_tensors_and_its_anomaly_detection(build):
+    model = build()
+    expected = gradients(model, model.loss(IDS, TARGETS))
+    with torch.autograd.graph.save_on_cpu():
+        assert_close(gradients(model, model.loss(IDS, TARGETS)), expected, 1e-14)
+    with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
+        assert_close(gradients(model, model.loss(IDS, TARGETS)), expected, 1e-14)
+
+
+@each_model
+def test_replicas_and_shared_memory(build):
+    model = build()
+    expected = model(IDS)[0]
+    replica = model._replicate_for_data_parallel()
+    replica._parameters = dict(model._parameters)
+    assert torch.equal(replica(IDS)[0], expected)
+    assert torch.equal(nn.DataParallel(model)(IDS)[0], expected)
+    assert model.share_memory().lm_head.weight is model.backbone.embedding.weight
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+    averaged.update_parameters(model), averaged.update_parameters(model)
+    assert_close([averaged(IDS)[0]], [expected])
+
+
+@each_model
+def test_mixed_precision_as_pytorch_documents_it(build):
+    model = build().float()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = model.loss(IDS, TARGETS)
+    scaler.scale(loss).backward()
+    before = model.lm_head.weight.clone()
+    scaler.step(optimizer), scaler.update()
+    assert loss.dtype == torch.float32 and not torch.equal(model.lm_head.weight, before)
+
+
+@each_model
+def test_documents_may_be_named_by_any_integers(build):
+    model, names = build(), torch.arange(14).expand(2, -1) // 5
+    expected = model(IDS, seq_idx=names)[0]
+    for dtype in (torch.int32, torch.uint8, torch.int16):
+        assert torch.equal(model(IDS, seq_idx=names.to(dtype))[0], expected)
+    assert torch.equal(model(IDS, seq_idx=names % 2 == 1)[0], expected)
 
 
 def test_nothing_is_trained_by_a_text():

@@ -122,7 +122,7 @@ BAD = {
     "no device": (["--device", "abacus"], "unknown device 'abacus'"),
     "a device that is no device": (["--device", "cpu:x"], "'cpu:x' is not a device"),
     "threads": (["--threads", "-1"], "--threads must be at least 1"),
-    "accepting what can't be": (["--accept", "lr"], "--accept takes micro-batch, adapt-micro-batch, max-steps, "),
+    "accepting what can't be": (["--accept", "seed"], "--accept takes micro-batch, adapt-micro-batch, max-steps, "),
 }
 
 
@@ -185,7 +185,8 @@ def test_what_goes_on_as_it_was_and_what_must_be_accepted(train, tmp_path, data)
         assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()} == before
 
     refused("--max-steps was 2 when the run in run began, and is now 4; add --accept max-steps", "--max-steps", "4")
-    refused(f"--lr was {Settings().lr} when the run in run began, and is now 0.7; leave it out", "--lr", "0.7")
+    refused(f"--lr was {Settings().lr} when the run in run began, and is now 0.7; add --accept lr", "--lr", "0.7")
+    refused("--seed was 0 when the run in run began, and is now 7; leave it out", "--seed", "7")
     refused("--d-state was 4", "--d-state", "8")
     refused("--min-count was 1", "--min-count", "3")
     refused("--a-init was hippo", "--a-init", "uniform")

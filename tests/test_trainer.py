@@ -439,6 +439,16 @@ def test_after_many_bad_steps_it_stops_and_the_best_stays(tmp_path, data):
     records = read_metrics(out / "metrics.jsonl")
     assert [r["loss"] for r in records if r["split"] == "train"][-2:] == [None, None]
     assert make_trainer(out, data, max_steps=50, max_bad_steps=6, dropout=0.0, resume=True).train() == result
+    # The rate may be another one, which is then the run's own; and the guard judges anew.
+    with pytest.raises(UserError, match="seed was 0"):
+        make_trainer(out, data, max_steps=50, max_bad_steps=6, dropout=0.0, resume=True, lr=1e-3, seed=3)
+    trainer = make_trainer(out, data, max_steps=50, max_bad_steps=6, dropout=0.0, resume=True, lr=1e-3)
+    assert any("learning rate 0.001 from here on" in note for note in trainer.notes)
+    result = trainer.train()
+    assert (result.reason, result.step, trainer.guard.skipped) == ("max_steps", 50, 6)
+    rates = [r["lr"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "train" and r["step"] > 13]
+    assert rates and max(rates) <= 1e-3
+    assert make_trainer(out, data, max_steps=50, max_bad_steps=6, dropout=0.0, resume=True, lr=1e-3).train() == result
 
 
 # Memory

@@ -155,6 +155,8 @@ class LanguageModel(nn.Module, ABC):
             raise ValueError(f"seq_idx must be {tuple(shape)}, as the input is, not {tuple(seq_idx.shape)}")
         if state is None:
             state = self.start(shape[0])
+        elif not hasattr(state, "batch"):
+            raise ValueError(f"state must be one that an earlier call returned, not a {type(state).__name__}")
         elif state.batch != shape[0]:
             raise ValueError(f"the state has {state.batch} rows, and the input {shape[0]}")
         return self.backbone(input_ids, state, seq_idx, inputs_embeds)

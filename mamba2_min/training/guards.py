@@ -57,6 +57,10 @@ class LossGuard:
         limit = median + self.spike * max(spread, _LEAST_SPREAD) / math.sqrt(share)
         return JUMPED if loss > limit else ""
 
+    def forgive(self) -> None:
+        """Judges what comes as if nothing had been: after a change of the learning rate. Skipped steps stay counted."""
+        self.recent, self.in_a_row = [], 0
+
     def state_dict(self) -> dict[str, Any]:
         return {"recent": list(self.recent), "in_a_row": self.in_a_row, "skipped": self.skipped, "reason": self.reason}
 

@@ -61,6 +61,11 @@ def restore(trainer: Trainer, accept_documents: bool) -> None:
         _restore_counts(trainer, saved)
         trainer.guard.load_state_dict(saved["guard"])
         trainer.average.load_state_dict(saved.get("average", {}))
+        before = saved["settings"].get("lr", trainer.asked.lr)
+        if before != trainer.asked.lr:
+            trainer.guard.forgive()
+            trainer.stale = 0
+            trainer.notes.append(f"learning rate {trainer.asked.lr:g} from here on, {before:g} before")
         if same:
             trainer.best = best
             trainer.windows.load_state_dict(saved["windows"])
