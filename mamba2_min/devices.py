@@ -36,13 +36,16 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The precision of this name; "auto" is bf16 where it is faster (GPUs, CPUs with AMX) and float32 elsewhere."""
+    """The precision of this name; "auto" is bf16 where the hardware multiplies it, and float32 elsewhere.
+
+    That is on GPUs from compute capability 8.0 on (a T4, 7.5, only emulates it, slowly) and on CPUs with AMX.
+    """
     if name not in PRECISIONS:
         raise UserError(f"unknown precision {name!r}; choose {', '.join(PRECISIONS)}")
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bf16" if device.type == "cpu" and has_amx() else "float32"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import decode, document_cost, harness, memory, peers, scan, seed_table, train_step
+from benchmarks import decode, document_cost, harness, memory, peers, scan, seed_table, train_step, versions
 from benchmarks.harness import FLOOR, OURS, Options, Unavailable
 from mamba2_min.ops.loss import linear_cross_entropy
 from mamba2_min.ssd import ssd_chunked
@@ -330,3 +330,25 @@ def test_unknown_settings_end_in_one_line(capsys):
     args = harness.parser("train_step", "", ["a"]).parse_args(["--settings", "nothing"])
     with pytest.raises(SystemExit, match="no setting nothing; there are tiny-b2-l48"):
         harness.choose(train_step.QUICK, args)
+
+
+def test_two_versions_take_turns(tmp_path, monkeypatch):
+    turns = []
+
+    def turn(checkout, setting, threads):
+        turns.append(checkout)
+        return 0.5 if checkout == tmp_path else 0.4
+
+    monkeypatch.setattr(versions, "turn", turn)
+    result = versions.measure("train-tiny", versions.QUICK["train-tiny"], tmp_path, 2, 1)
+    assert turns == [tmp_path, versions.ROOT, versions.ROOT, tmp_path]
+    assert result["about"]["ratio"] == pytest.approx(1.25) and result["peers"]["now"]["median"] == 0.4
+    assert str(tmp_path) not in json.dumps(result)
+
+
+@pytest.mark.slow
+def test_a_turn_is_a_process_of_its_own():
+    for setting in versions.QUICK.values():
+        assert versions.turn(versions.ROOT, setting, 1) > 0
+    with pytest.raises(SystemExit, match=r"the package in .* failed: "):
+        versions.turn(versions.ROOT, {**versions.QUICK["train-tiny"], "config": {"vocab_size": 0}}, 1)
