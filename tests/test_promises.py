@@ -1,11 +1,11 @@
-"""docs/promises.md: every test that it names is there, and so is every file that it links to."""
+"""docs/promises.md and docs/interop.md: every test that they name is there, and so is every file that they link to."""
 
 import ast
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+TEXT = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("promises.md", "interop.md"))
 
 
 def names_of_tests():
