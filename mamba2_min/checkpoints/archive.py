@@ -4,7 +4,8 @@ torch.save writes a zip archive whose records are not compressed: data.pkl, a pi
 data/1, ... with the tensors' bytes. zip readers differ on files that are not written as torch writes them: where the
 directory is, whose sizes count, which of two records with one name is meant. So a file is read only in that one form,
 in which all readers agree: the end record stands at the very end, the directory right before it, names are unique, and
-every record is stored as it is. Then no more is read than the file is long, and pickles.py can judge what will be made.
+every record is stored as it is. Then reading takes no more memory than the file is long, and pickles.py can judge what
+would be built.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Record:
 
 
 def is_legacy(file: BinaryIO) -> bool:
-    """Whether a file is in the format of torch.save before 2020: a pickle of a number that says so, and more of them.
+    """Whether a file is in torch.save's format of before 2020: several pickles, of which the first is a magic number.
 
-    What it will take cannot be told from outside: storages are made as long as they claim to be, and then filled.
+    How much memory it takes cannot be known in advance: storages are allocated as long as they claim to be.
     """
     file.seek(0)
     return file.read(len(_LEGACY)) == _LEGACY
@@ -99,7 +100,7 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     at = size - _END.size
     sign, disk, first, here, count, length, start, comment = _END.unpack(_read(file, at, _END.size))
     if sign != b"PK\x05\x06" or comment:
-        raise ValueError("it is cut off, or has something behind its end")
+        raise ValueError("it is cut off, or has something after its end")
     near = _read(file, at - _LOCATOR.size, _LOCATOR.size) if at >= _LOCATOR.size + _END64.size else b""
     if near.startswith(b"PK\x06\x07"):
         at -= _LOCATOR.size + _END64.size
@@ -138,13 +139,13 @@ def _read_entry(file: BinaryIO, directory: bytes, at: int) -> tuple[str, Record,
 
 
 def _wide(extra: bytes, values: list[int]) -> list[int]:
-    """The compressed size, size and offset of an entry: those that need 64 bits stand in its extra field."""
+    """The compressed size, size and offset of an entry. Those that need 64 bits are in its extra field."""
     at = 0
     while _FULL32 in values and at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
         at += 4
         if kind == 1:
-            # The field's order is size, compressed size, offset; each is there only where the entry has no room.
+            # The field's order is size, compressed size, offset; each is there only if it does not fit into the entry.
             for i in (1, 0, 2):
                 if values[i] == _FULL32:
                     if at + 8 > len(extra):

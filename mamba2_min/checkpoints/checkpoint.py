@@ -78,9 +78,9 @@ class _Recorder:
 def load_tensors(path: str | Path, max_bytes: int | None = None) -> Any:
     """What `save_tensors` wrote, on the CPU. Raises UserError for anything else.
 
-    Code in the file is refused, never run. Before torch reads it, archive.py and pickles.py have found that it takes no
-    more memory than it is long, and that what it holds is a tree of tensors and plain values. torch's format of before
-    2020, which cannot be judged like that, is refused.
+    Code in the file is refused, never run. Before torch reads the file, archive.py and pickles.py check that it takes
+    no more memory than it is long, and that it holds a tree of tensors and plain values. torch's format of before 2020
+    cannot be checked like that and is refused.
     """
     with files.open_regular(path, max_bytes) as file:
         try:
@@ -90,7 +90,7 @@ def load_tensors(path: str | Path, max_bytes: int | None = None) -> Any:
             _check_archive(file)
             file.seek(0)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of a foreign file's details; what counts is said below
+                warnings.simplefilter("ignore")  # about details of foreign files; real problems are errors below
                 return torch.load(file, map_location="cpu", weights_only=True)
         except UserError:
             raise
@@ -120,9 +120,9 @@ def _check_archive(file: BinaryIO) -> dict[str, archive.Record]:
 def plain_model(model: nn.Module) -> LanguageModel:
     """The model in what torch.compile, DataParallel and the like wrap around it, ready to be trained and saved.
 
-    A head that its config ties to the embedding, and that was untied by load_state_dict(assign=True), is tied again.
-    Raises UserError where its weights are not those that its config asks for, as with an adapter around a projection or
-    a tied head with numbers of its own: what is trained could not be saved.
+    A head that the config ties to the embedding, and that load_state_dict(assign=True) has untied, is tied again.
+    Raises UserError where the weights are not those that the config asks for, because the trained model could not be
+    saved: with an adapter around a projection, for example, or a tied head with values of its own.
     """
     while isinstance(inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None), nn.Module):
         model = inner
@@ -148,7 +148,7 @@ def plain_model(model: nn.Module) -> LanguageModel:
 
 
 def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tensor], format: str = "own") -> None:
-    """Writes a model's config and weights into a folder, which is made if need be.
+    """Writes a model's config and weights into a folder, which is created if it is missing.
 
     format: "own" (config.json, model.pt), "official" (config.json, pytorch_model.bin: state-spaces' mamba_ssm) or "hf"
     (config.json, model.safetensors: transformers). The official layout drops what only training reads: a_init and the
@@ -177,9 +177,9 @@ def save_model(folder: str | Path, config: Mamba2Config, weights: dict[str, Tens
 
 
 def _savable(config: Mamba2Config, weights: dict[str, Tensor]) -> tuple[Mamba2Config, dict[str, Tensor]]:
-    """The weights as the reader wants them, and the config that they have. Raises ValueError where there is none.
+    """The weights as `load_model` will accept them, and their config. Raises ValueError where no config fits.
 
-    A head that has come to differ from the embedding that the config ties it to is saved, with a config that says so.
+    A head that differs from the embedding, although the config ties them, is saved with tie_embeddings=False.
     """
     weights = tensors.with_plain_names(weights)
     for name, tensor in weights.items():
@@ -198,8 +198,8 @@ def _savable(config: Mamba2Config, weights: dict[str, Tensor]) -> tuple[Mamba2Co
 def load_model(folder: str | Path) -> tuple[Mamba2Config, dict[str, Tensor]]:
     """The config and the weights in a folder of any of the three layouts, under our names and on the CPU.
 
-    The weights are all there, finite, and of the shapes that the config asks for; no more memory is taken than the
-    files hold. Raises UserError where anything is missing, damaged, at odds with the rest, or asks for what a
+    The weights are complete, finite, and of the shapes that the config asks for; loading takes no more memory than the
+    files hold. Raises UserError where anything is missing, damaged or contradicts the rest, or asks for what a
     `Mamba2LM` does not have.
     """
     folder = Path(folder)
@@ -248,7 +248,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
 
 
 def _most_bytes(config: Mamba2Config) -> int:
-    """The longest that a file of a config's weights can be: in float64, with both of a tied pair, and some room."""
+    """An upper bound on the bytes of a config's weights in a file: float64, a tied head twice, and some room."""
     tied = config.padded_vocab_size * config.d_model
     return 8 * (config.num_parameters() + tied) + 4096 * (16 * config.n_layer + 256)
 

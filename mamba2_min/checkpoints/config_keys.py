@@ -1,5 +1,6 @@
-"""The keys of other programs' config.json: which become a `Mamba2Config`, which only ever have one value, which say
-nothing about the function that the weights compute. A key that is in none of these tables is refused by name.
+"""The keys of other programs' config.json: those that become a `Mamba2Config`, those that must have one value, and
+those that do not change the function that the weights compute. A key that is in none of these tables is refused by
+name.
 
     HF         transformers' Mamba2Config, and flash-linear-attention's, which has the same model_type
     OFFICIAL   state-spaces' MambaConfig: TOP, and SSM for what is in its ssm_cfg
@@ -29,7 +30,7 @@ HF: dict[str, tuple[str, Any, Any]] = {
     "dt_max": ("time_step_max", 0.1, 0.1),
     "dt_init_floor": ("time_step_floor", 1e-4, 1e-4),
 }
-# The same settings under the names that flash-linear-attention has for them. Its earlier versions had some of each.
+# The same settings under flash-linear-attention's names. Its earlier versions used some of both.
 FLA_NAMES = {
     "layer_norm_epsilon": "norm_eps",
     "time_step_min": "dt_min",

@@ -29,7 +29,7 @@ _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
 def write_gguf(path: str | Path, metadata: Mapping[str, Value], tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a GGUF file, atomically: it counts as written when it has been read back and is equal.
+    """Writes a GGUF file, atomically: it counts as written once it was read back and is equal.
 
     tensors: float32, float16 or `Q8_0` arrays by name, of one dimension or more. Raises UserError where the file cannot
     be written, ValueError for values that the format cannot hold.
@@ -129,7 +129,7 @@ def _string(text: str) -> bytes:
 
 
 def _value(value: Value) -> bytes:
-    """The type and the value. bool before int, of which it is a kind."""
+    """The type and the value. bool comes before int, because a bool is an int in Python."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Other programs' Mamba-2 folders in our terms: what a config says and what a tensor is called, both ways.
+"""Translation of other programs' Mamba-2 configs and tensor names into ours, and back.
 
     ours                    official (state-spaces)           Hugging Face (transformers)
     vocab_size              vocab_size                        vocab_size, after padding
@@ -16,10 +16,10 @@
     weights                 pytorch_model.bin                 model.safetensors, or in shards, or pytorch_model.bin
 
 Where the right column has two names, the second is flash-linear-attention's, which has the same model_type. Nothing
-here touches a file: configs are dicts as JSON gives them, weights are dicts of tensors, and what cannot be expressed in
-the other's terms is a ValueError of one line. A key that a config leaves out means what it means in its program. Every
-key is read, or must have the one value that this model has, or is known not to change the function (config_keys.py);
-any other is refused by name.
+here touches a file: configs are dicts as JSON gives them, weights are dicts of tensors, and what the other format
+cannot express is a ValueError of one line. A key that a config leaves out has the default of its own program. Every key
+is read, or must have the one value that this model has, or is known not to change the function (config_keys.py); any
+other is refused by name.
 
 `norm_per_group`: the norm after the scan runs over each group on its own in the official code, in its kernels, and in
 transformers from version 5 on. The slow path of transformers 4 ran it over all channels, which for ngroups > 1 was
@@ -44,8 +44,7 @@ from mamba2_min.config import DROPOUTS, Mamba2Config
 
 __all__ = ["WEIGHT_FILES", "config_from", "config_to", "layout_of", "parameter_shapes", "shards", "weights_to"]
 
-# For each layout, the files that weights may be in, the first that exists being the one that counts. An index names
-# the shards that it is cut into.
+# For each layout, the files that weights may be in: the first that exists counts. An index names the shards.
 INDEX = ".index.json"
 WEIGHT_FILES = {
     "own": ("model.pt",),
@@ -53,7 +52,7 @@ WEIGHT_FILES = {
     "hf": ("model.safetensors", "model.safetensors" + INDEX, "pytorch_model.bin", "pytorch_model.bin" + INDEX),
 }
 
-# What a Hugging Face config has no key for, kept under one of our own, which transformers carries along unread.
+# What a Hugging Face config has no key for. Ours is kept by transformers, but not read.
 _HF_OURS = "mamba2_min"
 _HF_OURS_KEYS = ("vocab_size", "pad_vocab_size_multiple", "a_init", *DROPOUTS)
 _HF_EMBEDDING = "backbone.embeddings.weight"
@@ -62,7 +61,7 @@ _HF_EMBEDDING = "backbone.embeddings.weight"
 def layout_of(values: dict[str, Any]) -> str:
     """Whose config this is: "own", "official" or "hf".
 
-    Keys that shape the model decide, ssm_cfg first: a tool of the hub adds model_type and architectures to any.
+    Keys that shape the model decide, ssm_cfg first: tools of the hub add model_type and architectures to any config.
     """
     if "ssm_cfg" in values:
         return "official"
@@ -75,7 +74,7 @@ def layout_of(values: dict[str, Any]) -> str:
 
 
 def config_from(layout: str, values: dict[str, Any]) -> Mamba2Config:
-    """The config that a layout's config.json means. Raises ValueError for what it asks and no `Mamba2LM` can do."""
+    """The config that a layout's config.json means. Raises ValueError where it asks for what a `Mamba2LM` cannot do."""
     return _READERS[layout](values)
 
 
@@ -85,7 +84,7 @@ def config_to(layout: str, config: Mamba2Config) -> dict[str, Any]:
 
 
 def weights_to(layout: str, config: Mamba2Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under a layout's names. A tied head is left out, but for the official code, which wants it twice."""
+    """Our tensors under a layout's names. A tied head is left out, except for the official code, which wants both."""
     if config.tie_embeddings:
         weights = {name: tensor for name, tensor in weights.items() if name != HEAD}
     if layout == "official":
@@ -162,12 +161,12 @@ def _from_hf(values: dict[str, Any]) -> Mamba2Config:
     values = _with_one_name(values)
     _require_no_limit("time_step_limit", values.get("time_step_limit"))
     fields = _translate({ours: (name, fla if is_fla else hf) for ours, (name, hf, fla) in keys.HF.items()}, values)
-    if is_fla:  # in transformers' configs it is left unread: old ones say true, and the norm has come after the gate
+    if is_fla:  # not read in transformers' configs: old ones say true, although their norm comes after the gate
         fields["norm_before_gate"] = values.get("norm_before_gate", False)
     ours = values.get(_HF_OURS)
     if isinstance(ours, dict):
         own = {key: ours[key] for key in _HF_OURS_KEYS if key in ours}
-        # where the embedding was resized since, by another program, its number of rows is what counts
+        # another program may have resized the embedding since: its number of rows counts
         if Mamba2Config(**{**fields, **own}).padded_vocab_size == fields["vocab_size"]:
             fields |= own
     config = Mamba2Config(**fields, norm_per_group=fields["ngroups"] != 1)
@@ -209,7 +208,7 @@ def _to_hf(config: Mamba2Config) -> dict[str, Any]:
         "vocab_size": config.padded_vocab_size,
         "num_heads": config.nheads,
         "hidden_act": "silu",
-        # The ids that transformers would assume, 0, 1 and 2, are words of our vocabulary: it would stop at one.
+        # transformers would assume the ids 0, 1 and 2, which are words of our vocabulary, and stop at one of them.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -218,7 +217,7 @@ def _to_hf(config: Mamba2Config) -> dict[str, Any]:
 
 
 def hf_generation_config(config: Mamba2Config) -> dict[str, Any]:
-    """generation_config.json: the rows that pad the embedding have logits in transformers, and must not be picked."""
+    """generation_config.json: in transformers the embedding's padding rows have logits too, and must not be sampled."""
     return {"suppress_tokens": list(range(config.vocab_size, config.padded_vocab_size)) or None}
 
 
@@ -248,7 +247,7 @@ def _require_fixed(values: dict[str, Any], table: dict[str, tuple[tuple[Any, ...
 
 
 def _refuse_unknown(values: dict[str, Any], known: set[str], generic: bool = True) -> None:
-    """Raises ValueError for a key that nobody has said anything about: it may change the function."""
+    """Raises ValueError for a key that no table has: it may change the function."""
     for key, value in values.items():
         if key in known or (generic and _harmless(key, value)):
             continue
@@ -260,7 +259,7 @@ def _refuse_unknown(values: dict[str, Any], known: set[str], generic: bool = Tru
 
 
 def _harmless(key: str, value: Any) -> bool:
-    """Whether a key that no table of its program names is one that any config on the hub may have."""
+    """Whether any config on the hub may have this key, although no table of its program has it."""
     return key in keys.GENERIC or key.startswith("_") or value is None
 
 

@@ -1,8 +1,8 @@
-"""A Mamba-2 and its vocabulary under the names that llama.cpp has for them, for a GGUF file.
+"""A Mamba-2 and its vocabulary under llama.cpp's names, for a GGUF file.
 
-llama.cpp computes this model exactly. Its tokenizer for Llama 3 cuts a text as the pattern "llama3" does, and takes a
-piece that is in the vocabulary as one token; the merges below make it spell any other piece by characters and bytes,
-as `WordTokenizer.encode` does.
+llama.cpp computes this model exactly. Its tokenizer for Llama 3 splits a text as the pattern "llama3" does and reads a
+piece of the vocabulary as one token. The merges below make it spell any other piece by characters and bytes, as
+`WordTokenizer.encode` does.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _TO_ALPHABET, _FROM_ALPHABET = dict(enumerate(_ALPHABET)), {c: byte for byte, c 
 
 
 def metadata(config: Mamba2Config, tokenizer: WordTokenizer, kind: str, chat: str = "") -> dict[str, Value]:
-    """All key-value pairs of the file. `chat` is the Jinja template of a model that takes turns.
+    """All key-value pairs of the file. `chat` is the Jinja template of a chat model.
 
-    Such a template writes END between two turns, so there END in a text is the token; elsewhere no text ever is.
+    Such a template writes END between two turns, so with it END in a text is the token; without it no text ever is.
     Raises UserError where the tokenizer cannot be written down for llama.cpp.
     """
     specials = tokenizer.special_words
@@ -82,7 +82,7 @@ def metadata(config: Mamba2Config, tokenizer: WordTokenizer, kind: str, chat: st
         "tokenizer.ggml.bos_token_id": tokenizer.eos_id,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
         "tokenizer.ggml.add_bos_token": True,
-        # Never sampled: what is not text alone, because a server answers invalid UTF-8 with an error.
+        # Never sampled: tokens that are not text on their own, because a server answers invalid UTF-8 with an error.
         "tokenizer.ggml.suppress_tokens": [i for i, spelling in enumerate(spellings) if not _is_text(spelling)],
     }
     return {**values, "tokenizer.chat_template": chat} if chat else values
@@ -91,8 +91,8 @@ def metadata(config: Mamba2Config, tokenizer: WordTokenizer, kind: str, chat: st
 def tensors(config: Mamba2Config, weights: dict[str, Tensor], kind: str) -> dict[str, np.ndarray]:
     """All tensors of the file, from weights under our names; embeddings and projections are of `kind`, one of KINDS.
 
-    Rows that are no multiple of 32 long stay float16 in "q8_0". Raises UserError for a model that llama.cpp does not
-    have, and for weights that are too large for float16.
+    Rows whose length is not a multiple of 32 stay float16 in "q8_0". Raises UserError for a model that llama.cpp does
+    not support, and for weights that are too large for float16.
     """
     check_supported(config)
 
@@ -174,9 +174,9 @@ def _meaning(word: str) -> str | None:
 
 
 def _merges(tokenizer: WordTokenizer) -> list[str]:
-    """The rules of byte-pair encoding that join the bytes of each character that is a word, from its first byte on.
+    """The merge rules that join the bytes of each character in the vocabulary, from its first byte on.
 
-    Whatever they join on the way is a token too: llama.cpp drops what is not.
+    Every intermediate result is a token too, because llama.cpp drops a rule whose result is not.
     """
     if tokenizer.pattern != "llama3":
         return []

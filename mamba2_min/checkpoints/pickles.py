@@ -1,10 +1,10 @@
-"""What a checkpoint's pickle would make, found out without making it.
+"""What a checkpoint's pickle would build, found out without building it.
 
-A pickle is a program for a machine with a stack. torch's own reader runs no foreign code, but makes what it is told:
-lists that share lists, of which a thousand make a structure that no walk through it ever ends; 50,000 keys of a
-dictionary that all have one hash; tensors that claim more numbers than are there. Here that program is followed with
-marks in the place of values. It passes if it makes a tree: numbers, texts, tuples, lists and dictionaries with texts or
-integers as keys, and tensors that lie inside their storages. Then every walk takes as long as the file is.
+A pickle is a program for a stack machine. torch's own reader runs no foreign code, but it builds whatever the program
+says: a thousand lists that share lists, which no walk would ever finish; a dictionary of 50,000 keys with one hash;
+tensors that claim more numbers than there are. Here the program is followed with placeholders for values. It passes if
+it builds a tree: numbers, texts, tuples, lists and dictionaries with texts or integers as keys, and tensors that lie
+inside their storages. Then every walk takes time in proportion to the file's length.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 MAX_VALUES = 1 << 20  # a model of 100 layers and its optimizer have some 60,000
 _MAX_DEPTH = 32  # of containers in containers
-_MAX_SHARED = 64  # entries of a tuple that stands in several places, such as the betas of two groups of parameters
+_MAX_SHARED = 64  # entries of a tuple that is used in several places, such as the betas of two parameter groups
 
 _ITEM_BYTES = {
     "torch DoubleStorage": 8,
@@ -43,13 +43,13 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class ForeignObject(ValueError):
-    """The pickle makes something other than tensors, numbers, texts and containers of them. Its text is its name."""
+    """The pickle builds something other than tensors, numbers, texts and containers of them; the message names it."""
 
 
 class _Mark:
     """The place of a value whose content does not matter."""
 
-    depth = 1  # of the containers in it, itself counted
+    depth = 1  # of nested containers, itself included
 
 
 class _List(_Mark):
@@ -81,7 +81,7 @@ _MARK = _Mark()
 def check(data: bytes, sizes: Mapping[str, int]) -> None:
     """Follows the pickle `data` of an archive whose storages have `sizes` bytes, by key.
 
-    Raises ForeignObject where it makes anything but a tree of tensors and plain values, ValueError where it is damaged
+    Raises ForeignObject where it builds anything but a tree of tensors and plain values, ValueError where it is damaged
     or claims more than there is.
     """
     machine = _Machine(sizes)
@@ -95,7 +95,7 @@ def check(data: bytes, sizes: Mapping[str, int]) -> None:
 
 
 class _Machine:
-    """The stack and the memo of a pickle, with marks in the place of what is not needed to judge it."""
+    """The stack and the memo of a pickle, with placeholders for values that are not needed to judge it."""
 
     def __init__(self, sizes: Mapping[str, int]):
         self.sizes = sizes
@@ -159,15 +159,15 @@ class _Machine:
         if len(items) % 2:
             raise ValueError("its structure is damaged")
         for key in items[::2]:
-            # Of other keys, such as tuples of -1 and -2, as many as one likes have the same hash.
+            # Any number of other keys, such as tuples of -1 and -2, can have the same hash.
             if isinstance(key, bool) or not isinstance(key, (str, int)):
                 raise ForeignObject("a dictionary with keys other than texts and integers")
             target.keys.append(key)
         _put(target, items[1::2])
 
     def _shared(self, index: int) -> Any:
-        """A value that stands in several places. Of containers only small tuples may, as nothing can be put into them:
-        then there are no circles, and no structure is larger than what was counted."""
+        """A value that is used in several places. Of containers only small tuples may be, as nothing can be added to
+        them: then there are no cycles, and no structure is larger than what was counted."""
         value = self.memo.get(index, _MARK)
         if isinstance(value, tuple) and len(value) <= _MAX_SHARED and not any(isinstance(v, tuple) for v in value):
             self._count(len(value))
@@ -243,7 +243,7 @@ class _Machine:
 
 
 def _put(container: _Mark, values: list[Any]) -> None:
-    """Notes what is put into a list or dictionary. Nothing gets into a value afterwards: it is on the stack no more."""
+    """Records what is put into a list or dictionary. A value that has left the stack cannot change afterwards."""
     for value in values:
         _plain(value)
         container.depth = max(container.depth, _depth(value) + 1)
@@ -251,7 +251,7 @@ def _put(container: _Mark, values: list[Any]) -> None:
 
 
 def _depth(value: Any) -> int:
-    """How many containers are in each other. Raises ValueError where they are too many for a walk that recurs."""
+    """How deep containers are nested. Raises ValueError where it is too deep for a recursive walk."""
     inner = max(map(_depth, value), default=0) if isinstance(value, tuple) else 0
     depth = inner + 1 if isinstance(value, tuple) else value.depth if isinstance(value, _Mark) else 0
     if depth > _MAX_DEPTH:
@@ -260,7 +260,7 @@ def _depth(value: Any) -> int:
 
 
 def _plain(value: Any) -> None:
-    """Raises ForeignObject for what may stand in a container only on its way into something else."""
+    """Raises ForeignObject for what may not stay in a container: a function, or a storage without a tensor."""
     if isinstance(value, tuple):
         for part in value:
             _plain(part)
@@ -269,7 +269,7 @@ def _plain(value: Any) -> None:
 
 
 def _check_extent(items: int, offset: Any, shape: Any, strides: Any) -> None:
-    """Raises ValueError unless a tensor lies inside a storage of `items` numbers and has no number twice."""
+    """Raises ValueError unless a tensor lies inside a storage of `items` numbers and uses no number twice."""
     if not (_are_sizes((offset,)) and _are_sizes(shape) and _are_sizes(strides) and len(shape) == len(strides)):
         raise ValueError("a tensor's shape or strides are not integers")
     count = math.prod(shape)

@@ -69,7 +69,7 @@ def save_safetensors(
 
 
 def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, on the CPU, and the metadata of a file. Raises UserError, one line, for whatever is not whole."""
+    """The tensors, on the CPU, and the metadata of a file. Raises UserError, one line, for a damaged file."""
     try:
         with open_regular(path) as file:
             length = os.fstat(file.fileno()).st_size
@@ -104,7 +104,7 @@ def _read_header(file: Any, length: int) -> tuple[dict[str, Any], int]:
 
 
 def _place(entry: Any, most: int) -> tuple[torch.dtype, list[int], int, int]:
-    """A tensor's dtype and shape, and where its bytes begin and end behind the header."""
+    """A tensor's dtype and shape, and where its bytes begin and end after the header."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _DTYPES:
         raise ValueError("a tensor has no known dtype")
     dtype, shape, offsets = _DTYPES[entry["dtype"]], entry.get("shape"), entry.get("data_offsets")

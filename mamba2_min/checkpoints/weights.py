@@ -1,6 +1,6 @@
-"""The tensors of a model by name: what a config asks for, and whether a dictionary of tensors is that.
+"""The tensors of a model by name: what a config asks for, and whether a dictionary of tensors matches it.
 
-One check serves reading, saving and the start of a training, so that what is written can be read.
+Reading, saving and the start of a training use the same check, so that what is written can be read.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _IN_BACKBONE = {"embedding", "embeddings", "layers", "norm_f"}
 def parameter_shapes(config: Mamba2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The name and shape of every tensor of a `Mamba2LM(config)`, one by one and without building anything.
 
-    A config can ask for more than any memory holds; compared with the tensors that are there, the first that differs
-    ends the matter.
+    A config can ask for more than any memory holds. The names come one by one, so that a comparison with the tensors
+    that are there ends at the first difference.
     """
     c = config
     yield EMBEDDING, (c.padded_vocab_size, c.d_model)
@@ -49,7 +49,7 @@ def parameter_shapes(config: Mamba2Config) -> Iterator[tuple[str, tuple[int, ...
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name in a bare model, whatever that was wrapped in, and with `backbone.` where that was left out.
+    """A tensor's name in a model without wrappers, and with `backbone.` where that was left out.
 
     transformers says `embeddings` for `embedding`.
     """
@@ -64,7 +64,7 @@ def plain_name(name: str) -> str:
 
 
 def with_plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of a bare model. Raises ValueError where two would get the same."""
+    """The tensors under the names of a model without wrappers. Raises ValueError where two would get the same name."""
     plain: dict[str, Tensor] = {}
     came_from: dict[str, str] = {}
     for name, tensor in weights.items():
@@ -78,7 +78,7 @@ def with_plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_tied_head(weights: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """The weights with the head that a file may leave out where it is the embedding."""
+    """The weights, with a tied head added where the file leaves it out."""
     if tied and HEAD not in weights and EMBEDDING in weights:
         return {**weights, HEAD: weights[EMBEDDING]}
     return weights
@@ -99,8 +99,8 @@ def check_shapes(expected: Iterable[tuple[str, tuple[int, ...]]], weights: Mappi
 
 
 def check_tensors(weights: Mapping[str, Tensor], tied: bool) -> None:
-    """Raises ValueError for tensors that a model cannot use: not plain floats, not really there, not finite; or a tied
-    head that is not the embedding."""
+    """Raises ValueError for tensors that a model cannot use: not plain floats, without data of their own, not finite;
+    or a tied head that differs from the embedding."""
     for name, tensor in weights.items():
         check_kind(name, tensor)
     # A view can repeat one number over any shape: a file of a kilobyte would ask for a terabyte when it is copied.
@@ -112,7 +112,7 @@ def check_tensors(weights: Mapping[str, Tensor], tied: bool) -> None:
 
 
 def check_values(weights: Mapping[str, Tensor], tied: bool) -> None:
-    """The same for tensors of a known size, which may lie in memory as they like."""
+    """The same for tensors whose sizes are known to be right, whatever their layout in memory."""
     for name, tensor in weights.items():
         check_kind(name, tensor)
         if not tensor.isfinite().all():
@@ -123,7 +123,7 @@ def check_values(weights: Mapping[str, Tensor], tied: bool) -> None:
 
 
 def check_kind(name: str, tensor: Tensor, anywhere: bool = False) -> None:
-    """Raises ValueError unless a tensor is of plain floats that are there: on the CPU, or `anywhere` but nowhere."""
+    """Raises ValueError unless a tensor holds plain floats on the CPU, or with `anywhere` on any device but meta."""
     nowhere = tensor.device.type == "meta" or (tensor.device.type != "cpu" and not anywhere)
     if tensor.layout != torch.strided or nowhere or tensor.dtype not in _DTYPES:
         where = f" on {tensor.device.type}" if nowhere else ""

@@ -1,6 +1,6 @@
-"""The completer: a prompt becomes a state, and the state becomes words, one by one, at the same cost each.
+"""The completer: it reads a prompt into a state, and writes words from that state, each at the same cost.
 
-It knows no terminal; `run.py` and a notebook use it alike:
+It does not depend on a terminal; `run.py` and notebooks use it alike:
 
     completer = Completer.load("runs/demo")
     for piece in completer.complete("Once upon a time", 100, Sampler(seed=1)):
@@ -8,9 +8,9 @@ It knows no terminal; `run.py` and a notebook use it alike:
     for piece in completer.continue_(100):
         print(piece, end="", flush=True)
 
-What is kept between two tokens is the model's state, the one token that it has not read yet and a few recent ids for
-the repetition penalty: nothing that grows. And nothing is lost: the text of `complete` and of every `continue_` after
-it, put together, is what one longer `complete` would have written, wherever the first stopped and why.
+Between two tokens it keeps the model's state, the one token that the model has not read yet, and a few recent ids for
+the repetition penalty: nothing that grows. And nothing is lost: the texts of `complete` and of every `continue_` after
+it, joined, are what one longer `complete` would have written, wherever and why ever the first one stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mamba2_min.ops.sampling import Sampler
 
 @dataclass
 class Stats:
-    """What a text has cost so far. Seconds are those of the model and the sampler, not of whoever shows the text."""
+    """What a text has cost so far. Seconds are those of the model and the sampler, without those of the display."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
@@ -68,8 +68,8 @@ class Completer:
     """
 
     def __init__(self, model: Mamba2LM, tokenizer: WordTokenizer, known_words: bool = False):
-        """With `known_words` only words of the vocabulary are written: none is spelled out in bytes, as a small model
-        does when it would write a rare word, and spells nonsense."""
+        """With `known_words` only words of the vocabulary are written. A small model spells a rare word in bytes, and
+        often spells nonsense; then it does not."""
         if len(tokenizer) != model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: "
@@ -100,12 +100,11 @@ class Completer:
     def complete(self, prompt: str, max_tokens: int, sampler: Sampler, stop: Sequence[str] = ()) -> Iterator[str]:
         """Reads the prompt at once, then yields the text that follows it, piece by piece, as it is written.
 
-        The prompt begins a document, also where it is empty: the model first reads the end of the one before, as it
-        did in training. A space at the prompt's end is taken for the one before the next word, which is where the
-        tokenizer has it. Whatever the prompt says is text: no spelling of it becomes the end-of-document token. A stop
-        text is not yielded, and is found where it spans several tokens. Raises UserError for a lone surrogate,
-        ValueError for a bad `max_tokens` or `stop`. If this is interrupted before it returns, the text before it can
-        still be continued.
+        The prompt begins a document, even if it is empty: the model first reads an end-of-document token, as it did in
+        training. A space at the prompt's end counts as the space before the next word, where the tokenizer puts it. The
+        prompt is always text: nothing in it becomes the end-of-document token. A stop text is not yielded, and is
+        found even if it spans several tokens. Raises UserError for a lone surrogate, ValueError for a bad `max_tokens`
+        or `stop`. If this is interrupted before it returns, the previous text can still be continued.
         """
         stop = _checked(max_tokens, stop)
         word_is_next = self.tokenizer.pattern != "whitespace" and prompt.endswith(" ")
@@ -121,9 +120,9 @@ class Completer:
     ) -> Iterator[str]:
         """Reads the tokens `ids` after all that was read and written before, then yields what follows, to its end.
 
-        A turn of a conversation: nothing is read twice. An answer that was cut off is ended first. The first turn
-        begins a document. drop_space: leave out the first character, the space before an answer's first word.
-        Raises ValueError for a bad `max_tokens` or `stop`.
+        This is one turn of a conversation: nothing is read twice, and an answer that was cut off is ended first. The
+        first turn begins a document. drop_space: leave out the first character, the space before an answer's first
+        word. Raises ValueError for a bad `max_tokens` or `stop`.
         """
         stop = _checked(max_tokens, stop)
         before, eos = self._session, self.tokenizer.eos_id
@@ -133,7 +132,8 @@ class Completer:
 
     @property
     def memory(self) -> tuple[State, int] | None:
-        """The state and the token that it has not read yet: what a conversation goes on from. None before the first."""
+        """The state and the token that it has not read yet, from which a conversation goes on. None before the
+        first."""
         s = self._session
         return None if s is None else (s.state, self.tokenizer.eos_id if s.unread is None else s.unread)
 
@@ -162,7 +162,7 @@ class Completer:
         with torch.inference_mode():
             prompt = torch.tensor([ids], device=self._device)
             logits, state = self.model.prefill(prompt) if state is None else self.model.prefill(prompt, state)
-            logits = logits[0].cpu()  # (vocab,); waits for the device, so that the time is the prompt's own
+            logits = logits[0].cpu()  # (vocab,); waits for the device, so that the time measured is the prompt's
             if word_is_next:
                 logits = logits.masked_fill(~self._begins_with_space, -torch.inf)
         self.stats = Stats(len(ids), time.perf_counter() - started, state_bytes=state.nbytes)
@@ -172,10 +172,11 @@ class Completer:
     def continue_(
         self, max_tokens: int, sampler: Sampler | None = None, stop: Sequence[str] | None = None
     ) -> Iterator[str]:
-        """Goes on exactly where the last text stopped and reads nothing again; yields text as `complete` does.
+        """Continues exactly where the last text stopped, without reading anything again; yields text as `complete`
+        does.
 
         `sampler` and `stop` are the last ones unless given. Text that a stop or an interruption held back comes first;
-        after the end of a document, the next one begins. Raises UserError where there is nothing to go on from.
+        after the end of a document, the next one begins. Raises UserError where there is nothing to continue.
         """
         if self._session is None:
             raise UserError("there is nothing to continue yet; give a prompt first")
@@ -188,14 +189,14 @@ class Completer:
 
     def _start(self, max_tokens: int) -> Iterator[str]:
         if self._stream is not None:
-            self._stream.close()  # two readers of one state would each get half of the words
+            self._stream.close()  # two iterators over one state would each get half of the words
         assert self._session is not None
         self.stopped_by = "interrupted"
         self._stream = self._write(self._session, max_tokens)
         return self._stream
 
     def _write(self, session: _Session, max_tokens: int) -> Generator[str, None, None]:
-        ctrl_c = _CtrlCLater()
+        ctrl_c = _DeferredCtrlC()
         for k in range(max_tokens + 1):
             with ctrl_c:
                 if k == 0:
@@ -231,7 +232,7 @@ class Completer:
         if ended:
             piece += session.decoder.flush()
         else:
-            session.recent.append(token)  # the end of a document is no repetition
+            session.recent.append(token)  # an end of a document does not count as a repetition
         if session.drop_space and piece:
             piece, session.drop_space = piece[1:], False
         if session.text.add(piece, session.stop):
@@ -240,12 +241,13 @@ class Completer:
 
     @cached_property
     def _begins_with_space(self) -> Tensor:
-        """(vocab,) bool: the tokens that a word after a space can be."""
+        """(vocab,) bool: the tokens that may follow a space."""
         return torch.tensor([self.tokenizer.token_bytes(i)[:1] == b" " for i in range(len(self.tokenizer))])
 
     @cached_property
     def _spells(self) -> Tensor:
-        """(vocab,) bool: what words are spelled with. "A" and "I" are words; marks and line ends are not letters."""
+        """(vocab,) bool: the tokens that spell words: letters and bytes. "A" and "I" are words, marks are no
+        letters."""
         letters = {bytes([b]) for b in range(0x80) if chr(b).isalpha() or chr(b) == " "} - {b"A", b"I"}
         spelled = [self.tokenizer.token_bytes(i) for i in range(len(self.tokenizer))]
         parts = [b in letters or b.decode("utf-8", "ignore").encode() != b for b in spelled]  # of words, of characters
@@ -253,16 +255,16 @@ class Completer:
 
 
 class _Text:
-    """The text on its way out: what may be the beginning of a stop text waits until that is known."""
+    """The text on its way out. What may be the beginning of a stop text is held back until that is known."""
 
     def __init__(self) -> None:
-        self.ready = ""  # may be handed over
+        self.ready = ""  # may be yielded
         self._tail = ""  # the last characters, as many as may belong to a stop text
         self._passed = 0  # how many of them have gone through `ready`
         self._stop_end = 0  # where in the tail the stop text ends that was found
 
     def add(self, piece: str, stop: Sequence[str]) -> bool:
-        """Takes a piece; True where it completes a stop text, and then only what precedes that becomes ready."""
+        """Adds a piece. True if it completes a stop text; then only the text before that becomes ready."""
         self._tail += piece
         found = [(at, -len(s)) for s in stop if (at := self._tail.find(s, max(0, self._passed - len(s) + 1))) >= 0]
         if found:
@@ -279,18 +281,18 @@ class _Text:
         return False
 
     def release(self) -> None:
-        """Lets all that waits become ready, for nothing comes after it now; it may still begin a stop text."""
+        """Makes all that was held back ready, because nothing comes after it now."""
         self._pass(len(self._tail))
 
     def resume(self, stop: Sequence[str]) -> bool:
-        """Lets the stop text that was found become ready, and looks at what came with it, as `add` does."""
+        """Makes the stop text that was found ready, and searches what came after it, as `add` does."""
         self._pass(self._stop_end)
         self._forget(self._stop_end)
         self._stop_end = 0
         return self.add("", stop)
 
     def hand_over(self) -> Generator[str, None, None]:
-        """Yields what is ready. It counts as handed over once it was, whether or not its reader comes back for more."""
+        """Yields what is ready. It counts as handed over even if the iterator is never asked for more."""
         try:
             yield self.ready
         finally:
@@ -307,23 +309,23 @@ class _Text:
 
 @dataclass
 class _Session:
-    """Where a text stands. The state has read every token but the last one written, which is `unread`."""
+    """The state of a text. The model's state has read every token except the last one written, which is `unread`."""
 
     state: State
-    logits: Tensor  # (vocab,): of what follows all that the state has read
+    logits: Tensor  # (vocab,), for the token after those that the state has read
     recent: deque[int]  # for the repetition penalty
     decoder: StreamDecoder
     sampler: Sampler
     stop: Sequence[str]
-    drop_space: bool  # the prompt has the space already that the next token brings
+    drop_space: bool  # the prompt already ends with the space that the next token begins with
     unread: int | None = None
     text: _Text = field(default_factory=_Text)
 
 
-class _CtrlCLater:
-    """Holds Ctrl-C back within its `with`: a state that is half updated could never be continued.
+class _DeferredCtrlC:
+    """Defers Ctrl-C within a `with` block, because a state that is half updated could not be continued.
 
-    `deliver` then does what the Ctrl-C would have done. Outside the main thread, which alone gets it, nothing is held.
+    `deliver` then does what the Ctrl-C would have done. Only the main thread gets Ctrl-C; in others this does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""One token at a time on a GPU: all kernels of a step in one CUDA graph, which is launched as one.
+"""One token at a time on a GPU: all kernels of a step in one CUDA graph, which is launched at once.
 
 A step's kernels take a few microseconds each, and launching one from Python takes as long. `GraphDecoder` records the
-step of a `Decoder` once and replays it. On demand (`Mamba2LM.compile_steps`) it records that of a `CompiledDecoder`, of
-which `torch.compile` makes four kernels a layer for one text, and seven for many.
+step of a `Decoder` once and replays it. After `Mamba2LM.compile_steps` it records that of a `CompiledDecoder`, which
+`torch.compile` turns into four kernels per layer for one text, and seven for many.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mamba2_min.inference.decoding import Decoder, StepBuffers
 from mamba2_min.models.mamba2 import Mamba2LM, State
 from mamba2_min.ops.autograd import autocast_off, widen
 
-# Up to so many rows, a product is a sum over each weight row, which a compiler joins with what is around it.
+# Up to this many rows, a product is a sum over each weight row, which a compiler fuses with what is around it.
 _ROWS_OF_SUMS = 2
 
 
@@ -65,7 +65,7 @@ class GraphDecoder:
 
 
 def is_recordable(model: Mamba2LM) -> bool:
-    """Whether all projections are nn.Linear: the Python of another one may not be repeatable, and is not recorded."""
+    """Whether all projections are nn.Linear: the Python code of others may differ from call to call."""
     mixers = [block.mixer for block in model.backbone.blocks]
     projections = [linear for mixer in mixers for linear in (mixer.in_proj, mixer.out_proj)]
     return all(type(linear) is nn.Linear for linear in (*projections, model.lm_head))
@@ -74,9 +74,9 @@ def is_recordable(model: Mamba2LM) -> bool:
 class CompiledDecoder(StepBuffers):
     """Token after token by four compiled functions.
 
-    Each ends where its result must be in memory: a compiler would compute the convolution again for every number of the
-    state that it changes. The convolution's inputs move between two buffers, by turns: to move them in place, a
-    compiler would copy them first. state_dtype: of the state in memory; it is computed with in float32.
+    Each ends where its result must be in memory: a compiler would compute the convolution again for every element of
+    the state that it updates. The convolution's inputs move between two buffers by turns: to shift them in place, a
+    compiler would copy them first. state_dtype: of the state in memory; the computation is in float32.
     """
 
     turns = 2
@@ -157,8 +157,8 @@ def _join(
     next_weight: Tensor,
     next_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One layer's end and the next one's start: x + weight RMSNorm(y * silu(z)) + bias, which is (b, d_model) with
-    y and z (b, d_inner), and what `_project` makes of it."""
+    """The end of one layer, x + weight RMSNorm(y * silu(z)) + bias, (b, d_model) with y and z (b, d_inner), and the
+    start of the next, `_project` of that."""
     eps, groups, norm_before_gate = how
     gate = F.silu(widen(z))
     u, scale = (y, norm * gate) if norm_before_gate else (y * gate, norm)
@@ -169,8 +169,8 @@ def _join(
 def _normed_linear(u: Tensor, scale: Tensor, eps: float, g: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     """weight (u / rms(u) * scale) + bias, an rms for each of g parts of u: (b, d) -> (b, outputs), in weight's dtype.
 
-    For few rows the norm is divided by after the product, as each output can sum u's squares beside its own products:
-    one kernel, where the norm before the product would be another.
+    For few rows the division by the rms comes after the product, because each output can then sum u's squares beside
+    its own products, in one kernel; a norm before the product would be a second one.
     """
     if len(u) > _ROWS_OF_SUMS:
         parts = u.unflatten(-1, (g, -1))

@@ -1,12 +1,12 @@
-"""One token at a time: the model's equations with as few operators as possible, on memory made once.
+"""One token at a time: the model's equations with as few operators as possible, in memory that is allocated once.
 
-The matrix products of a token are small. What an operator costs before it computes anything (1 to 5 microseconds on a
-CPU), and new memory for its result, would take longer than they do. A `Decoder` is therefore prepared for one state: it
-has the tensors between two operators, and the views of them, ready, and updates the state in place.
+The matrix products of a token are small. An operator's overhead (1 to 5 microseconds on a CPU) and new memory for its
+result would take longer than they do. A `Decoder` is therefore prepared for one state: it allocates all intermediate
+tensors, and the views of them, in advance, and updates the state in place.
 
-It keeps no value of a parameter from one token to the next, not even A: an optimiser may change them unseen (PyTorch's
-fused ones do not count their writes). `fits` sees everything else that can happen to a model: a tensor or a module that
-is replaced, a hook, a forward. It goes around the modules, and so takes a model only while all of them are plain.
+It keeps no value of a parameter from one token to the next, not even A: an optimizer may change them unnoticed
+(PyTorch's fused ones do not count their writes). `fits` sees everything else that can happen to a model: a tensor or a
+module that is replaced, a hook, a forward. It goes around the modules, so it takes a model only while all are plain.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def takes(model: Mamba2LM) -> bool:
 
 
 def _is_row_wise(module: nn.Module) -> bool:
-    """Whether a projection or an embedding may be called on (b, d) for one token: its class has `row_wise = True`."""
+    """Whether a module may be called on (b, d) for one token: its class says so by `row_wise = True`."""
     return "row_wise" in vars(type(module)) and not module.training and not is_hooked(module)
 
 
 class StepBuffers:
-    """What belongs to one model and one state, and must be made again where either has changed."""
+    """The tensors for steps of one model and one state. Where either has changed, they must be built again."""
 
     turns = 1  # steps after which the same memory is read and written again
 
@@ -65,7 +65,7 @@ class StepBuffers:
             self._start = lambda ids: backbone.start_of_stream(embedding(ids))
 
     def fits(self, model: Mamba2LM, state: State) -> bool:
-        """Whether these are still the model and the state of which it was made."""
+        """Whether this was built for this model and this state, and neither has changed."""
         return (
             all(a is b for a, b in zip(state.conv, self.conv, strict=True))
             and all(a is b for a, b in zip(state.ssm, self.ssm, strict=True))
@@ -74,8 +74,8 @@ class StepBuffers:
         )
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Reads one token per row, ids (b,), and gives the next logits (b, padded_vocab_size). The state afterwards is
-        in `conv` and `ssm`."""
+        """Reads one token per row, ids (b,), and returns the next logits (b, padded_vocab_size). The new state is in
+        `conv` and `ssm`."""
         return self._logits(self._start(ids))
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class _BlockStep:
         F.silu(self.xBC if self.bias is None else self.xBC.add_(self.bias), inplace=True)
         if self.wide_xBC is not self.xBC:
             self.wide_xBC.copy_(self.xBC)
-        # dt = softplus(dt + dt_bias); logaddexp with 0 is the softplus that can write where it is told to.
+        # dt = softplus(dt + dt_bias); logaddexp with 0 is a softplus that has an `out` argument.
         torch.add(self.dt_in.to(self.dt.dtype), self.dt_bias, out=self.dt)
         torch.logaddexp(self.dt, self.zero, out=self.dt)
         # H = exp(dt A) H + dt x B^T;  y = H C + D x
@@ -169,7 +169,7 @@ class _BlockStep:
 
 
 class _RMSNormStep:
-    """x / rms(x) * weight, the rms as |(x, sqrt(d eps))| / sqrt(d): a length is one operator, a mean square three."""
+    """x / rms(x) * weight, with the rms as |(x, sqrt(d eps))| / sqrt(d): one operator, where a mean square is three."""
 
     def __init__(self, weight: Tensor, eps: float, batch: int, groups: int = 1):
         d = len(weight) // groups
@@ -202,8 +202,8 @@ class _GatedRMSNormStep:
 def lay_out_columns(model: Mamba2LM) -> Mamba2LM:
     """Stores a CPU model's matrices column by column, in place, and returns it; names, shapes and values stay.
 
-    A product with one vector then reads from several places of the matrix at once instead of from one, and memory
-    answers faster. Only for a model that no optimiser knows yet: the moments of one would lie row by row.
+    A product with one vector then reads from several places of the matrix at once instead of one, which is faster. Only
+    for a model that is not trained afterwards: an optimizer's moments would be stored row by row.
     """
     if model.backbone.norm_f.weight.device.type == "cpu":
         mixers = [block.mixer for block in model.backbone.blocks]

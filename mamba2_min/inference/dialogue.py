@@ -1,4 +1,4 @@
-"""The completer at a terminal: a line is a prompt or, where it begins with "/", a command."""
+"""The completer at a terminal: a line is a prompt or, if it begins with "/", a command."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Dialogue:
         try:
             value = OFF[name] if text == "off" and name in OFF else read(text)
         except ValueError:
-            value = text  # of the wrong type, which is answered as any wrong value
+            value = text  # of the wrong type: it gets the same answer as any wrong value
         try:
             if name == "max_tokens":
                 self.max_tokens = validate.integer("length", value, 1, 2**63 - 1)
@@ -129,12 +129,12 @@ class Dialogue:
 
 
 def show(pieces: Iterable[str], prompt: str = "") -> None:
-    """Shows a prompt and the text that follows it as it comes, with a line end after it: control characters as escapes,
-    and at a terminal no word broken at its edge."""
+    """Shows a prompt and the text that follows as it comes, with a line end after it. Control characters are shown as
+    escapes, and a terminal's lines break between words."""
     text, piece = WrappedText(), "\n"
     try:
         text.write(prompt if len(prompt) <= _SHOWN_PROMPT else "…" + prompt[-_SHOWN_PROMPT:], BOLD)
-        for piece in _while_it_is_read(pieces):
+        for piece in _until_closed(pieces):
             text.write(piece)
     finally:
         text.finish()
@@ -145,14 +145,14 @@ def show(pieces: Iterable[str], prompt: str = "") -> None:
 def write_out(pieces: Iterable[str]) -> None:
     """Writes a text to a file or a pipe as it comes: the text itself, with a line end after it."""
     piece = "\n"
-    for piece in _while_it_is_read(pieces):
+    for piece in _until_closed(pieces):
         print(piece, end="", flush=True)
     if not piece.endswith("\n"):
         print(flush=True)
 
 
-def _while_it_is_read(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces, until what they are written to is gone."""
+def _until_closed(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces, until nobody reads the output any more."""
     for piece in pieces:
         yield piece
         if console.failure():
@@ -180,6 +180,6 @@ def _shown(sampler: Sampler, name: str) -> str:
 
 
 def in_words(error: ValueError) -> str:
-    """A message that begins with a field's name, with that name as the user knows it."""
+    """A message that begins with a field's name, with that name as the user types it."""
     name, rest = str(error).split(" ", 1)
     return f"{name.replace('_', '-')} {rest}"

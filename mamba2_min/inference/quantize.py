@@ -1,11 +1,11 @@
-"""Narrower weights for writing text: a token reads every weight once, and a narrower one is read in less time.
+"""Narrower weights for writing text: a token reads every weight once, so that narrower weights take less time.
 
     int8    a row w of a matrix is integers q from -127 to 127 and one scale s: w ~ s q, |w - s q| <= s / 2
     bf16    a float32 cut to 8 digits: |w - w'| <= |w| / 256
 
-The matrices become narrow: projections, embedding, head. All vectors (norms, A, dt, the convolution), the state and
-what flows between products stay float32; on its way into and out of a narrow product it is rounded to bf16, whose sums
-are float32 inside. A quantised model writes text on a CPU; it is neither trained nor saved.
+The matrices become narrow: projections, embedding, head. All vectors (norms, A, dt, the convolution), the state and the
+activations stay float32. A narrow product rounds its inputs and results to bf16 and sums in float32. A quantized model
+writes text on a CPU; it can be neither trained nor saved.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mamba2_min.models.mamba2 import Mamba2LM
 
 KINDS = ("int8", "bf16")
 
-_FEW_ROWS = 8  # beyond them a product with the weight widened for it is faster than the int8 one
+_FEW_ROWS = 8  # for more, it is faster to widen the weight than to use the int8 product
 _NARROWED = ("embedding", "lm_head", "in_proj", "out_proj")
 _PLAIN = forwards(nn.Linear, nn.Embedding)
-_MULTIPLE = 16  # of columns: all that PyTorch's int8 product reads right
-_PART = 1024  # rows that are narrowed at a time, so that no second float matrix exists
+_MULTIPLE = 16  # PyTorch's int8 product is right only for a number of columns that is a multiple of it
+_PART = 1024  # rows that are converted at a time, so that no second float matrix exists
 
 
 class Int8Matrix(nn.Module):
@@ -43,8 +43,8 @@ class Int8Matrix(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.columns = weight.shape[1]
-        # The product takes its scales as bf16. They are rounded first, and the integers are chosen for what they are
-        # then: 127 max / 127 (1 + 2^-8) still rounds to 127.
+        # The product takes its scales as bf16. They are rounded first, and the integers are chosen for the rounded
+        # scales: 127 max / 127 (1 + 2^-8) still rounds to 127.
         scale = (weight.detach().float().abs().amax(1) / 127).bfloat16()
         scale = torch.where(scale > 0, scale, 1.0)  # of a row of zeros
         numbers = torch.zeros(len(weight), self.columns + -self.columns % _MULTIPLE, dtype=torch.int8)
@@ -93,7 +93,7 @@ class Bf16Matrix(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """x (b, columns) -> x W^T, (b, rows) float32"""
         x = x.bfloat16()
-        if len(x) == 1:  # for which PyTorch has a product of its own, twice as fast
+        if len(x) == 1:  # PyTorch has a product for one row, which is twice as fast
             return torch.mv(self.numbers, x[0])[None].float()
         return F.linear(x, self.numbers).float()
 
@@ -139,7 +139,7 @@ class NarrowEmbedding(nn.Module):
 
 @torch.no_grad()
 def quantize(model: Mamba2LM, kind: str) -> Mamba2LM:
-    """Makes a model's matrices narrow, one after the other and in place, and returns it in evaluation mode.
+    """Makes a model's matrices narrow in place, one after the other, and returns the model in evaluation mode.
 
     kind: "int8" or "bf16"; anything else is a ValueError. Raises UserError where the model is not on a CPU, one of its
     projections is not a plain nn.Linear (an adapter, a hook), or this PyTorch has no product for that kind.
@@ -179,7 +179,7 @@ def load_quantized(folder: str | Path, kind: str) -> Mamba2LM:
 
 
 def _check_product(kind: str) -> None:
-    """Asks for the smallest product, so that what is missing is said in one line and before a matrix is narrowed."""
+    """Tries the smallest product, so that a missing one is reported in one line before any matrix is converted."""
     try:
         matrix: Any = (Int8Matrix if kind == "int8" else Bf16Matrix)(torch.ones(_MULTIPLE, _MULTIPLE))
         matrix.product(torch.ones(1, _MULTIPLE))

@@ -1,6 +1,6 @@
 """Which form of `Mamba2LM.step` runs: prepared for one text, or recorded as a CUDA graph on a GPU.
 
-Importing this module registers both. They go around the model's modules, and so take a model only while all of its
+Importing this module registers both. They go around the model's modules, so they take a model only while all of its
 modules are plain (models/bypass.py); otherwise `step` is the ordinary forward.
 """
 
@@ -14,7 +14,7 @@ from mamba2_min.inference.cuda_graph import GraphDecoder, is_recordable
 from mamba2_min.inference.decoding import Decoder, takes
 from mamba2_min.models.mamba2 import Mamba2LM, State, register_stepper
 
-# A text's decoder ends with its state. It lies outside of the state, so that a copy or a file of that stays small.
+# A text's decoder is deleted with its state. It is kept outside of the state, so that copies and files stay small.
 _decoders: WeakKeyDictionary[State, Decoder | GraphDecoder] = WeakKeyDictionary()
 
 

@@ -33,7 +33,7 @@ def styled(text: str, style: str) -> str:
 class WrappedText:
     """Writes a text to the terminal as it grows, and breaks its lines between words instead of at the edge.
 
-    A word is held back until its end is known. What would change the screen unseen is written as escapes.
+    A word is held back until its end is known. Control characters are written as escapes.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class WrappedText:
         for piece in _PIECE.findall(self._printer.feed(text)):
             alone = piece.isspace() or _IDEOGRAPHS.match(piece)
             if alone or len(self._word) > _LONG_WORD:
-                ready += self._let_go(columns)
+                ready += self._release_word(columns)
             if piece == "\n":
                 ready, self._space, self._column = ready + self._space + piece, "", 0
             elif piece.isspace():
@@ -54,16 +54,16 @@ class WrappedText:
             else:
                 self._word += piece
         if style or not columns:
-            ready += self._let_go(columns)
+            ready += self._release_word(columns)
         _put(styled(ready, style))
 
     def finish(self) -> None:
         """Writes what was held back."""
-        _put(self._let_go(_columns()) + self._space)
+        _put(self._release_word(_columns()) + self._space)
         self._space = ""
 
-    def _let_go(self, columns: int) -> str:
-        """The word, if there is one, and before it its white space, or a line end where it would cross the edge."""
+    def _release_word(self, columns: int) -> str:
+        """The word, if there is one, after its white space, or after a line end if it would cross the edge."""
         if not self._word:
             return ""
         width = _width(self._word)
@@ -101,7 +101,7 @@ def _width(text: str) -> int:
 
 
 class LineEditor:
-    """Reads prompts with arrow keys and a history that outlives the session, where the system has them.
+    """Reads prompts with arrow keys and a history that is kept between sessions, where the system supports them.
 
     Several lines that are pasted are one prompt. The terminal marks what is pasted where it can (bracketed paste), and
     the line editor puts it together. Without such marks, lines that arrive at the same moment belong together.
