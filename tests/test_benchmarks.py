@@ -335,7 +335,7 @@ def test_unknown_settings_end_in_one_line(capsys):
 def test_two_versions_take_turns(tmp_path, monkeypatch):
     turns = []
 
-    def turn(checkout, setting, threads):
+    def turn(checkout, setting, threads, processor_time):
         turns.append(checkout)
         return 0.5 if checkout == tmp_path else 0.4
 
