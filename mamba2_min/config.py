@@ -10,7 +10,7 @@ from typing import Any
 
 from mamba2_min import validate
 
-LARGEST_SIZE = 1 << 24  # of every size: beyond it stands a slip, or a file that means harm
+LARGEST_SIZE = 1 << 24  # of every size: a larger one is a typing error, or a malicious file
 A_INITS = ("hippo", "uniform")
 DROPOUTS = ("dropout", "embedding_dropout", "variational_dropout")
 

@@ -1,4 +1,4 @@
-"""Printing that never ends a program: a closed terminal, a full disk or a missing letter costs the output, no more.
+"""Printing that never ends a program: a closed terminal, a full disk or a missing letter costs only the output.
 
 `install()` puts a `Guarded` stream in the place of sys.stdout and sys.stderr, so that every `print`, traceback and
 progress bar of the process passes through it. `console.print` does the same for one line, with nothing installed.
@@ -15,8 +15,8 @@ from typing import Any
 class Guarded:
     """A text stream whose `write` and `flush` never raise. Everything else is the stream's own.
 
-    A character that the stream's encoding lacks is written as its escape (\\u0436). After the first error that lasts
-    (a broken pipe, a closed terminal, a full disk), nothing more is written; `failure` is that error, else None.
+    A character that the stream's encoding lacks is written as its escape (\\u0436). After the first lasting error (a
+    broken pipe, a closed terminal, a full disk), nothing more is written, and `failure` is that error; before, None.
     `note`: a line that is written to sys.stderr when that happens to another stream.
     """
 
@@ -51,7 +51,7 @@ class Guarded:
                 self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        if isinstance(error, BlockingIOError):  # a terminal that cannot keep up loses a piece, and goes on
+        if isinstance(error, BlockingIOError):  # a terminal that cannot keep up loses a piece
             return
         self.failure = error
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -65,9 +65,9 @@ class Guarded:
 
 
 def install(note: str = "") -> None:
-    """Guards sys.stdout and sys.stderr for the rest of the process; where a script has none, it gets a silent one.
+    """Guards sys.stdout and sys.stderr for the rest of the process. A missing stream is replaced by a silent one.
 
-    `note` tells, on standard error, what happens when standard output fails, such as "the training goes on".
+    `note` is printed on standard error when standard output fails, such as "the training goes on".
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -80,7 +80,7 @@ def install(note: str = "") -> None:
 
 
 def failure() -> Exception | None:
-    """The error that silenced sys.stdout, if it is installed and one did."""
+    """The error that silenced sys.stdout; None if there was none, or nothing is installed."""
     return sys.stdout.failure if isinstance(sys.stdout, Guarded) else None
 
 

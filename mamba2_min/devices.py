@@ -86,8 +86,8 @@ def free_memory(device: torch.device) -> int | None:
 def free_host_memory(root: Path = Path("/")) -> int | None:
     """Bytes that this process can still allocate, or None where the system does not tell.
 
-    It is what Linux calls available, or less where a container or another control group has a limit. Page cache counts
-    as free: the kernel gives it up when memory is needed. `root` is where proc and sys are mounted.
+    It is what Linux calls available, or less if a container or another control group has a limit. Page cache counts as
+    free: the kernel gives it up when memory is needed. `root` is where proc and sys are mounted.
     """
     try:
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
@@ -141,7 +141,7 @@ def size(n_bytes: float) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out. Torch has a type for it on GPUs; on a CPU only the text tells."""
+    """Whether an error means that memory ran out. torch has a type for that on GPUs; on a CPU only the text tells."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_ROOM)
@@ -166,7 +166,7 @@ def make_deterministic() -> None:
 def keep_freed_memory() -> None:
     """Makes glibc keep freed blocks instead of returning them to the system. Does nothing without glibc.
 
-    Every training step frees and allocates the same large tensors, and by default each costs its page faults again.
+    Every training step frees and allocates the same large tensors, and by default each costs new page faults.
     """
     if not sys.platform.startswith("linux"):
         return

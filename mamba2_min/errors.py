@@ -1,4 +1,4 @@
-"""What a user can mend: raised anywhere, printed by the scripts as one line, with a non-zero exit and no traceback."""
+"""Errors that a user can fix: raised anywhere, printed by the scripts as one line, with status 2 and no traceback."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mamba2_min.printable import printable
 
 __all__ = ["UserError", "printable", "run_script"]
 
-LONGEST_MESSAGE = 2000  # characters: what is quoted in a message may be megabytes long
+LONGEST_MESSAGE = 2000  # characters: a message may quote megabytes
 
 
 class UserError(Exception):
-    """A fault in what the user gave (a path, a flag, a file). Its text is one line that says what to do."""
+    """An error in what the user gave: a path, a flag, a file. Its message is one line that says what to do."""
 
 
 def run_script(main: Callable[[], int | None]) -> None:
@@ -31,11 +31,11 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         status = 130
-    except BrokenPipeError:  # the reader of a pipe went away: nothing is left to say it to
+    except BrokenPipeError:  # the reader of the pipe is gone: nobody would see a message
         status = 141
     sys.exit(status or 0)
 
 
 def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
-    """`text`, with a middle part left out where it is longer than `most`: the end often says what to do."""
+    """`text`; if it is longer than `most`, without a part in the middle, because the end often says what to do."""
     return text if len(text) <= most else f"{text[: most * 3 // 4]} … {text[len(text) - most // 4 :]}"

@@ -153,7 +153,7 @@ def say(label: str, text: str) -> None:
 
 
 def _cost(source: Path, network: Mamba2LM, tokenizer: WordTokenizer) -> str:
-    """What another cut of the validation text changes, in words."""
+    """What splitting the validation text into other tokens changes, in words."""
     from mamba2_min.data.corpus import corpus_of
     from mamba2_min.evaluation.perplexity import evaluate
     from mamba2_min.training.runs import read_plan
@@ -172,7 +172,7 @@ def _cost(source: Path, network: Mamba2LM, tokenizer: WordTokenizer) -> str:
 
 
 def different_share(tokenizer: WordTokenizer, ours: Corpus, theirs: Corpus) -> float:
-    """The share of `theirs` validation tokens that `ours` does not have at the same place of the text."""
+    """The share of the validation tokens of `theirs` that `ours` does not have at the same place of the text."""
     import numpy as np
 
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(len(tokenizer))])

@@ -2,20 +2,20 @@
 
 What is guaranteed, on a folder of this user's own or on one that a stranger made:
 
-    read    open_regular, read_bytes, read_text   a regular file alone: a folder, pipe, socket or device is refused
-            load_json, parse_json                 unopened, so nothing waits or runs on for ever; links are followed
+    read    open_regular, read_bytes, read_text   regular files only: a folder, pipe, socket or device is refused
+            load_json, parse_json                 unopened, so nothing waits or never ends; links are followed
                                                   unless `follow` is False; never more than `max_bytes`; JSON of
                                                   bounded size, and no name twice in an object
     write   write_atomically, save_json           the old content or the new one, never a part, whatever happens
             open_append, append_line              a line is whole or absent
             every writer                          never through a link: a symbolic one is refused by name, a hard one
                                                   gives way to a copy; no pipe, no device; modes are those of the umask
-    hold    locked                                one process at a time, without a lock file; ends with the process
+    lock    locked                                one process at a time, without a lock file; ends with the process
     ask     is_file, is_folder, exists, names_in  an answer for every string that can be a path
 
 A folder that the user names may itself be a link, and so may any folder above it: the rule is for the links inside.
-What cannot be done is a UserError of one line that names the path. What a drive cannot promise (CIFS, NFS and FUSE may
-not flush a folder, or not lock one) is done as far as it goes and said once, on standard error.
+What fails is a UserError of one line that names the path. What a drive cannot guarantee (CIFS, NFS and FUSE may not
+flush a folder, or not lock one) is done as far as possible and reported once, on standard error.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from mamba2_min.errors import UserError
 
 JSON_BYTES = 16 << 20  # of a config, an index, settings: the largest in use have a few hundred kilobytes
 JSON_VALUES = 1 << 20  # a value of two characters takes 64 bytes in memory
-_JSON_DEPTH = 100  # of values in values: a walk that recurs has room for it
+_JSON_DEPTH = 100  # of nested values: a recursive walk has room for it
 
 _CLOSED = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-# What a drive answers that does not know what it is asked for; anything else that fails is a fault.
+# Errors of a drive that does not support an operation; any other error is a real one.
 _UNKNOWN_TO_DRIVE = {
     getattr(errno, name)
     for name in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EPERM", "EACCES", "EBADF", "EISDIR", "ENOLCK")
@@ -60,7 +60,7 @@ def open_regular(path: str | Path, max_bytes: int | None = None, follow: bool = 
         _require_regular(path, os.stat(path) if follow else os.lstat(path))
         handle = os.open(path, os.O_RDONLY | _CLOSED | _NO_WAIT | (0 if follow else _NO_LINK))
         try:
-            found = os.fstat(handle)  # of what was opened: another thing may lie there since
+            found = os.fstat(handle)  # of the file that was opened: the path may have changed since
             _require_regular(path, found)
             if max_bytes is not None and found.st_size > max_bytes:
                 raise UserError(f"{path} has {found.st_size:,} bytes, and at most {max_bytes:,} are read")
@@ -104,10 +104,10 @@ def load_json(path: str | Path, max_bytes: int = JSON_BYTES, max_values: int = J
 
 
 def parse_json(text: str | bytes, max_values: int = JSON_VALUES) -> Any:
-    """The value that a JSON text stands for. Raises ValueError, of one line, where it is none.
+    """The value of a JSON text. Raises ValueError, of one line, if it is not valid.
 
-    It holds at most `max_values` values, which is asked before it is parsed: each takes a comma or a bracket. A name
-    that an object has twice is refused: readers differ on which of the two counts.
+    It holds at most `max_values` values, which is checked before parsing by counting commas and brackets. A name that
+    an object has twice is refused, because readers differ on which of the two counts.
     """
     marks = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
     if sum(map(text.count, marks)) > max_values:  # type: ignore[arg-type]
@@ -175,13 +175,13 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
 
 
 def save_json(path: str | Path, value: Any) -> None:
-    """Writes a value as JSON, atomically. ASCII alone: a path may have characters that UTF-8 cannot express."""
+    """Writes a value as JSON, atomically, in ASCII: a path may have characters that UTF-8 cannot express."""
     content = (json.dumps(value, indent=2) + "\n").encode()
     write_atomically(path, lambda file: file.write(content))
 
 
 def open_append(path: str | Path) -> BinaryIO:
-    """The regular file at `path`, made if need be, open for unbuffered writing at its end. Raises UserError."""
+    """The regular file at `path`, created if it is missing, open for unbuffered appending. Raises UserError."""
     with _explained("write", path):
         return os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0)
 
@@ -203,10 +203,10 @@ def append_line(path: str | Path, line: bytes, flush: bool = False) -> None:
 
 
 def open_own(path: str | Path, flags: int) -> int:
-    """A handle of the regular file at `path`, by os.open's `flags`, of which the file has no other name elsewhere.
+    """A handle of the regular file at `path`, by os.open's `flags`. The file then has no other name elsewhere.
 
-    A symbolic link is refused by name. A hard link is made a file of its own first, so that the other name keeps what
-    it has. Raises UserError for a link or for what is no regular file, OSError for what the system refuses.
+    A symbolic link is refused by name. A hard link is replaced by a copy first, so that the other name keeps its
+    content. Raises UserError for a link or what is not a regular file, OSError for what the system refuses.
     """
     found = refuse_link(path)
     if found and found.st_nlink > 1:
@@ -223,7 +223,7 @@ def open_own(path: str | Path, flags: int) -> int:
 
 
 def refuse_link(path: str | Path) -> os.stat_result | None:
-    """What is at `path`, that is to be written. Raises UserError where it is a link, a folder, a pipe or a device."""
+    """What is at `path`, before it is written. Raises UserError if it is a link, a folder, a pipe or a device."""
     with _explained("write", path):
         try:
             found = os.lstat(path)
@@ -236,7 +236,7 @@ def refuse_link(path: str | Path) -> os.stat_result | None:
 
 
 def remove(path: str | Path) -> None:
-    """Takes a file, or a link and not what it leads to, away where there is one. Raises UserError."""
+    """Removes a file, or a link (not its target), if there is one. Raises UserError."""
     try:
         Path(path).unlink(missing_ok=True)
     except (OSError, ValueError) as error:
@@ -244,7 +244,7 @@ def remove(path: str | Path) -> None:
 
 
 def flush(path: str | Path) -> None:
-    """Returns when what was written into a file, where there is one, is on the disk. Raises UserError."""
+    """Returns when the content of a file, if there is one, is on the disk. Raises UserError."""
     if not exists(path):
         return
     with open_regular(path, follow=False) as file, _explained("write", path):
@@ -257,13 +257,13 @@ def flush(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, names: Iterable[str] = (), holder: str = "training") -> Iterator[None]:
-    """Makes the folder if need be and holds it for this process alone. Raises UserError where another one holds it.
+    """Creates the folder if needed and locks it for this process. Raises UserError if another process has locked it.
 
-    names: the files that will be written. None of them may be a link, and what an earlier process left half written of
-    them is taken away. holder: what writes into the folder, for the message.
+    names: the files that will be written. None of them may be a link, and parts that an earlier process left half
+    written are removed. holder: what writes into the folder, for the message.
 
-    The lock is on the open folder itself, so it leaves no file and dies with the process. Windows and some network
-    drives have no such lock; nothing is held there.
+    The lock is on the open folder itself, so it leaves no file and ends with the process. Windows and some network
+    drives have no such lock; nothing is locked there.
     """
     folder, names = make_folder(folder), tuple(names)
     if os.name != "posix":
@@ -296,7 +296,7 @@ def locked(folder: str | Path, names: Iterable[str] = (), holder: str = "trainin
 
 
 def make_folder(folder: str | Path) -> Path:
-    """The folder, made with its parents if need be. Raises UserError where that cannot be done."""
+    """The folder, created with its parents if needed. Raises UserError if that fails."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -365,12 +365,12 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _identity(found: os.stat_result | None) -> tuple[int, ...] | None:
-    """What tells a file from another one at the same path."""
+    """What distinguishes a file from another one at the same path."""
     return found and (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _flush(handle: int, path: Path | str) -> None:
-    """Returns when an open file is on the disk, where the drive can say that."""
+    """Returns when an open file is on the disk, if the drive can tell."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -384,7 +384,7 @@ def _flush(handle: int, path: Path | str) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes a rename survive a loss of power, where the system lets a folder be flushed (Windows does not)."""
+    """Makes a rename survive a loss of power, if the system can flush a folder (Windows cannot)."""
     if os.name != "posix":
         return
     handle = None

@@ -1,4 +1,4 @@
-"""Merges a LoRA adapter into its base: the result is an ordinary run's folder, which costs what the base costs.
+"""Merges a LoRA adapter into its base: the result is an ordinary run's folder, as fast and as large as the base.
 
     python -m mamba2_min.merge --adapter runs/chat --out runs/chat-merged
 

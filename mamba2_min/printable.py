@@ -1,4 +1,4 @@
-"""What may go to a screen: text as it is, and an escape in place of every character that would change it unseen.
+"""Text that is safe to show: an escape takes the place of every character that would change a screen invisibly.
 
 The rules go by Unicode property:
 
@@ -54,7 +54,7 @@ _MAY_DEPEND = re.compile(f"[{_ZWSP}{_ZWNJ}{_ZWJ}{_MVS}\u180b-\u180d\u180f\ufe00-
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with an escape for every character that would change a screen unseen; see the head of this file.
+    """`text` with an escape for every character that would change a screen invisibly; see the top of this file.
 
     `keep` lists control characters to leave as they are, such as "\\n\\t" where lines are wanted.
     """
@@ -62,12 +62,12 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
-    """The same with those characters left out instead."""
+    """As `printable`, but these characters are left out."""
     return Printer(keep, lambda c: "").feed(text)
 
 
 def one_line(text: object, most: int = 200) -> str:
-    """What `text` says, on one line of at most `most` characters: for messages that quote what somebody else wrote."""
+    """`text` on one line of at most `most` characters, for messages that quote what somebody else wrote."""
     line = " ".join(visible(str(text)[: 20 * most], keep="\n\t").split())
     return line if len(line) <= most else line[: most - 1] + "…"
 
@@ -91,14 +91,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def folded(text: str) -> str:
     """`text` as a file should hold it: every line end is \\n, no other control characters than tabs, valid Unicode.
 
-    What a terminal would obey (ESC [ ... letter, ESC ] ... BEL) goes as a whole, not only its first character.
+    A terminal's control sequence (ESC [ ... letter, ESC ] ... BEL) is removed as a whole.
     """
     text = _CONTROL.sub("", _LINE_END.sub("\n", _ESCAPE_SEQUENCE.sub("", text)))
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
 class Printer:
-    """Makes a text printable piece by piece, as a model writes it: what stays depends on what was before."""
+    """Makes a text printable piece by piece, as a model writes it. What is kept depends on the characters before."""
 
     def __init__(self, keep: str = "", hide: Callable[[str], str] | None = None):
         """keep: control characters that stay. hide: what to show in place of a hidden character (its escape)."""
@@ -145,7 +145,7 @@ class Printer:
 
 @lru_cache
 def _common(keep: str) -> re.Pattern[str]:
-    """Matches texts of nothing but common letters and signs, and of what is kept: no marks, nothing invisible."""
+    """Matches texts that consist of common letters and signs, and of `keep`: no marks, nothing invisible."""
     return re.compile(
         f"[{re.escape(keep)}\x20-\x7e\xa0-\xac\xae-\u02ff\u0400-\u0482\u048a-\u052f\u2010-\u2027\u2030-\u205e\u20a0-\u20bf"
         "\u3001-\u3029\u3041-\u3096\u30a0-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff5e]*"

@@ -4,9 +4,9 @@
     improved      its second: five times that peak, betas (0.9, 0.95), down to 1e-5; what its Mamba models trained with
     small-corpus  ours, for a small model that reads a small corpus several times: the defaults (docs/LOG.md)
 
-The paper's two are for text that is read about once. They share warm-up, cosine, decay 0.1, clipping at 1 and no
-dropout. The paper does not say where the first one's cosine ends: GPT-3's ends at a tenth of its peak. What both also
-ask for, RMSNorm and no biases, every model here has.
+The paper's two are for text that is read about once. Both have warm-up, a cosine, decay 0.1, clipping at 1 and no
+dropout. The paper does not say where the first one's cosine ends: GPT-3's ends at a tenth of its peak. Both also ask
+for RMSNorm and no biases, which every model here has.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ _SHARED = {"weight_decay": 0.1, "beta1": 0.9, "clip": 1.0}
 
 
 def peak_rate(parameters: int) -> float:
-    """GPT-3's peak for the row of the table that is nearest in size, by ratio. Below 125 million it is the first's."""
+    """GPT-3's peak rate in the row of the table that is nearest in size, by ratio; below 125 million the first
+    row's."""
     size = min(PEAKS, key=lambda row: abs(math.log(row / max(parameters, 1))))
     return PEAKS[size]
 
 
 def recipe(name: str, parameters: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a recipe sets, for a model of so many parameters: of Settings, and of Mamba2Config.
+    """What a recipe sets for a model of this many parameters: fields of Settings, and of Mamba2Config.
 
     Raises ValueError for an unknown name.
     """

@@ -14,7 +14,7 @@ from mamba2_min import validate
 from mamba2_min.config import DROPOUTS
 from mamba2_min.recipes import RECIPES
 
-LARGEST = 2**31 - 1  # of every integer but the seed: a larger one is a slip, or a file that means harm
+LARGEST = 2**31 - 1  # of every integer except the seed: a larger one is a typing error, or a malicious file
 LARGEST_FLOAT = 1e12
 PRECISIONS = ("auto", "float32", "bf16")
 VALIDATE = ("documents", "carried")
@@ -38,9 +38,9 @@ def setting(
 class Settings:
     """How to train. Unknown names raise TypeError, impossible values ValueError.
 
-    The optimizer's defaults fit what this project is for, a small model that sees a small corpus several times: a
-    strong decay and a long memory of the gradients' size gain 0.08 bits per byte on a thousand stories over the
-    papers' recipe (lr 3e-3, weight_decay 0.1, beta2 0.95), which is meant for text that is seen once (docs/LOG.md).
+    The optimizer's defaults are for a small model that reads a small corpus several times: on a thousand stories,
+    strong weight decay and a long average of squared gradients gain 0.08 bits per byte over the papers' recipe (lr
+    3e-3, weight_decay 0.1, beta2 0.95), which is meant for text that is read once (docs/LOG.md).
     """
 
     recipe: str = setting(  # what it set stands in the other fields; the name is kept to tell one run from another

@@ -1,4 +1,4 @@
-"""Compiling a model, and comparing it with the model that is not compiled: a compiler's fault must not cost a run."""
+"""Compiling a model, and comparing it with the uncompiled one: a compiler's bug must not cost a run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LOSS_TOLERANCE, NORM_TOLERANCE = 0.02, 0.1  # relative; dropout draws other numb
 
 
 def compile_checked(model: LanguageModel, backward: Callable[[], Tensor], device: torch.device) -> str:
-    """Compiles the model's blocks if they then compute the same: "", or the reason why the model is not compiled.
+    """Compiles the model's blocks if they then compute the same. Returns "", or why the model stays uncompiled.
 
     `backward()` computes a batch's loss and adds its gradients. It runs twice, without and with the compiler, and the
-    losses and the norms of the gradients are compared. Gradients are zero afterwards, and random numbers are drawn as
-    if nothing had happened.
+    losses and the norms of the gradients are compared. Gradients are zero afterwards, and the random generators are in
+    the state that they were in.
     """
     measured, reason = [], ""
     for compiled in (False, True):

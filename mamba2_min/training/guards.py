@@ -1,4 +1,4 @@
-"""What may disturb a training between two steps, and what is done about it: bad losses, and signals."""
+"""What can disturb a training between two steps, and how it is handled: bad losses, and signals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class LossGuard:
         return JUMPED if loss > limit else ""
 
     def forgive(self) -> None:
-        """Judges what comes as if nothing had been: after a change of the learning rate. Skipped steps stay counted."""
+        """Forgets earlier losses and bad steps, after a change of the learning rate. Skipped steps stay counted."""
         self.recent, self.in_a_row = [], 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class LossGuard:
 
 @contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Within, the first SIGINT, SIGTERM or SIGHUP is noted in the list that it yields: a loop can finish its step.
+    """A context that notes the first SIGINT, SIGTERM or SIGHUP in the list that it yields, so that a step can finish.
 
     The next SIGINT or SIGTERM ends the process at once; a further SIGHUP does not, because a window that closes may
     send several. A SIGHUP that is ignored, as under nohup, stays ignored. Outside of the main thread nothing changes.

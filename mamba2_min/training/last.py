@@ -1,10 +1,10 @@
-"""What last.pt must hold before a training resumes from it: type and range of every value, and what agrees with what.
+"""What last.pt must hold before a training resumes from it: the type and range of every value, and their consistency.
 
-    check_last   each value on its own, by the table _LAST, and the counts among each other
-    check_fit    the optimizer and the place in the data against those of the trainer that resumes
+    check_last   each value on its own, by the table _LAST, and the counts against each other
+    check_fit    the optimizer and the position in the data against those of the trainer that resumes
     check_model  the tensors against the model
 
-All raise ValueError of one line. Nothing is changed, and whatever the file holds, nothing else is raised.
+All raise a ValueError of one line. Nothing is changed, and whatever the file holds, nothing else is raised.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _list(check: Check) -> Check:
 
 
 def _record(fields: Mapping[str, Check], more: bool = False) -> Check:
-    """A dictionary with these fields; with `more`, others may be there, and are not read."""
+    """A dictionary with these fields. With `more`, it may have others, which are not read."""
 
     def of_record(name: str, value: Any) -> None:
         if not isinstance(value, dict):
@@ -79,7 +79,7 @@ def _digest(name: str, value: Any) -> None:
 
 
 def _scalars(name: str, value: Any) -> None:
-    """A dictionary of plain values, as JSON could hold it."""
+    """A dictionary of values that JSON can hold."""
     if not isinstance(value, dict) or not all(isinstance(key, str) and key.isidentifier() for key in value):
         raise ValueError(f"{name} must be a dictionary of plain values")
     for key, one in value.items():
@@ -91,7 +91,7 @@ def _scalars(name: str, value: Any) -> None:
 
 
 def _place(name: str, value: Any) -> None:
-    """A place in the data: a few integers, which `check_fit` compares with those of the trainer."""
+    """A position in the data: a few integers, which `check_fit` compares with those of the trainer."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value) or not 1 <= len(value) <= 16:
         raise ValueError(f"{name} must be a dictionary of a few integers")
     for key, one in value.items():
@@ -99,7 +99,7 @@ def _place(name: str, value: Any) -> None:
 
 
 def _settings(name: str, value: Any) -> None:
-    """Settings, of which an earlier version may lack some and have others."""
+    """Settings. Those of an earlier version may have other names."""
     _scalars(name, value)
     Settings(
         **{key: one for key, one in value.items() if key in {field.name for field in dataclasses.fields(Settings)}}
@@ -157,7 +157,7 @@ _LAST = _record(
 
 
 def check_last(values: Any) -> None:
-    """Raises ValueError unless `values` can be what a trainer saved: every type, every range, the counts in order."""
+    """Raises ValueError unless `values` can be what a trainer saved: types, ranges, and counts that agree."""
     _LAST("it", values)
     guard, step = values["guard"], values["step"]
     in_order = (
@@ -179,10 +179,10 @@ def check_last(values: Any) -> None:
 def check_fit(
     values: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, data: Mapping[str, int] | None
 ) -> None:
-    """Raises ValueError unless optimizer and place in `values`, which passed check_last, belong to this training.
+    """Raises ValueError unless the optimizer and the position in `values`, which passed check_last, fit this training.
 
-    data: the `state_dict` of the trainer's batches, None where the documents are others than before and are read from
-    their start. The model's tensors are checked by `ModelFiles.check`, the best score by `Task.restored_score`.
+    data: the `state_dict` of the trainer's batches, None where the documents are different and are read from their
+    start. The model's tensors are checked by `ModelFiles.check`, the best score by `Task.restored_score`.
     """
     _check_optimizer(values, optimizer)
     if data is None:
@@ -198,7 +198,7 @@ def check_fit(
 def optimizer_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What `optimizer.load_state_dict` takes: the saved moments and rates, with the options that the settings give.
 
-    A moment gets the strides of its parameter: fused AdamW walks through the memory of both side by side.
+    A moment gets the strides of its parameter, because fused AdamW reads both in the order of memory.
     """
     groups = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
     state = {i: dict(one) for i, one in saved["state"].items()}
@@ -211,24 +211,24 @@ def optimizer_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
-    """The optimizer's parameters by the numbers that its state_dict has for them."""
+    """The optimizer's parameters by their numbers in its state_dict."""
     groups = zip(optimizer.state_dict()["param_groups"], optimizer.param_groups, strict=True)
     return {i: p for group, own in groups for i, p in zip(group["params"], own["params"], strict=True)}
 
 
 def check_model(saved: dict[Any, Any], model: nn.Module) -> None:
-    """Raises ValueError unless `saved` holds the tensors of the whole model, each of its shape, finite and its own."""
+    """Raises ValueError unless `saved` holds all tensors of the model, of the right shapes, finite and not shared."""
     config: Any = model.config
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in saved.items()):
         raise ValueError("its model is not a dictionary of tensors")
     weights = tensors.with_tied_head(tensors.with_plain_names(saved), config.tie_embeddings)
     expected = tensors.with_plain_names(model.state_dict())
     tensors.check_shapes(((name, tuple(tensor.shape)) for name, tensor in expected.items()), weights)
-    tensors.check_values(weights, config.tie_embeddings)  # weights that the model shares by hand are shared here too
+    tensors.check_values(weights, config.tie_embeddings)  # weights that the user made layers share are shared here
 
 
 def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's moments: one pair for each parameter, of its shape and own memory, finite, and possible together."""
+    """AdamW's moments: one pair for each parameter, of its shape, not shared, finite, and consistent."""
     saved, groups = values["optimizer"], optimizer.state_dict()["param_groups"]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
         raise ValueError("its optimizer belongs to another model")

@@ -1,4 +1,4 @@
-"""How much memory a training needs, and what to lower where that is too much."""
+"""How much memory a training needs, and what to lower if that is too much."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def training_memory(
     precision: str = "float32",
     averaged: bool = False,
 ) -> int:
-    """An estimate of the bytes that a training adds to the process: more than it takes, by at most three fifths.
+    """An estimate of the bytes that a training adds to the process: too high, by at most three fifths.
 
     Weights, gradients and AdamW's two moments are four float32 copies of the parameters; while the head's gradient is
     computed there is one more of the embedding. Until the backward pass a token keeps, in each layer, the residual
@@ -59,9 +59,9 @@ def training_memory(
 
 
 def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device) -> Settings:
-    """The settings, where they ask for "auto", with a micro-batch that fits: the batch, halved until there is room.
+    """The settings; if they ask for "auto", with a micro-batch that fits: the batch, halved until there is room.
 
-    The choice is saved with the run. A resumed run that chose again might add its gradients up in another order.
+    The choice is saved with the run. A resumed run that chose again might sum its gradients in another order.
     """
     if not settings.adapt_micro_batch or settings.micro_batch:
         return settings
@@ -74,9 +74,9 @@ def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device
 def check_memory(
     config: Mamba2Config, settings: Settings, device: torch.device, ignore: bool = False
 ) -> tuple[str, str]:
-    """The memory that a step needs and what is free, as text ("" where the system does not tell).
+    """The memory that a step needs and the free memory, as text ("" where the system does not tell).
 
-    Raises UserError that says what to lower, and to what, where it needs too much, unless `ignore`.
+    If it needs too much, raises a UserError that says what to lower, and to what, unless `ignore`.
     """
     micro, context = settings.micro_batch or settings.batch_size, settings.context
     needed, free = _needed(config, settings, device, micro, context), devices.free_memory(device)
@@ -102,7 +102,7 @@ def check_memory(
 
 @contextlib.contextmanager
 def explained(trainer: Trainer) -> Iterator[None]:
-    """Within, an error that says that memory ran out becomes a UserError that says what to lower."""
+    """A context in which running out of memory becomes a UserError that says what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

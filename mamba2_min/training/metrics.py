@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line of JSON per measurement of a run, in the order of steps, without gap or repeat."""
+"""metrics.jsonl: one line of JSON per measurement of a run, in the order of steps, without gaps or repeats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_BYTES = 1 << 30  # ten million lines
 
 
 class MetricsLog:
-    """Appends records to a file and counts them, so that a resumed run can drop those that it will make again.
+    """Appends records to a file and counts them, so that a resumed run can drop those that it will write again.
 
     `records` is the number of lines that were appended, or kept by `rewind`.
     """
@@ -55,7 +55,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Each has `step`, an integer, `split`, "train" or "validation", and `loss`, a number, or None where it was not
     finite; a record of "train" has `lr`, a number. Raises UserError, one line, for anything else.
     """
-    lines = _content(Path(path)).split(b"\n")[:-1]  # what follows the last line end was never finished
+    lines = _content(Path(path)).split(b"\n")[:-1]  # what follows the last line end was never completed
     return [_parse(line, Path(path), number) for number, line in enumerate(lines, start=1)]
 
 
@@ -63,7 +63,7 @@ def plot_run(folder: Path) -> None:
     """Draws the metrics.jsonl of a run's folder into its loss.png. Raises UserError where that cannot be done."""
     from mamba2_min.plots import plot_loss  # matplotlib takes a second to import
 
-    title = printable(str(folder)).replace("$", r"\$")  # between two of them would be a formula
+    title = printable(str(folder)).replace("$", r"\$")  # text between two $ would be a formula
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a folder's name may have letters that the font lacks
         plot_loss(read_metrics(folder / checkpoint.METRICS), folder / checkpoint.CURVE, title=title)

@@ -1,4 +1,4 @@
-"""What a training needs to resume: it is captured in last.pt, restored from it, and checked to be the same run."""
+"""Resuming: everything a training needs is saved in last.pt, checked to be of the same run, and restored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:
-    """Everything that the next step depends on, and what tells one run from another."""
+    """Everything that the next step depends on, and what distinguishes one run from another."""
     return {
         "model": trainer.task.files.trained(trainer.model),
         "optimizer": trainer.optimizer.state_dict(),
@@ -46,7 +46,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer, accept_documents: bool) -> None:
-    """Puts what `capture` saved into a new trainer. Raises UserError where the file is damaged or of another run."""
+    """Puts what `capture` saved into a new trainer. Raises UserError if the file is damaged or of another run."""
     path = trainer.out / checkpoint.RESUME
     saved = checkpoint.load_tensors(path)
     try:
@@ -88,7 +88,7 @@ def restore(trainer: Trainer, accept_documents: bool) -> None:
 
 
 def prepare_folder(trainer: Trainer) -> None:
-    """Leaves the folder as the next step expects it: of a new run, or of the resumed one at its saved step."""
+    """Prepares the folder for the next step: that of a new run, or of the resumed one at its saved step."""
     out = trainer.out
     if trainer.resumed:
         trainer.log.rewind(trainer.saved_records)
@@ -112,7 +112,7 @@ def repair_best(trainer: Trainer) -> None:
 
 
 def _check_same_run(trainer: Trainer, saved: dict[str, Any], accept_documents: bool) -> None:
-    """Raises UserError where the run in last.pt is another one than the trainer's."""
+    """Raises UserError if last.pt is of another run than the trainer's."""
     out, task = trainer.out, trainer.task
     before = {**defaults(Settings), **BEFORE, **saved["settings"]}
     for name, value in dataclasses.asdict(trainer.asked).items():
@@ -135,7 +135,7 @@ def _check_same_run(trainer: Trainer, saved: dict[str, Any], accept_documents: b
 
 
 def _environment(trainer: Trainer) -> dict[str, Any]:
-    """What the last bit of a sum depends on, beside the numbers."""
+    """What the last bit of a sum depends on, apart from the numbers."""
     return {
         "torch": str(torch.__version__),
         "device": trainer.device.type,

@@ -1,4 +1,4 @@
-"""What a run is to do: a new one by the user's values, a preset and the defaults; a saved one by its settings.json."""
+"""What a run does: a new one by the user's values, a preset and the defaults; a saved one by its settings.json."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RunSpec:
         data, training = dataclasses.asdict(self.data), dataclasses.asdict(self.training)
         values = {"data": data, "model": self.model, "training": training}
         path = files.make_folder(out) / checkpoint.SETTINGS
-        with contextlib.suppress(UserError):  # what cannot be read is written again
+        with contextlib.suppress(UserError):  # a file that cannot be read is written again
             if files.load_json(path) == values:
                 return
         files.save_json(path, values)
@@ -103,7 +103,7 @@ def plan_run(
     model, begun = files.exists(out / checkpoint.WEIGHTS), files.is_file(out / checkpoint.SETTINGS)
     if resume and model:
         raise UserError(f"{out} holds a model but no {checkpoint.RESUME} to resume from; --overwrite replaces it")
-    if resume and begun:  # it was ended before its first save: the same run, from its beginning
+    if resume and begun:  # it ended before its first save: the same run, from its beginning
         return dataclasses.replace(_saved_plan(out, overrides, preset, accept), resume=False)
     if not (resume or overwrite):
         holds = [
@@ -165,7 +165,7 @@ def _saved_plan(out: Path, overrides: dict[str, Any], preset: str | None, accept
     if preset and any(before[name] != value for name, value in PRESETS[preset].items() if name not in overrides):
         raise UserError(f"the run in {out} did not begin with --preset {preset}; leave it out, or start a new run")
     for name, value in overrides.items():
-        if name in ("data", "val_data"):  # the same documents may lie elsewhere: their content is checked instead
+        if name in ("data", "val_data"):  # the documents may have moved: their content is checked instead
             data[name] = value
         elif before[name] != value:
             change = f"{flag(name)} was {_shown(before[name])} when the run in {out} began, and is now {_shown(value)}"

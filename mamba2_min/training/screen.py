@@ -1,4 +1,4 @@
-"""What a person sees of a training: a summary before it, lines and a progress bar during it, and how it ended."""
+"""What a training shows: a summary before it, lines and a progress bar during it, and how it ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MANY_BYTES = 0.2  # of a text outside the vocabulary
 
 
 class Screen:
-    """A line and a sample of text at each evaluation, and a bar between them; in a file or pipe a line now and then.
+    """A line and a sample of text at each evaluation, and a bar between them; in a file or pipe a line every 30 s.
 
     `sample(step)`, if given, returns text that the model writes. Give `report` to the trainer, and train within
     `watching`.
@@ -75,7 +75,7 @@ class Screen:
         trainer, now = self.trainer, time.perf_counter()
         loss, speed, left = values["loss"], values["tokens"] / values["seconds"], _clock(_seconds_left(trainer))
         if not self.bar.disable:
-            if trainer.progress:  # where a time limit ends the run, the number of steps follows the speed
+            if trainer.progress:  # if a time limit ends the run, the number of steps depends on the speed
                 self.bar.total = max(trainer.step, round(trainer.step / trainer.progress))
             text = f"loss {loss:.3f}{self.validation}, {speed:,.0f} tokens/s, {left} left"
             self.bar.set_description_str(text, refresh=False)
@@ -85,7 +85,7 @@ class Screen:
             self._write(f"step {trainer.step:>6,}  training   {loss:>7.4f}  {speed:>9,.0f} tokens/s  {left:>8} left")
 
     def _write(self, line: str) -> None:
-        with tqdm.external_write_mode(file=sys.stdout):  # takes the bar away meanwhile
+        with tqdm.external_write_mode(file=sys.stdout):  # hides the bar meanwhile
             console.print(line)
 
 
@@ -101,7 +101,7 @@ def sample_of(model: LanguageModel, tokenizer: WordTokenizer) -> Callable[[int],
 
 
 def show(label: str, text: str) -> None:
-    """Prints one line of a summary, wrapped below itself in a narrow terminal, with control characters escaped."""
+    """Prints one line of a summary, wrapped in a narrow terminal, with control characters escaped."""
     console.print(wrapped(printable(text), f"{label:<12}", " " * 12))
 
 
@@ -148,7 +148,7 @@ def show_training(trainer: Trainer, needed: str, free: str) -> None:
 
 
 def show_start(trainer: Trainer, folder: str, corpus: Corpus) -> None:
-    """Prints what a run begins from, how good that is on the new documents, and where their words are not its own."""
+    """Prints what a run begins from, how good that is on the new documents, and how much its vocabulary lacks."""
     before = trainer.task.evaluate(trainer.model, trainer.autocast)
     show("begins as", f"{folder}, on the validation part: {' '.join(str(before).split())}")
     if corpus.outside > _MANY_BYTES:

@@ -1,6 +1,6 @@
-"""What a training is about: its batches, how a model is validated, and what of it goes to disk.
+"""A training's task: its batches, how a model is validated, and which parts of the model are saved.
 
-The trainer's loop knows no more than this. Pretraining on a corpus is below; fine-tuning (finetune/) has others.
+The trainer's loop uses nothing else. Pretraining on a corpus is below; fine-tuning (finetune/) has other tasks.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Batches(Protocol):
 
 
 class ModelFiles:
-    """A run's config.json and model.pt: the whole model. A subclass keeps another part of it."""
+    """A run's config.json and model.pt: the whole model. A subclass saves another part of it."""
 
     best: tuple[str, ...] = (checkpoint.WEIGHTS,)  # the files that hold the best model
 
     def prepare(self, out: Path, model: Any) -> None:
-        """Writes what a new run's folder needs before the first step, beside its tokenizer."""
+        """Writes what a new run's folder needs before the first step, besides its tokenizer."""
         files.save_json(out / checkpoint.CONFIG, model.config.to_dict())
 
     def trained(self, model: nn.Module) -> dict[str, Tensor]:
@@ -55,15 +55,15 @@ class ModelFiles:
         return model.state_dict()
 
     def unwrapped(self, model: Any) -> Any:
-        """The model to train, without what wraps it. Raises UserError where `save` could not keep it."""
+        """The model to train, without wrappers. Raises UserError if `save` could not save it."""
         return checkpoint.plain_model(model)
 
     def check(self, tensors: dict[Any, Any], model: nn.Module) -> None:
-        """Raises ValueError unless `tensors`, from a file, can be what `trained` gave of this model."""
+        """Raises ValueError unless `tensors`, from a file, can be what `trained` returned for this model."""
         check_model(tensors, model)
 
     def restore(self, model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-        """Copies what `trained` gave into the model. Raises UserError where it is of another one."""
+        """Copies what `trained` returned into the model. Raises UserError if it is of another model."""
         checkpoint.load_weights(model, tensors, source)
 
     def save(self, out: Path, model: Any) -> None:
@@ -76,7 +76,7 @@ class ModelFiles:
         checkpoint.load_weights(model, checkpoint.load_tensors(path), path)
 
     def is_saved(self, out: Path, model: nn.Module) -> bool:
-        """Whether what `save` writes is on disk already, equal to the model's tensors as they are."""
+        """Whether the files that `save` writes are on disk already, equal to the model's present tensors."""
         try:
             _, there = checkpoint.load_model(out)
             return all(torch.equal(there[name], tensor.cpu()) for name, tensor in model.state_dict().items())
@@ -85,7 +85,7 @@ class ModelFiles:
 
 
 class Task(ABC):
-    """`tokenizer` and `digest` tell one task from another: a run resumes only with the same."""
+    """`tokenizer` and `digest` identify a task: a run resumes only with the same ones."""
 
     tokenizer: WordTokenizer
     files: ModelFiles = ModelFiles()
@@ -106,7 +106,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def validation_size(self) -> tuple[int, int]:
-        """The predictions that `evaluate` scores, and the bytes that they stand for."""
+        """The number of predictions that `evaluate` scores, and of the bytes that they spell."""
 
     def restored_score(self, values: dict[str, Any]) -> Score:
         """The score that was saved as a dictionary. Raises ValueError where it is not of this validation part."""

@@ -1,14 +1,14 @@
-"""Training, in memory, with early stopping: stop it at any moment, and it resumes as if nothing had happened.
+"""Training with early stopping. It can be stopped at any moment and resumes as if nothing had happened.
 
     batch ─► loss ─► gradients ─► clipped ─► AdamW          every step, in several micro-batches if asked
     every eval_every steps: the exact validation loss; the best model so far goes to model.pt
     every save_every steps: everything needed to resume goes to last.pt (resume.py)
-    patience evaluations without a better one, max_steps or max_minutes: the end
+    it ends after `patience` evaluations without a better one, max_steps or max_minutes
 
 A run's folder: config.json, tokenizer.json, model.pt (the best on validation), last.pt (to resume), metrics.jsonl,
 loss.png. On a CPU a run that is bounded by steps ends with the same weights, bit for bit, however often it was stopped,
-killed and resumed: last.pt holds whatever the next step depends on, and what the other files hold beyond that is
-repaired or dropped.
+killed and resumed: last.pt holds everything that the next step depends on, and what the other files have beyond that
+is repaired or dropped.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Trainer:
         input_ids, targets = batch[:2]
         if self._to_compile:
             self._to_compile = False
-            rows = self.micro_batch + len(input_ids) % self.micro_batch  # a part of each size that a step has
+            rows = self.micro_batch + len(input_ids) % self.micro_batch  # enough for each size of part that a step has
             backward = partial(self._backward, *(t[:rows] for t in batch))
             why_not = compile_checked(self.model, backward, self.device)
             self.report("compiled", {"step": self.step + 1, "why_not": why_not})
@@ -184,7 +184,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not devices.is_out_of_memory(error) or not self.settings.adapt_micro_batch or self.micro_batch == 1:
                     raise
-            # Outside of the except block: the error holds the tensors that there was no room for.
+            # Outside of the except block, because the error refers to the tensors that did not fit.
             self.optimizer.zero_grad(set_to_none=True)
             devices.release_memory(self.device)
             self.micro_batch = -(-self.micro_batch // 2)
