@@ -30,7 +30,7 @@ from mamba2_min.settings import (
 )
 
 _TRAINING_ONLY = (*DROPOUTS, "chunk_size")  # of a model's config: what no weight depends on
-_MOST_WORDS = 50_257  # where the vocabulary has no limit: GPT-2's, to tell the size of a model before its text is read
+_MOST_WORDS = 50_257  # GPT-2's vocabulary: to estimate a model's size before its text is read, if there is no limit
 DOCUMENTS = "documents"  # the name by which --accept allows other documents than those that a run began with
 
 
