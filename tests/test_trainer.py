@@ -122,7 +122,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, data):
         trainer = make_trainer(tmp_path / "run", data, dropout=0.0, context=200, batch_size=8, micro_batch=micro)
         input_ids, targets = next(trainer.windows)
         assert (targets == -100).any()  # parts with fewer targets weigh less
-        loss = trainer._backward(input_ids, targets)
+        loss = trainer.backward(input_ids, targets)
         assert loss == pytest.approx(float(trainer.model.loss(input_ids, targets).detach()), rel=1e-5)
         gradients.append([p.grad.clone() for p in trainer.model.parameters()])
     for others in gradients[1:]:

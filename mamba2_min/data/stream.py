@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.data.tokenizer import WordTokenizer, bytes_outside
 
 _END = ""  # the piece after a document
 _BLOCK = 1 << 20  # pieces that are looked up at a time
@@ -110,7 +110,7 @@ class PieceStream:
         if not self._found or self._found[0] is not tokenizer or len(self._found[1][1]) != len(self._numbers):
             ids = [[tokenizer.eos_id], *map(tokenizer.piece_ids, itertools.islice(self._numbers, 1, None))]
             lengths = np.array([len(each) for each in ids])
-            outside = [0, *map(tokenizer.bytes_outside, itertools.islice(self._numbers, 1, None))]
+            outside = [0, *(bytes_outside(tokenizer, piece) for piece in itertools.islice(self._numbers, 1, None))]
             flat = np.array([i for each in ids for i in each], dtype=np.int32)
             self._found = (tokenizer, (flat, np.cumsum(lengths) - lengths, lengths, np.array(outside)))
         return self._found[1]

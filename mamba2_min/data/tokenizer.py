@@ -158,16 +158,6 @@ class WordTokenizer:
         known = self._word_ids.get(piece, self._special_ids.get(piece))
         return self._spelled(piece) if known is None else [known]
 
-    def bytes_outside(self, piece: str) -> int:
-        """How many bytes of one of the `pieces` are in no word: those of characters that are no tokens themselves."""
-        ids = self.piece_ids(piece)
-        if ids == [self.unk_id]:
-            return len(piece.encode())
-        if len(ids) == 1:
-            return 0
-        last_word = 256 + len(self.special_words) + len(self.words)
-        return sum(len(self._bytes[i]) for i in ids if not 256 < i <= last_word)
-
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of what a person typed: `encode(text, allow_special=True)`, in the spelling that is known.
 
@@ -256,6 +246,17 @@ class WordTokenizer:
         if self.pattern == "words" or piece.isascii():
             return [byte + 1 for byte in piece.encode()]
         return [i for character in piece for i in _spelled_character(character, self._word_ids, self._beginning_ids)]
+
+
+def bytes_outside(tokenizer: WordTokenizer, piece: str) -> int:
+    """How many bytes of one of its `pieces` are in no word: those of characters that are not tokens themselves."""
+    ids = tokenizer.piece_ids(piece)
+    if ids == [tokenizer.unk_id]:
+        return len(piece.encode())
+    if len(ids) == 1:
+        return 0
+    last_word = 256 + len(tokenizer.special_words) + len(tokenizer.words)
+    return sum(len(tokenizer.token_bytes(i)) for i in ids if not 256 < i <= last_word)
 
 
 class StreamDecoder:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mamba2_min.data.documents import PROSE, read_documents
-from mamba2_min.data.tokenizer import WordTokenizer
+from mamba2_min.data.tokenizer import WordTokenizer, bytes_outside
 from mamba2_min.errors import UserError
 from mamba2_min.files import is_folder
 from mamba2_min.finetune.conversations import (
@@ -118,7 +118,7 @@ def _about_bytes(talks: Sequence[Conversation], template: ChatTemplate, tokenize
     before = {role: template.written(role, "\0").partition("\0")[0][-1:] for role in ROLES}  # the first word's space
     said = [before[message.role] + message.content for talk in talks for message in talk.messages]
     pieces = Counter(piece for text in said for piece in tokenizer.pieces(text))
-    outside = sum(count * tokenizer.bytes_outside(piece) for piece, count in pieces.items())
+    outside = sum(count * bytes_outside(tokenizer, piece) for piece, count in pieces.items())
     share = outside / sum(len(text.encode()) for text in said)
     if share < 0.1:
         return []

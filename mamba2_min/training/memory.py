@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mamba2_min import devices, files
 from mamba2_min.checkpoints import checkpoint
@@ -116,6 +117,22 @@ def explained(trainer: Trainer) -> Iterator[None]:
         saved = "; what was saved before is intact" if files.exists(trainer.out / checkpoint.RESUME) else ""
         where = f"in step {trainer.step + 1}, with {micro} windows of {context} at a time"
         raise UserError(f"out of memory {where}: {lower}{saved}") from error
+
+
+def backward(trainer: Trainer, *batch: Tensor) -> Tensor:
+    """The gradients and the mean loss of a batch. Where memory runs out, again with half the micro-batch, if
+    allowed."""
+    while True:
+        try:
+            return trainer.backward(*batch)
+        except (RuntimeError, MemoryError) as error:
+            allowed = trainer.settings.adapt_micro_batch and trainer.micro_batch > 1
+            if not (devices.is_out_of_memory(error) and allowed):
+                raise
+        # Outside of the except block, because the error refers to the tensors that did not fit.
+        trainer.optimizer.zero_grad(set_to_none=True)
+        devices.release_memory(trainer.device)
+        trainer.halve_micro_batch()
 
 
 def _needed(config: Mamba2Config, settings: Settings, device: torch.device, batch: int, context: int) -> int:

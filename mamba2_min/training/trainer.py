@@ -67,8 +67,7 @@ class Trainer:
 
     `report(event, values)` is called after every step ("step"), evaluation ("evaluation"), skipped step ("skipped"),
     halved micro-batch ("memory") and attempt to compile ("compiled"): it is what a screen shows. `notes` holds lines
-    that a user should read before the start.
-    Raises UserError where the run cannot begin or resume.
+    that a user should read before the start. Raises UserError where the run cannot begin or resume.
     """
 
     def __init__(
@@ -150,11 +149,8 @@ class Trainer:
         input_ids, targets = batch[:2]
         if self._to_compile:
             self._to_compile = False
-            rows = self.micro_batch + len(input_ids) % self.micro_batch  # enough for each size of part that a step has
-            backward = partial(self._backward, *(t[:rows] for t in batch))
-            why_not = compile_checked(self.model, backward, self.device)
-            self.report("compiled", {"step": self.step + 1, "why_not": why_not})
-        total = self._gradients(*batch)
+            _compile(self, batch)
+        total = memory.backward(self, *batch)
         if self.carried:
             self.carried.commit()
         total_norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf)
@@ -176,22 +172,12 @@ class Trainer:
         tokens, seconds = input_ids.numel(), time.perf_counter() - began
         self.report("step", {"step": self.step, "loss": loss, "lr": lr, "tokens": tokens, "seconds": seconds})
 
-    def _gradients(self, *batch: Tensor) -> Tensor:
-        """The gradients and the mean loss of a batch; where memory runs out, again with half the micro-batch."""
-        while True:
-            try:
-                return self._backward(*batch)
-            except (RuntimeError, MemoryError) as error:
-                if not devices.is_out_of_memory(error) or not self.settings.adapt_micro_batch or self.micro_batch == 1:
-                    raise
-            # Outside of the except block, because the error refers to the tensors that did not fit.
-            self.optimizer.zero_grad(set_to_none=True)
-            devices.release_memory(self.device)
-            self.micro_batch = -(-self.micro_batch // 2)
-            self._to_compile = self.settings.compile  # for the new sizes, at the next step
-            self.report("memory", {"step": self.step + 1, "micro_batch": self.micro_batch})
+    def halve_micro_batch(self) -> None:
+        self.micro_batch = -(-self.micro_batch // 2)
+        self._to_compile = self.settings.compile  # for the new sizes, at the next step
+        self.report("memory", {"step": self.step + 1, "micro_batch": self.micro_batch})
 
-    def _backward(
+    def backward(
         self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None = None, fresh: Tensor | None = None
     ) -> Tensor:
         """Adds the gradients of a batch's mean loss, micro-batch by micro-batch, and returns that loss.
@@ -273,6 +259,14 @@ class Trainer:
     def _draw(self) -> None:
         plot_run(self.out)
         self._drawn = time.perf_counter()
+
+
+def _compile(trainer: Trainer, batch: tuple[Tensor, ...]) -> None:
+    """Compiles the model, if that works with the first rows of a batch: enough for each size of part in a step."""
+    rows = trainer.micro_batch + len(batch[0]) % trainer.micro_batch
+    backward = partial(trainer.backward, *(t[:rows] for t in batch))
+    why_not = compile_checked(trainer.model, backward, trainer.device)
+    trainer.report("compiled", {"step": trainer.step + 1, "why_not": why_not})
 
 
 def _adamw(model: LanguageModel, s: Settings, fused: bool) -> torch.optim.AdamW:
