@@ -103,6 +103,56 @@ def test_tells_nothing_of_the_machine_that_it_ran_on(path):
     assert not re.search(r"/tmp/|/home/|/Users/|site-packages", text)
 
 
+def body_of(notebook):
+    """The cells before the exercises."""
+    texts = [cell.cell_type == "markdown" and "## Exercises" in cell.source for cell in notebook.cells]
+    return notebook.cells[: texts.index(True) + 1]
+
+
+PACED = [path for path in NOTEBOOKS if path.name.startswith(("01", "02", "03b"))]
+paced = pytest.mark.parametrize("path", PACED, ids=lambda path: path.stem)
+
+
+@paced
+def test_no_cell_is_long_and_every_third_is_a_picture(path):
+    cells = [cell for cell in body_of(read(path)) if cell.cell_type == "code"]
+    assert max(cell.source.count("\n") + 1 for cell in cells) <= 25
+    pictures = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+    assert 3 * pictures >= len(cells) - 3  # the imports, and two more to round up
+
+
+@paced
+def test_every_exercise_has_an_empty_cell_a_check_and_a_solution(path):
+    cells = read(path).cells
+    starts = [k for k, cell in enumerate(cells) if cell.cell_type == "markdown" and "### Exercise " in cell.source]
+    for start in starts:
+        rest = cells[start + 1 :]
+        fold = next(k for k, cell in enumerate(rest) if "<details>" in cell.source)
+        code = [cell.source for cell in rest[:fold]]
+        assert any(re.search(r"^\w+ = \.\.\.  # ", source, re.MULTILINE) for source in code)
+        assert re.search(r"^check\(", code[-1], re.MULTILINE)
+
+
+@paced
+def test_names_its_symbols_and_ends_with_a_summary(path):
+    cells = read(path).cells
+    assert re.search(r"^\*\*Symbols\.\*\* \S", cells[0].source, re.MULTILINE)
+    assert any(re.search(r"^## (Summary|What you have now)", cell.source, re.MULTILINE) for cell in cells)
+
+
+@paced
+def test_links_lead_somewhere(path):
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 3
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if not target:
+            assert f'<a id="{anchor}"></a>' in text, link
+        elif not target.startswith("https://"):
+            assert (path.parent / target).exists(), link
+
+
 def test_solutions_are_found_in_folds_only():
     fold = "<details><summary>Solution</summary>\n\nWhy.\n\n```python\nx = 1\n```\n\n```text\nno\n```\n\n</details>"
     cells = [nbformat.v4.new_markdown_cell(fold), nbformat.v4.new_markdown_cell("```python\ny = 2\n```")]
