@@ -9,11 +9,14 @@ own cells, the Python in its folded solutions is run as well, in the same kernel
 
 What a notebook here looks like (`tests/test_notebooks.py` checks it):
 
-- The first cell: a title, **Aim.** in two lines, **Prerequisites.**, **Run time.** on two cores, under 3 minutes.
-- One idea a section: the claim in words, the formula, a cell that shows it, an `assert` that would fail were it wrong.
+- The first cell: a title, **Aim.** in two lines, **Prerequisites.**, **Run time.** on two cores, under 3 minutes,
+  **Symbols.** in one paragraph.
+- One idea per section: the claim in words, the formula, a cell that shows it, an `assert` that fails if it is wrong.
+- No code cell above 25 lines, and a picture for every third. Drawing code is in drawings/, in the style of
+  `plots.use_notebook_style()`: one message per picture, said in the sentence before or after it.
 - Code is imported from `mamba2_min`, never copied; seeds are fixed; a time is compared, never asserted to the second.
-- Pictures by `plots.use_notebook_style()`: one message each, said in the sentence before or after it.
-- At the end "## Exercises", three or more of "### Exercise", each with its solution in <details>, code in ```python.
+- A "## Summary", then "## Exercises", three or more of "### Exercise": an empty cell (`answer = ...`), a cell that
+  checks it (exercises.py), and the solution in <details>, code in ```python.
 - Outputs are committed: no errors, no absolute paths, under 1 MB.
 """
 

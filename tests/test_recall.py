@@ -168,6 +168,16 @@ class Oracle(torch.nn.Module):
         return logits, None
 
 
+def test_parity_is_that_of_the_ones_so_far():
+    ids, targets = recall.parity(20, 33, seeded())
+    for row, wanted in zip(ids.tolist(), targets.tolist(), strict=True):
+        assert wanted == [sum(row[: k + 1]) % 2 for k in range(33)]
+    assert 0.4 < ids.double().mean() < 0.6
+    assert torch.equal(recall.parity(20, 33, seeded())[0], ids)
+    with pytest.raises(ValueError, match="length"):
+        recall.parity(1, 0, seeded())
+
+
 def test_accuracy_counts_the_questions_alone():
     batch = induction(seeded(), batch=100)
     assert recall.accuracy(Oracle(), batch) == 1

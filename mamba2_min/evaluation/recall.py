@@ -1,9 +1,10 @@
-"""Three synthetic tasks of recall: what a model can find in the tokens it has read. Knowledge of text does not help.
+"""Four synthetic tasks of recall: what a model can find in the tokens it has read. Knowledge of text does not help.
 
     selective copying   repeat the letters that stood between blanks               (Mamba, arXiv:2312.00752, 4.1.1)
     induction heads     which token followed the marker the last time?             (Mamba, 4.1.2)
     associative recall  a list of pairs, then its keys: which value has each?      (Zoology, arXiv:2312.04927;
                                                                                     Mamba-2, arXiv:2405.21060, 9.1)
+    parity              are the ones so far odd in number? a bit that flips        (arXiv:2411.12537)
 
 A task is a function that draws a batch: input_ids (b, l), and targets (b, l), which hold the answer at each question
 and -100 elsewhere. As in `LanguageModel.loss`, a target stands at the token after which it must be known, and it always
@@ -104,6 +105,17 @@ def associative_recall(
     input_ids[:, 0:start:2], input_ids[:, 1:start:2] = keys, values
     targets = torch.full((batch, length), IGNORE)
     return input_ids.scatter_(1, places, keys), targets.scatter_(1, places, values)
+
+
+def parity(batch: int, length: int, generator: torch.Generator) -> Batch:
+    """Random zeros and ones; the target is 1 where the ones so far are odd in number. A guess is right half the time.
+
+    Returns input_ids and targets (batch, length); the vocabulary has two tokens. A diagonal state whose factors lie
+    between 0 and 1, as Mamba-2's, cannot solve it at all lengths; one that may multiply by -1 can (arXiv:2411.12537).
+    """
+    _check(batch=batch, length=length)
+    input_ids = torch.randint(0, 2, (batch, length), generator=generator)
+    return input_ids, input_ids.cumsum(1) % 2
 
 
 def train_on_task(
