@@ -7,9 +7,10 @@
     transformers-mamba2    Mamba2ForCausalLM of the `transformers` package
     mamba_ssm              MambaLMHeadModel of the `mamba_ssm` package, where it can be imported
 
-A name may end in "+compile" (every block by torch.compile) and "+recompute" (blocks computed again in the backward pass
-instead of kept), both for this package's models only, and mamba2_min in "+int8" or "+bf16" (narrow matrices,
-mamba2_min/quantize.py; for decoding on a CPU), or in "+compile+bf16state" (compiled steps that keep the state in bf16).
+A name may end in "+compile" (every block by torch.compile), "+recompute" (blocks computed again in the backward pass
+instead of kept) and "+graph" (forward and backward pass as one CUDA graph), all for this package's models only, and
+mamba2_min in "+int8" or "+bf16" (narrow matrices, mamba2_min/quantize.py; for decoding on a CPU), or in
+"+compile+bf16state" (compiled steps that keep the state in bf16).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TINY = Mamba2Config(vocab_size=499, d_model=64, n_layer=2, d_state=16, headdim=1
 
 MODELS = {"small": SMALL, "base": BASE, "tiny": TINY}
 
-_HOW = ("compile", "recompute", "bf16state")
+_HOW = ("compile", "recompute", "bf16state", "graph")
 _OWN = ("mamba2_min", "transformer", "transformer-deep")
 DEFAULT = ("mamba2_min", "transformer", "transformers-mamba2", "mamba_ssm")
 
@@ -42,6 +43,7 @@ class Own:
 
     def __init__(self, model: Mamba2LM | TransformerLM, how: set[str]):
         self.model = model
+        self.graph = "graph" in how
         model.recompute = "recompute" in how
         if "compile" in how:
             model.compile_blocks()
@@ -195,6 +197,8 @@ def build(name: str, config: Mamba2Config, device: str, dtype: torch.dtype = tor
         raise ValueError(f"{name}: {base} has no such suffix")
     if "bf16state" in how and "compile" not in how:
         raise ValueError("+bf16state is for steps that are compiled: mamba2_min+compile+bf16state")
+    if "graph" in how and device != "cuda":
+        raise Unavailable("runs on a GPU only")
     if kind and device != "cpu":
         raise Unavailable("runs on a CPU only")
     if "bf16state" in how and device != "cuda":

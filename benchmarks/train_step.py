@@ -19,6 +19,7 @@ from benchmarks import harness, peers
 from benchmarks.harness import FLOOR, MemoryMeter, Options
 from mamba2_min.config import Mamba2Config
 from mamba2_min.models.base import decay_groups
+from mamba2_min.training.step_graph import StepGraph
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,22 @@ def step_of(peer: peers.Peer, ids: Tensor, targets: Tensor, options: Options) ->
     optimizer = torch.optim.AdamW(decay_groups(peer.model, 0.1), lr=1e-3, betas=(0.9, 0.95), fused=True)
     peer.model.train()
 
-    def step() -> None:
+    def backward(ids: Tensor, targets: Tensor) -> Tensor:
         with options.autocast():
             loss = peer.loss(ids, targets)
         loss.backward()
+        return loss.detach()
+
+    graph = None
+    if getattr(peer, "graph", False):
+        with options.products():
+            graph = StepGraph(weights, backward, (ids, targets))
+
+    def step() -> None:
+        if graph is None:
+            backward(ids, targets)
+        else:
+            graph((ids, targets))
         clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mamba2_min.ops import gpu_kernels
 from mamba2_min.ops.autograd import (
     handwritten_backward,
     is_traced,
@@ -54,7 +55,12 @@ def causal_conv_silu(
     fast = not is_traced()
     if state is None and seq_idx is None and fast and (torch.compiler.is_compiling() or not _is_cpu(u)):
         last = u[:, max(0, l - (K - 1)) :]
-        return _ShiftedConvSiLU.apply(u, weight, bias), F.pad(last, (0, 0, K - 1 - last.shape[1], 0))
+        last = F.pad(last, (0, 0, K - 1 - last.shape[1], 0))
+        if K == 4 and gpu_kernels.takes(u):
+            from mamba2_min.ops.conv_kernels import ConvSiLU
+
+            return ConvSiLU.apply(u, weight, bias), last
+        return _ShiftedConvSiLU.apply(u, weight, bias), last
     if state is None:
         state = u.new_zeros(b, K - 1, c)
     padded = torch.cat([state.to(u.dtype), u], dim=1)  # (b, K - 1 + l, c)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mamba2_min.ops import gpu_kernels
 from mamba2_min.ops.autograd import handwritten_backward, is_rounded, is_traced, widen
 
 IGNORE = -100  # a target that does not count
@@ -117,6 +118,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(h, w.t(), out=buffer[: len(h)])
             if logits.device.type == "cpu":
                 loss, dlogits = _on_cpu(logits.to(total.dtype), h, w, index, weigh, vocab_size)
+            elif gpu_kernels.takes(logits):
+                from mamba2_min.ops.loss_kernels import softmax_gradient
+
+                loss, dlogits = (softmax_gradient(logits, index, vocab_size) * weigh).sum(), logits
             else:
                 loss, dlogits = (_compiled_on_gpu if compiled else _on_gpu)(logits, index, weigh, vocab_size)
             total -= loss

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mamba2_min.ops import gpu_kernels
 from mamba2_min.ops.autograd import handwritten_backward, is_traced, materialize, pack_saved, unpack_saved
 
 
@@ -26,7 +27,9 @@ def gated_rms_norm_plain(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm_plain`: x (..., d), weight (d,) -> (..., d), in weight's dtype."""
+    """`rms_norm_plain`: x (..., d), weight (d,) -> (..., d), in weight's dtype, or on a GPU in autocast's."""
+    if _has_kernel(x, weight, 1):
+        return _by_kernel(x, None, weight, eps, 1)
     if not torch.is_grad_enabled() or is_traced():  # one token at a time, `apply` alone would take as long
         return rms_norm_plain(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps, 1)
@@ -35,12 +38,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated_rms_norm(
     y: Tensor, z: Tensor, weight: Tensor, eps: float, norm_before_gate: bool = False, groups: int = 1
 ) -> Tensor:
-    """`gated_rms_norm_plain`: y and z (..., d), weight (d,) -> (..., d), in weight's dtype."""
+    """`gated_rms_norm_plain`: y, z (..., d), weight (d,) -> (..., d), in weight's dtype, or on a GPU in autocast's."""
+    if not norm_before_gate and _has_kernel(y, weight, groups) and z.dtype == y.dtype:
+        return _by_kernel(y, z, weight, eps, groups)
     if not torch.is_grad_enabled() or is_traced():
         return gated_rms_norm_plain(y, z, weight, eps, norm_before_gate, groups)
     if norm_before_gate:
         return _RMSNorm.apply(y, weight, eps, groups) * F.silu(z.to(weight.dtype))
     return _GatedRMSNorm.apply(y, z, weight, eps, groups)
+
+
+_LONGEST = 8192  # numbers of a row that a kernel holds
+
+
+def _has_kernel(x: Tensor, weight: Tensor, groups: int) -> bool:
+    dtypes = (torch.bfloat16, torch.float32)
+    return gpu_kernels.takes(x) and weight.dtype in dtypes and x.shape[-1] <= _LONGEST * groups
+
+
+def _by_kernel(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """What follows a norm is a projection, which autocast would have read in its own dtype: it is written in that."""
+    from mamba2_min.ops.norm_kernels import RMSNorm
+
+    narrow = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
+    return RMSNorm.apply(y, z, weight, eps, groups, narrow)
 
 
 class _RMSNorm(torch.autograd.Function):

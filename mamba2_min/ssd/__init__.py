@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mamba2_min.ops.autograd import is_traced, without_autocast
-from mamba2_min.ssd import cpu, cuda, parts
+from mamba2_min.ssd import cpu, cuda, parts, triton
 from mamba2_min.ssd.arguments import Shape, check
 from mamba2_min.ssd.nonfinite import contained
 from mamba2_min.ssd.plain import ssd_plain, ssd_quadratic, ssd_recurrent, ssd_step
@@ -33,6 +33,7 @@ __all__ = ["SCANS", "Shape", "ssd_chunked", "ssd_plain", "ssd_quadratic", "ssd_r
 
 # The first that supports the tensors runs. "plain" is `ssd_plain` with the memory of a few chunks: the last resort.
 SCANS: dict[str, tuple[Callable[[torch.device, torch.dtype, Shape], bool], Callable[..., tuple[Tensor, Tensor]]]] = {
+    "triton": (triton.supports, triton.scan),
     "cuda": (cuda.supports, cuda.scan),
     "cpu": (cpu.supports, cpu.scan),
     "plain": (parts.supports, parts.scan),

@@ -1,0 +1,180 @@
+"""The convolution of ops/conv.py on a GPU: one kernel forward, one backward, and only the input is kept."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba2_min.ops.autograd import handwritten_backward
+from mamba2_min.ops.gpu_kernels import in_units, on, operator, rows_contiguous, unit_of
+
+_TOKENS, _CHANNELS = 32, 128  # of a tile of the forward
+_SEGMENT, _WIDTH = 128, 256  # tokens and channels of a program of the backward
+
+
+@triton.jit
+def _forward_kernel(
+    u, weight, bias, out, u_sb, u_sl, l, c, blocks, K: tl.constexpr, BIAS: tl.constexpr, UNIT: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """silu(bias + sum_k weight[:, k] u_{t - (K - 1) + k}): BT tokens of BC channels. The taps overlap in the cache."""
+    program = tl.program_id(0).to(tl.int64)
+    b, first = program // blocks, (program % blocks) * BT
+    tokens, channels = first.to(tl.int32) + tl.arange(0, BT), tl.program_id(1) * BC + tl.arange(0, BC)
+    there = (channels < c)[None, :]
+    u += b * (u_sb * UNIT) + first * (u_sl * UNIT)
+    at = tl.arange(0, BT)[:, None] * (u_sl * UNIT) + channels[None, :]
+    total = tl.zeros((BT, BC), tl.float32)
+    if BIAS:
+        total += tl.load(bias + channels, mask=channels < c, other=0.0).to(tl.float32)[None, :]
+    for k in tl.static_range(K):
+        past = tokens - (K - 1) + k
+        inside = ((past >= 0) & (past < l))[:, None] & there
+        tap = tl.load(u + (k - (K - 1)) * (u_sl * UNIT) + at, mask=inside, other=0.0)
+        w = tl.load(weight + channels * K + k, mask=channels < c, other=0.0).to(tl.float32)
+        total += tap.to(tl.float32) * w[None, :]
+    y = total / (1 + tl.exp(-total))
+    place = out + (b * l + first) * c + (tl.arange(0, BT)[:, None] * c + channels[None, :])
+    tl.store(place, y.to(out.dtype.element_ty), mask=(tokens < l)[:, None] & there)
+
+
+@triton.jit
+def _slope(v, dy):
+    """dy times the derivative of SiLU at v."""
+    gate = 1 / (1 + tl.exp(-v))
+    return dy * gate * (1 + v * (1 - gate))
+
+
+@triton.jit
+def _backward_kernel(
+    u, dy, weight, bias, du, dtaps, dbias, u_sb, u_sl, dy_sb, dy_sl, l, c, segments, BIAS: tl.constexpr,
+    UNIT: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Four taps, S tokens of BC channels, from the last to the first: what a token needs of its neighbours is at hand.
+
+    With v the sum before SiLU and dv its gradient, du_t = sum_s weight[:, 3 - s] dv_{t + s}. dtaps (b segments, 4, c)
+    and dbias (b segments, c) are parts of the sums over tokens.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    b, first = program // segments, ((program % segments) * S).to(tl.int32)
+    channels = tl.program_id(1) * BC + tl.arange(0, BC)
+    there = channels < c
+    u_sl, dy_sl = u_sl * UNIT, dy_sl * UNIT
+    u += b * (u_sb * UNIT) + channels
+    dy += b * (dy_sb * UNIT) + channels
+    du += b * l * c + channels
+    w0 = tl.load(weight + channels * 4, mask=there, other=0.0).to(tl.float32)
+    w1 = tl.load(weight + channels * 4 + 1, mask=there, other=0.0).to(tl.float32)
+    w2 = tl.load(weight + channels * 4 + 2, mask=there, other=0.0).to(tl.float32)
+    w3 = tl.load(weight + channels * 4 + 3, mask=there, other=0.0).to(tl.float32)
+    offset = tl.zeros((BC,), tl.float32)
+    if BIAS:
+        offset = tl.load(bias + channels, mask=there, other=0.0).to(tl.float32)
+    # The gradients of the taps and of the bias, and dv of the next three tokens. Each is made on its own: Triton 3.6
+    # takes variables that begin as one value for one that does not change, where they only pass values on.
+    g0, g1, g2, g3 = _zeros(BC), _zeros(BC), _zeros(BC), _zeros(BC)
+    total, d1, d2, d3 = _zeros(BC), _zeros(BC), _zeros(BC), _zeros(BC)
+    last = first + S + 2  # the three tokens after the segment reach into it
+    x3 = _row(u, last, u_sl, l, there).to(tl.float32)
+    x2 = _row(u, last - 1, u_sl, l, there).to(tl.float32)
+    x1 = _row(u, last - 2, u_sl, l, there).to(tl.float32)
+    # Four rows of each are on their way: one is read long before it is used, and converted when it is.
+    u0, s0 = _row(u, last - 3, u_sl, l, there), _row(dy, last, dy_sl, l, there)
+    u1, s1 = _row(u, last - 4, u_sl, l, there), _row(dy, last - 1, dy_sl, l, there)
+    u2, s2 = _row(u, last - 5, u_sl, l, there), _row(dy, last - 2, dy_sl, l, there)
+    u3, s3 = _row(u, last - 6, u_sl, l, there), _row(dy, last - 3, dy_sl, l, there)
+    for k in range(0, S + 3):
+        t = last - k
+        x0, slope = u0.to(tl.float32), s0.to(tl.float32)
+        u0, u1, u2, u3 = u1, u2, u3, _row(u, t - 7, u_sl, l, there)
+        s0, s1, s2, s3 = s1, s2, s3, _row(dy, t - 4, dy_sl, l, there)
+        dv = _slope(offset + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3, slope)
+        if k > 2:
+            g0 += dv * x0
+            g1 += dv * x1
+            g2 += dv * x2
+            g3 += dv * x3
+            total += dv
+            value = w3 * dv + w2 * d1 + w1 * d2 + w0 * d3
+            tl.store(du + tl.cast(t, tl.int64) * c, value.to(du.dtype.element_ty), mask=there & (t < l))
+        d3, d2, d1 = d2, d1, dv
+        x3, x2, x1 = x2, x1, x0
+    dtaps += program * 4 * c + channels
+    tl.store(dtaps, g0, mask=there)
+    tl.store(dtaps + c, g1, mask=there)
+    tl.store(dtaps + 2 * c, g2, mask=there)
+    tl.store(dtaps + 3 * c, g3, mask=there)
+    tl.store(dbias + program * c + channels, total, mask=there)
+
+
+@triton.jit
+def _zeros(BC: tl.constexpr):
+    return tl.zeros((BC,), tl.float32)
+
+
+@triton.jit
+def _row(t, token, stride, l, there):
+    """One token's channels, zeros outside of the text."""
+    inside = there & (token >= 0) & (token < l)
+    return tl.load(t + tl.cast(token, tl.int64) * stride, mask=inside, other=0.0)
+
+
+def _forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    (b, l, c), K = u.shape, weight.shape[1]
+    out = torch.empty(b, l, c, dtype=u.dtype, device=u.device)
+    blocks, unit = -(-l // _TOKENS), unit_of(u)
+    with on(u):
+        _forward_kernel[(b * blocks, -(-c // _CHANNELS))](
+            u, weight, u if bias is None else bias, out, *in_units(unit, u), l, c, blocks, K=K,
+            BIAS=bias is not None, UNIT=unit, BT=_TOKENS, BC=_CHANNELS, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _backward(u: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    b, l, c = u.shape
+    segments, unit = -(-l // _SEGMENT), unit_of(u, dy)
+    du = torch.empty(b, l, c, dtype=u.dtype, device=u.device)
+    dtaps = torch.empty(b * segments, 4, c, dtype=torch.float32, device=u.device)
+    dbias = torch.empty(b * segments, c, dtype=torch.float32, device=u.device)
+    with on(u):
+        _backward_kernel[(b * segments, -(-c // _WIDTH))](
+            u, dy, weight, u if bias is None else bias, du, dtaps, dbias, *in_units(unit, u),
+            *in_units(unit, dy), l, c, segments, BIAS=bias is not None, UNIT=unit, S=_SEGMENT, BC=_WIDTH, num_warps=4,
+        )  # fmt: skip
+    return du, dtaps.sum(0).t().contiguous(), dbias.sum(0)
+
+
+def _fake_backward(u: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    b, l, c = u.shape
+    wide = torch.float32
+    return u.new_empty(b, l, c), u.new_empty(c, 4, dtype=wide), u.new_empty(c, dtype=wide)
+
+
+_convolve = operator(
+    "conv_silu(Tensor u, Tensor weight, Tensor? bias) -> Tensor", _forward, lambda u, weight, bias: u.new_empty(u.shape)
+)
+_gradients = operator(
+    "conv_silu_backward(Tensor u, Tensor dy, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)", _backward,
+    _fake_backward,
+)  # fmt: skip
+
+
+class ConvSiLU(torch.autograd.Function):
+    """silu(conv(u)): u (b, l, c), weight (c, 4), bias (c,) or None, all of one dtype."""
+
+    @staticmethod
+    def forward(ctx, u, weight, bias):
+        u = rows_contiguous(u)
+        weight = weight.contiguous()
+        ctx.save_for_backward(u, weight, bias)
+        return _convolve(u, weight, bias)
+
+    @staticmethod
+    @handwritten_backward
+    def backward(ctx, dy):
+        u, weight, bias = ctx.saved_tensors
+        du, dweight, dbias = _gradients(u, rows_contiguous(dy), weight, bias)
+        return du, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)

@@ -1,0 +1,76 @@
+"""What all kernels in Triton share: whether they can run, and how PyTorch's compiler sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba2_min.ops.autograd import is_traced
+
+_OLDEST = (3, 2)  # of Triton
+
+
+@functools.cache
+def _triton_is_new_enough() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    with contextlib.suppress(Exception):  # a package that is broken is one that is not there
+        import triton
+
+        return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= _OLDEST
+    return False
+
+
+@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    """Whether there is a Triton that is new enough."""
+    return _triton_is_new_enough()
+
+
+def takes(t: Tensor) -> bool:
+    """Whether a kernel can take this tensor: on a GPU, bf16 or float32, where no transform of torch.func runs."""
+    return t.is_cuda and t.dtype in (torch.bfloat16, torch.float32) and has_triton() and not is_traced()
+
+
+def operator(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as the operator of PyTorch named in `schema`: a compiler calls it and does not look into it.
+
+    fake: what it returns, without values. Outside of a compiler the function is called as it is, which costs less.
+    """
+    name, _, arguments = schema.partition("(")
+    registered = torch.library.custom_op(f"mamba2_min::{name}", function, mutates_args=(), schema=f"({arguments}")
+    registered.register_fake(fake)
+
+    def call(*args: Any) -> Any:
+        return registered(*args) if torch.compiler.is_compiling() else function(*args)
+
+    return call
+
+
+def on(t: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which the device of t is the current one; kernels are launched on that."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def rows_contiguous(t: Tensor) -> Tensor:
+    """t with its last dimension contiguous."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def unit_of(*tensors: Tensor) -> int:
+    """8 where all rows of these begin at multiples of 8 numbers, or 1.
+
+    Triton notices multiples of 16 alone, and reads what it does not know to be aligned number by number.
+    """
+    return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1]) else 1
+
+
+def in_units(unit: int, t: Tensor) -> list[int]:
+    """The strides of all but the last dimension, in units."""
+    return [stride // unit for stride in t.stride()[:-1]]

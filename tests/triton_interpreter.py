@@ -1,0 +1,114 @@
+"""Runs the GPU's kernels in Triton's interpreter, on a CPU and in float32, and prints one JSON line a case.
+
+A program of its own: Triton decides at import whether it interprets. test_triton.py reads the lines.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch  # noqa: E402
+from instruments import relative_error  # noqa: E402
+from test_ssd import by_definition, chunked, make, run, to  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from mamba2_min.ops import conv_kernels, norm  # noqa: E402
+from mamba2_min.ops.conv import conv_silu_by_taps  # noqa: E402
+from mamba2_min.ops.loss_kernels import softmax_gradient  # noqa: E402
+from mamba2_min.ops.norm_kernels import RMSNorm  # noqa: E402
+from mamba2_min.ssd import triton_launch  # noqa: E402
+
+# Chunks of 32 tokens in two blocks of rows, read in pieces of 16; states of 17 .. 32 numbers in two tiles.
+SMALL = triton_launch.Tiles(32, 16, 16, 16, (4, 1), (4, 1), (4, 1), (4, 1), 0)
+conv_kernels._SEGMENT = 8
+triton_launch.TABLE[:] = [(torch.float32, 64, 128, SMALL)]
+
+scan = chunked(64, "triton")
+
+
+def case(name, started, errors):
+    print(json.dumps({"name": name, "errors": errors, "seconds": round(time.perf_counter() - started, 2)}), flush=True)
+
+
+def scans():
+    cases = {
+        "documents, D, a state": make(45, b=1, h=2, p=4, n=20),
+        "groups": make(17, g=2, b=1, documents=False, skip=False, start=False, p=17, n=3),
+        "one token": make(1, b=1, h=2),
+        "strided": make(33, b=1, h=2, documents=False),
+        "decays that forget": make(40, b=1, h=2, documents=False),
+    }
+    for name, arguments in cases.items():
+        if name.startswith("decays"):
+            arguments["A"] = torch.tensor([-1e4, -1e-3], dtype=torch.float64)
+            arguments["dt"][:, ::7] = 30.0
+        low = to(arguments, torch.float32)
+        if name == "strided":
+            low = {k: v if k not in ("x", "B", "C") else v.mT.contiguous().mT for k, v in low.items()}
+        started = time.perf_counter()
+        got, wanted = run(scan, low), run(by_definition, arguments)
+        errors = {key: relative_error(got[key], value) for key, value in wanted.items()}
+        case(name, started, errors)
+    started = time.perf_counter()
+    compiled = torch.compile(scan, backend="aot_eager", fullgraph=True, dynamic=False)
+    arguments = to(make(9, b=1, h=2, documents=False), torch.float32)
+    got, wanted = run(compiled, arguments), run(scan, arguments)
+    case("compiled as one graph", started, {key: relative_error(got[key], value) for key, value in wanted.items()})
+
+
+def compare(name, got, wanted, inputs, wide, dy):
+    started = time.perf_counter()
+    gradients = zip(torch.autograd.grad(got, inputs, dy), torch.autograd.grad(wanted, wide, dy.double()), strict=True)
+    case(
+        name,
+        started,
+        {"out": relative_error(got, wanted), **{str(i): relative_error(*g) for i, g in enumerate(gradients)}},
+    )
+
+
+def leaves(*tensors):
+    inputs = [t.detach().requires_grad_() for t in tensors]
+    return inputs, [t.detach().double().requires_grad_() for t in inputs]
+
+
+def operations():
+    r = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=r)
+
+    for b, l, c, bias in ((1, 37, 24, True), (1, 2, 300, False)):
+        inputs, wide = leaves(normal(b, l, c + 7)[..., 3 : 3 + c], normal(c, 4), *([normal(c)] if bias else []))
+        got = conv_kernels.ConvSiLU.apply(*inputs, *([] if bias else [None]))
+        padded = F.pad(wide[0], (0, 0, 3, 0))
+        wanted = conv_silu_by_taps(padded, wide[1], wide[2] if bias else None)
+        compare(f"convolution, {l} tokens", got, wanted, inputs, wide, normal(b, l, c))
+    for groups, width in ((1, 100), (2, 64)):
+        inputs, wide = leaves(normal(3, 5, width + 8)[..., 8:], normal(3, 5, width), normal(width))
+        got = RMSNorm.apply(*inputs, 1e-5, groups, False)
+        wanted = norm.gated_rms_norm_plain(*wide, 1e-5, False, groups)
+        compare(f"gated norm, {groups} groups", got, wanted, inputs, wide, normal(3, 5, width))
+    inputs, wide = leaves(normal(7, 40), normal(40))
+    got = RMSNorm.apply(inputs[0], None, inputs[1], 1e-5, 1, False)
+    compare("norm", got, norm.rms_norm_plain(*wide, 1e-5), inputs, wide, normal(7, 40))
+    started, logits = time.perf_counter(), normal(5, 4200) * 5
+    index = torch.tensor([[0], [4159], [3], [4], [5]])
+    logp = torch.log_softmax(logits[:, :4160].double(), -1)
+    wanted = F.pad(logp.exp() - F.one_hot(index[:, 0], 4160), (0, 40))
+    got = softmax_gradient(logits, index, 4160)
+    case(
+        "softmax",
+        started,
+        {"loss": relative_error(got, logp.gather(1, index)), "gradient": relative_error(logits, wanted)},
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    scans()
+    operations()
