@@ -35,6 +35,8 @@ RECORDS = {
     "prompt": {"prompt": " What floats?\n", "completion": A.content},
     "response": {"prompt": U.content, "response": A.content},
     "text": {"text": "What floats? <start> Ice floats on water."},
+    "question": {"question": U.content, "answer": A.content},
+    "ShareGPT": {"conversations": [{"from": "human", "value": U.content}, {"from": "gpt", "value": A.content}]},
     "instruction": {"instruction": U.content, "input": "", "output": A.content},
 }
 
@@ -54,22 +56,24 @@ def says(*turns):
 
 
 BAD = {
-    "a list": ([1], "must be an object"),
+    "a list": ([1], "a message is not an object"),
     "no known key": ({"question": "?"}, "it has question"),
-    "nothing": ({}, "it has none"),
-    "no answer": ({"prompt": "a"}, "completion is missing"),
+    "nothing": ({}, "it has no field"),
+    "no answer": ({"prompt": "a"}, "it needs .* it has prompt"),
     "an empty answer": ({"prompt": "a", "completion": " "}, "completion is empty"),
-    "a number": ({"prompt": 3, "completion": "a"}, "prompt is empty or not a text"),
-    "no output": ({"instruction": "a", "output": None}, "output is missing"),
+    "not a text": ({"prompt": ["b"], "completion": "a"}, "is not a text"),
+    "no output": ({"instruction": "a", "output": None}, "output is empty"),
     "a text without a border": ({"text": "a"}, "no <start>"),
     "an answer without a request": (says(("assistant", "a")), "without a request"),
     "a request without an answer": (says(("user", "a"), ("assistant", "b"), ("user", "c")), "without an answer"),
     "no answer at all": (says(("user", "a")), "no answer"),
-    "an unknown role": (says(("tool", "a"), ("assistant", "b")), "role 'tool' is unknown"),
+    "an empty message": (says(("user", "a"), ("assistant", "")), "what the assistant says is empty"),
+    "a role that nobody knows": (says(("robot", "a"), ("assistant", "b")), "the role robot is unknown"),
+    "an unknown role": (says(("tool", "a"), ("assistant", "b")), "role 'tool' cannot be learnt"),
     "one side twice": (says(("user", "a"), ("user", "b"), ("assistant", "c")), "follow each other"),
     "a late system message": (says(("user", "a"), ("system", "b"), ("assistant", "c")), "must come first"),
     "a surrogate": ({"prompt": "\ud800", "completion": "a"}, "lone surrogate"),
-    "messages of another kind": ({"messages": ["a"]}, "list of objects"),
+    "messages of another kind": ({"messages": ["a"]}, "a message is not an object"),
 }
 
 

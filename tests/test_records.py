@@ -7,7 +7,7 @@ import pytest
 from corpora import texts, write
 
 from mamba2_min.data.documents import Reader, read_documents
-from mamba2_min.data.records import read_records
+from mamba2_min.data.records import read_records, read_rows
 from mamba2_min.errors import UserError
 
 USER, ASSISTANT = "user", "assistant"
@@ -120,8 +120,16 @@ class TestFiles:
         assert broken.where == "line 2" and "not JSON" in broken.problem
         rows = {r.where: r.problem for r in read_records('prompt,completion\na,b,c\n,x\nq,"never\nclosed', ".csv")}
         assert "3 cells" in rows["line 2"] and "prompt is empty" in rows["line 3"] and "never closed" in rows["line 4"]
+        (last,) = read_records('text\n"open\n', ".csv")
+        assert last.where == "line 2" and "never closed" in last.problem
         (header,) = read_records("id,name\n1,x\n", ".csv")
         assert "it has id,name" in header.problem
+
+    def test_rows_of_other_columns(self):
+        found = list(read_rows('label;"text"\nx;"a;b"\n', ".csv", columns=("text", "label")))
+        assert [(row.where, row.value) for row in found] == [("line 2", {"label": "x", "text": "a;b"})]
+        (missing,) = read_rows("id\ttext\n1\ta\n", ".tsv", columns=("text", "label"))
+        assert missing.problem == "no column is called 'label'; its first row has id\ttext"
 
     def test_documents_and_notes(self, tmp_path):
         talk = messages((USER, "Hi"), (ASSISTANT, "Ho"))

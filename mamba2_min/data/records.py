@@ -1,4 +1,8 @@
-"""Records to documents: JSON Lines, JSON, CSV and TSV files, such as an export of chats or a data set.
+"""Records: JSON Lines, JSON, CSV and TSV files, such as an export of chats or a data set.
+
+    read_rows     the rows of a file, whatever their fields are
+    turns_of      who says what in a record, for fine-tuning
+    document_of   the document that it is, for training; read_records does that for a whole file
 
     text                          the document itself
     messages                      a list of {"role", "content"}: request<start>answer, an empty line, request<start>...
@@ -29,11 +33,24 @@ PAIRS = (  # request, answers; the first pair that a record has counts
 ABOUT = ("input", "context")  # what an instruction is about
 FIELDS = "text, messages, prompt and completion, or instruction and output"
 
-_REQUESTS = ("user", "human", "prompter")
-_ANSWERS = ("assistant", "gpt", "bot", "model", "ai", "chatgpt")
-_SYSTEM = ("system", "developer")
-_UNSAID = ("tool", "function", "ipython")  # what a program answered to the model
+_ROLES = {
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "bot", "model", "ai", "chatgpt"),
+    "system": ("system", "developer"),
+    "tool": ("tool", "function", "ipython"),  # what a program answered to the model
+}
 _FIELD_LIMIT = 2**31 - 1  # characters in a field of CSV; Python's own limit is 131,072
+
+
+Turns = list[tuple[str, str]]  # (role, what it says); a role is system, user, assistant or tool
+
+
+class Row(NamedTuple):
+    """One row of a file: its `value`, an object unless something is wrong, or its `problem`, and `where`."""
+
+    where: str  # "line 7", or "record 7" where a file is one JSON value
+    value: Any = None
+    problem: str = ""
 
 
 class Record(NamedTuple):
@@ -48,13 +65,12 @@ class Record(NamedTuple):
 def read_records(content: str, suffix: str, partial: bool = False) -> Iterator[Record]:
     """The records in a file's text, in order. `suffix` is one of SUFFIXES.
 
-    A file of JSON may hold one list, one object or an object on each line, whatever its name is. With `partial`, the
-    text was cut off somewhere, and its last record is left out. A record that cannot be read has a `problem`.
+    With `partial`, the text was cut off somewhere, and its last record is left out. A record that cannot be read has a
+    `problem`.
     """
-    if suffix in (".csv", ".tsv"):
-        records = _table(content, "\t" if suffix == ".tsv" else "")
-    else:
-        records = _json(content, is_lines=suffix in (".jsonl", ".ndjson"))
+    records = (
+        Record(row.where, problem=row.problem) if row.problem else _record(row) for row in read_rows(content, suffix)
+    )
     if not partial:
         yield from records
         return
@@ -65,45 +81,65 @@ def read_records(content: str, suffix: str, partial: bool = False) -> Iterator[R
         before = record
 
 
+def read_rows(content: str, suffix: str, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows in a file's text, in order. `suffix` is one of SUFFIXES; a row that cannot be read has a `problem`.
+
+    A file of JSON may hold one list, one object or an object on each line, whatever its name is. `columns`: names that
+    the first row of a table must have, instead of those that make a record.
+    """
+    if suffix in (".csv", ".tsv"):
+        return _table(content, "\t" if suffix == ".tsv" else "", columns)
+    return _json(content, is_lines=suffix in (".jsonl", ".ndjson"))
+
+
 def document_of(record: Any) -> tuple[str, str]:
     """The document that a record holds, and the name of its shape. Raises ValueError that says what is missing."""
+    turns, shape = turns_of(record)
+    if shape in MESSAGES:
+        return _conversation(turns), shape
+    return START.join(said for _, said in turns), shape
+
+
+def turns_of(record: Any) -> tuple[Turns, str]:
+    """Who says what in a record, and the name of its shape; a "text" is one turn of no role, as it is.
+
+    Messages may be empty. Raises ValueError that says what is missing.
+    """
     if isinstance(record, list):
-        return _conversation(record), "messages"
+        return _messages(record), "messages"
     if not isinstance(record, dict):
         raise ValueError(f"not an object but {_short(record)}")
     fields = {str(name).strip().lower(): value for name, value in record.items()}
     for name in MESSAGES:
         if fields.get(name):
-            return _conversation(fields[name]), name
+            return _messages(fields[name]), name
     for asked, answers in PAIRS:
         answered = next((name for name in answers if name in fields), None)
         if asked in fields and answered:
+            request, answer = fields[asked], fields[answered]
+            if isinstance(request, list) and isinstance(answer, list):
+                return _messages([*request, *answer]), "messages"
             return _pair(fields, asked, answered), f"{asked}/{answered}"
     if "text" not in fields:
         raise ValueError(f"it needs {FIELDS}; it has {_short(', '.join(map(str, record)) or 'no field')}")
     text = _string(fields["text"])
     if not text.strip():
         raise ValueError("its text is empty")
-    return text, "text"
+    return [("", text)], "text"
 
 
-def _pair(fields: dict[str, Any], asked: str, answered: str) -> str:
-    request, answer = fields[asked], fields[answered]
-    if isinstance(request, list) and isinstance(answer, list):
-        return _conversation([*request, *answer])
-    request, answer = _string(request).strip(), _string(answer).strip()
+def _pair(fields: dict[str, Any], asked: str, answered: str) -> Turns:
+    request, answer = _string(fields[asked]).strip(), _string(fields[answered]).strip()
     if asked == "instruction":
         about = next((_string(fields[name]).strip() for name in ABOUT if fields.get(name)), "")
         request = f"{request}\n\n{about}" if about else request
     for name, value in ((asked, request), (answered, answer)):
         if not value:
             raise ValueError(f"its {name} is empty")
-    return request + START + answer
+    return [("user", request), ("assistant", answer)]
 
 
-def _conversation(messages: Any) -> str:
-    """Every request with its answer, with an empty line between them. What comes before the first request, such as a
-    system message or a greeting, begins it; a last request without an answer is left out."""
+def _messages(messages: Any) -> Turns:
     if isinstance(messages, str):  # a cell of a table
         try:
             messages = json.loads(messages)
@@ -111,26 +147,34 @@ def _conversation(messages: Any) -> str:
             raise ValueError("its messages are not JSON") from None
     if not isinstance(messages, list):
         raise ValueError(f"its messages are not a list but {_short(messages)}")
-    turns: list[tuple[list[str], list[str]]] = [([], [])]  # (request, answer), each in parts
+    turns = []
     for message in messages:
         if not isinstance(message, dict):
             raise ValueError(f"a message is not an object but {_short(message)}")
         name = message.get("role", message.get("from"))
-        role = str(name).lower()
+        role = next((role for role, names in _ROLES.items() if str(name).lower() in names), None)
         said = _content(message.get("content", message.get("value"))).strip()
-        if not said or role in _UNSAID:
-            continue
-        request, answer = turns[-1]
-        if role in _ANSWERS:
-            (answer if request else turns[0][0]).append(said)
-        elif role in _REQUESTS or role in _SYSTEM:
-            if answer:
-                turns.append(([said], []))
-            else:
-                request.append(said)
-        else:
+        if role is None and said:
             raise ValueError(f"the role {_short(name)} is unknown")
-    parts = ["\n\n".join(request) + START + "\n\n".join(answer) for request, answer in turns if answer]
+        turns.append((role or "tool", said))
+    return turns
+
+
+def _conversation(turns: Turns) -> str:
+    """Every request with its answer, with an empty line between them. What comes before the first request, such as a
+    system message or a greeting, begins it; a last request without an answer is left out."""
+    pairs: list[tuple[list[str], list[str]]] = [([], [])]  # (request, answer), each in parts
+    for role, said in turns:
+        request, answer = pairs[-1]
+        if not said or role == "tool":
+            continue
+        if role == "assistant":
+            (answer if request else pairs[0][0]).append(said)
+        elif answer:
+            pairs.append(([said], []))
+        else:
+            request.append(said)
+    parts = ["\n\n".join(request) + START + "\n\n".join(answer) for request, answer in pairs if answer]
     if not parts:
         raise ValueError("its messages have no answer to a request")
     return "\n\n".join(parts)
@@ -160,35 +204,34 @@ def _short(value: Any) -> str:
     return f"{text[:57]}..." if len(text) > 60 else text
 
 
-def _record(where: str, value: Any) -> Record:
+def _record(row: Row) -> Record:
     try:
-        text, shape = document_of(value)
+        text, shape = document_of(row.value)
     except ValueError as error:
-        return Record(where, problem=str(error))
-    return Record(where, text, shape)
+        return Record(row.where, problem=str(error))
+    return Record(row.where, text, shape)
 
 
-def _json(content: str, is_lines: bool) -> Iterator[Record]:
-    """Records of a file that is one JSON value, or has one on each line. `is_lines`: its name says the latter."""
+def _json(content: str, is_lines: bool) -> Iterator[Row]:
+    """Rows of a file that is one JSON value, or has one on each line. `is_lines`: its name says the latter."""
     head = content.lstrip().partition("\n")[0]
     by_lines = _is_json(head)
     if not (is_lines and by_lines):
         value, problem, line = _parse(content)
         if not problem:
-            for number, row in enumerate(_rows_of(value), start=1):
-                yield _record(f"record {number}", row)
+            yield from (Row(f"record {number}", row) for number, row in enumerate(_rows_of(value), start=1))
             return
         if not (is_lines or by_lines):
-            yield Record(f"line {line}", problem=problem)
+            yield Row(f"line {line}", problem=problem)
             return
     for number, text in enumerate(content.split("\n"), start=1):
         if text.strip():
             value, problem, _ = _parse(text)
             if problem:
-                yield Record(f"line {number}", problem=problem)
+                yield Row(f"line {number}", problem=problem)
             else:
                 rows = _rows_of(value) if isinstance(value, list) else [value]
-                yield from (_record(f"line {number}", row) for row in rows)
+                yield from (Row(f"line {number}", row) for row in rows)
 
 
 def _is_json(text: str) -> bool:
@@ -219,8 +262,8 @@ def _rows_of(value: Any) -> Sequence[Any]:
     return [value]
 
 
-def _table(content: str, delimiter: str) -> Iterator[Record]:
-    """Records of a table whose first row names its columns.
+def _table(content: str, delimiter: str, columns: Sequence[str]) -> Iterator[Row]:
+    """Rows of a table whose first row names its columns.
 
     In a .tsv file, whose `delimiter` is given, a quotation mark is a character like any other. In a .csv file it may
     stand around a cell, and the first row shows the delimiter.
@@ -228,22 +271,27 @@ def _table(content: str, delimiter: str) -> Iterator[Record]:
     head = content.lstrip("\n").partition("\n")[0]
     quoted = not delimiter
     if quoted:
-        delimiter = max(",;\t|", key=lambda sign: (len(_known(head, sign)), head.count(sign) > 0))
-    if not _known(head, delimiter):
-        yield Record("line 1", problem=f"its first row must name {FIELDS}; it has {_short(head)}")
+        delimiter = max(",;\t|", key=lambda sign: (len(_known(head, sign, columns)), head.count(sign) > 0))
+    known = _known(head, delimiter, columns)
+    missing = next((name for name in columns if name not in known), None)
+    if missing is not None:
+        yield Row("line 1", problem=f"no column is called {missing!r}; its first row has {_short(head) or 'nothing'}")
+        return
+    if not known:
+        yield Row("line 1", problem=f"its first row must name {FIELDS}; it has {_short(head)}")
         return
     limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
-        yield from _rows(content, delimiter, quoted)
+        yield from _cells(content, delimiter, quoted)
     finally:
         csv.field_size_limit(limit)
 
 
-def _rows(content: str, delimiter: str, quoted: bool) -> Iterator[Record]:
+def _cells(content: str, delimiter: str, quoted: bool) -> Iterator[Row]:
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, quoting=quoting)
     names: list[str] = []
-    lines, last = content.count("\n"), 0
+    lines, last = content.count("\n") + (not content.endswith("\n")), 0
     try:
         for row in reader:
             first, last = last + 1, reader.line_num
@@ -251,15 +299,15 @@ def _rows(content: str, delimiter: str, quoted: bool) -> Iterator[Record]:
             if not any(cell.strip() for cell in row):
                 continue
             if not names:
-                names = row
+                names = [name.strip() for name in row]
             elif len(row) > len(names):
-                yield Record(where, problem=f"{len(row)} cells, where there are {len(names)} columns")
-            elif last > max(first, lines - 1) and _never_closed(content, first, delimiter):
-                yield Record(where, problem="a quotation mark that is never closed")
+                yield Row(where, problem=f"{len(row)} cells, where there are {len(names)} columns")
+            elif quoted and last >= lines and _never_closed(content, first, delimiter):
+                yield Row(where, problem="a quotation mark that is never closed")
             else:
-                yield _record(where, dict(zip(names, row, strict=False)))
+                yield Row(where, dict(zip(names, row, strict=False)))
     except csv.Error as error:
-        yield Record(f"line {reader.line_num}", problem=f"not a table: {error}")
+        yield Row(f"line {reader.line_num}", problem=f"not a table: {error}")
 
 
 def _never_closed(content: str, first: int, delimiter: str) -> bool:
@@ -273,12 +321,15 @@ def _never_closed(content: str, first: int, delimiter: str) -> bool:
     return False
 
 
-def _known(head: str, delimiter: str) -> set[str]:
-    """The columns that make records, of a table's first row."""
+def _known(head: str, delimiter: str, columns: Sequence[str]) -> set[str]:
+    """The columns that are asked for, of a table's first row, or where none are, those that make records."""
     try:
-        names = {name.strip().lower() for name in next(csv.reader([head], delimiter=delimiter), [])}
+        found = {name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])}
     except csv.Error:
         return set()
+    if columns:
+        return found & set(columns)
+    names = {name.lower() for name in found}
     known = names & {"text", *MESSAGES}
     for asked, answers in PAIRS:
         if asked in names and names & set(answers):

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mamba2_min.data.documents import PROSE, read_documents
+from mamba2_min.data.records import START, SUFFIXES
 from mamba2_min.data.tokenizer import WordTokenizer, bytes_outside
 from mamba2_min.errors import UserError
 from mamba2_min.files import is_folder
 from mamba2_min.finetune.conversations import (
     ROLES,
-    START,
     TEMPLATES,
     ChatTemplate,
     Conversation,
@@ -26,7 +26,7 @@ from mamba2_min.finetune.conversations import (
     template_for,
     tokenize,
 )
-from mamba2_min.finetune.rows import SUFFIXES, read_rows
+from mamba2_min.finetune.rows import read_rows
 
 
 @dataclass

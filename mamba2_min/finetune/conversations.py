@@ -9,7 +9,6 @@ The markers are plain text, so that no table of the model grows. A model whose d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -18,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba2_min.data.records import START, Turns, turns_of
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.ops.loss import IGNORE
 
 ROLES = ("system", "user", "assistant")
-START = "<start>"  # between a request and its answer, in documents of the data generator
 
 
 @dataclass(frozen=True)
@@ -54,80 +53,60 @@ class Conversation:
 
 
 def conversation(record: Any, where: str) -> Conversation:
-    """The conversation that a record holds, told by its keys:
+    """The conversation that a record holds, told by its keys (data/records.py), such as
 
         messages                       a list of {"role", "content"}
-        prompt, completion             a request and its answer (`response` and `answer` are read as `completion`)
+        prompt, completion             a request and its answer
         instruction, input, output     a task, what it is about (may be empty), and the answer
         text                           request<start>answer
 
     Raises UserError, naming `where`, for anything else.
     """
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a record must be an object, not {str(record)[:40]!r}")
-    if "messages" in record:
-        messages = _messages(record["messages"], where)
-    elif "instruction" in record and "output" in record:
-        task, about = _text(record, "instruction", where), _text(record, "input", where) if record.get("input") else ""
-        request = f"{task}\n\n{about}" if about else task
-        messages = [Message("user", request), Message("assistant", _text(record, "output", where))]
-    elif "prompt" in record:
-        answer = next((key for key in ("completion", "response", "answer") if key in record), "completion")
-        messages = [Message("user", _text(record, "prompt", where)), Message("assistant", _text(record, answer, where))]
-    elif "text" in record:
-        request, border, answer = _text(record, "text", where).partition(START)
-        if not border:
-            raise UserError(f"{where}: its text has no {START} between a request and an answer")
-        if not request.strip() or not answer.strip():
-            raise UserError(f"{where}: its text has nothing before or after {START}")
-        messages = [Message("user", request.strip()), Message("assistant", answer.strip())]
-    else:
-        known = "messages, prompt and completion, instruction and output, or text"
-        raise UserError(f"{where}: a record needs the keys {known}; it has {_names(record)}")
-    _check(messages, where)
-    return Conversation(tuple(messages), where)
-
-
-def _messages(values: Any, where: str) -> list[Message]:
-    if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
-        raise UserError(f"{where}: messages must be a list of objects with role and content")
-    messages = []
-    for value in values:
-        role = value.get("role", value.get("from"))
-        if role not in ROLES:
-            raise UserError(f"{where}: the role {str(role)[:40]!r} is unknown; there are {', '.join(ROLES)}")
-        messages.append(Message(role, _text(value, "content", where)))
-    return messages
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key} is {'missing' if value is None else 'empty or not a text'}")
     try:
-        value.encode()
+        turns, shape = turns_of(record)
+        if shape == "text":
+            turns = _around_the_border(turns[0][1])
+        for role, said in turns:
+            if role not in ROLES:
+                raise ValueError(f"the role {role!r} cannot be learnt; there are {', '.join(ROLES)}")
+            if not said:
+                raise ValueError(f"what the {role} says is empty")
+            _check_text(said)
+        _check(turns)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Conversation(tuple(Message(role, said) for role, said in turns), where)
+
+
+def _around_the_border(text: str) -> Turns:
+    request, border, answer = text.partition(START)
+    if not border:
+        raise ValueError(f"its text has no {START} between a request and an answer")
+    if not request.strip() or not answer.strip():
+        raise ValueError(f"its text has nothing before or after {START}")
+    return [("user", request.strip()), ("assistant", answer.strip())]
+
+
+def _check_text(said: str) -> None:
+    try:
+        said.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {key} holds a lone surrogate, which is not text") from None
-    return value.strip()
+        raise ValueError("it holds a lone surrogate, which is not text") from None
 
 
-def _names(record: dict[str, Any]) -> str:
-    return ", ".join(str(key)[:30] for key in list(record)[:8]) or "none"
-
-
-def _check(messages: Sequence[Message], where: str) -> None:
+def _check(turns: Turns) -> None:
     """A system message may come first; then user and assistant take turns, and the last word is an answer."""
-    turns = [m.role for m in messages if m.role != "system"]
-    if any(m.role == "system" for m in messages[1:]):
-        raise UserError(f"{where}: a system message must come first")
-    if "assistant" not in turns:
-        raise UserError(f"{where}: it has no answer")
-    if turns[0] != "user":
-        raise UserError(f"{where}: it begins with an answer, without a request")
-    if any(a == b for a, b in pairwise(turns)):
-        raise UserError(f"{where}: two messages of one side follow each other")
-    if turns[-1] != "assistant":
-        raise UserError(f"{where}: it ends with a request, without an answer")
+    roles = [role for role, _ in turns if role != "system"]
+    if any(role == "system" for role, _ in turns[1:]):
+        raise ValueError("a system message must come first")
+    if "assistant" not in roles:
+        raise ValueError("it has no answer")
+    if roles[0] != "user":
+        raise ValueError("it begins with an answer, without a request")
+    if any(a == b for a, b in pairwise(roles)):
+        raise ValueError("two messages of one side follow each other")
+    if roles[-1] != "assistant":
+        raise ValueError("it ends with a request, without an answer")
 
 
 @dataclass(frozen=True)
