@@ -41,6 +41,9 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
 }
 
+SHARE = LinearSegmentedColormap.from_list("share", [(0.23, 0.51, 0.77, 0.0), BLUE])  # nothing is transparent
+_MOST_NAMES = 100  # labels of a confusion matrix that are legible
+
 
 def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
     """Draws the training and validation loss, with the best marked, and the learning rate below.
@@ -80,6 +83,34 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = 
         bottom.set_ylabel("learning rate")
         bottom.set_xlabel("step")
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
+        save_figure(figure, path)
+
+
+def plot_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: str | Path, title: str = "") -> None:
+    """Draws a confusion matrix as a PNG: a row per true label, a column per given one, the colour its share of the row.
+
+    matrix (n, n) of counts; names: the n labels. Few labels get their counts written, too many no names. Raises
+    UserError where the file cannot be written.
+    """
+    counts = np.asarray(matrix, dtype=float)
+    n = len(counts)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(3 + 0.3 * n, 14)
+    short = [(name if len(name) <= 28 else name[:27] + "…").replace("$", r"\$") for name in names]
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
+        axis.imshow(shares, cmap=SHARE, vmin=0, vmax=1, interpolation="nearest")
+        if n <= _MOST_NAMES:
+            size = min(9, 600 / n)
+            axis.set_xticks(range(n), short, rotation=90 if n > 6 else 0, fontsize=size)
+            axis.set_yticks(range(n), short, fontsize=size)
+        if n <= 20:
+            for row, column in np.argwhere(counts > 0):
+                colour = "white" if shares[row, column] > 0.5 else GREY
+                axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour)
+        axis.set_xlabel("given")
+        axis.set_ylabel("true")
+        axis.set_title(title, loc="left", fontsize=10)
         save_figure(figure, path)
 
 

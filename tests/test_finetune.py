@@ -19,8 +19,8 @@ from mamba2_min.finetune.classifier import Classifier
 from mamba2_min.finetune.conversations import TEMPLATES, TURNS, conversation, prompt_ids, tokenize
 from mamba2_min.finetune.load import load_completer, template_of
 from mamba2_min.finetune.packing import batches_of, lay_out
-from mamba2_min.finetune.sorting import SortingScore, pad, score
-from mamba2_min.finetune.spec import plan
+from mamba2_min.finetune.sorting import SortingScore, make_classifier, pad, score
+from mamba2_min.finetune.spec import FinetuneSettings, plan
 from mamba2_min.finetune.talk import Chat
 from mamba2_min.finetune.talk import load as load_talk
 from mamba2_min.finetune.talk import save as save_talk
@@ -173,6 +173,22 @@ def test_a_conversation_is_saved_and_loaded(base, tmp_path):
         load_talk(other, tmp_path / "bad.pt")
 
 
+def test_a_chat_speaks_of_requests_and_answers(base, monkeypatch, capsys):
+    completer = Completer.load(base)
+    chat = Chat(completer, Sampler(temperature=0), 3, (), TURNS)
+    lines = iter(["What does the cat do?", "/continue", "/reset", "/continue", "/help", "/quit"])
+    monkeypatch.setattr("mamba2_min.inference.terminal.LineEditor.read", lambda self, prompt: next(lines))
+    chat.run()
+    said = capsys.readouterr().out
+    assert "Ask something, or /help" in said and "Any other line is a request." in said
+    assert said.count("cut at the length; /continue goes on") == 2 and "document begins" not in said
+    assert "forgotten" in said and "there is nothing to continue yet" in said
+    completer.stopped_by = "end"
+    completer.remember(*(completer.model.initial_state(1), 0))
+    chat.answer("/continue")
+    assert "the answer is complete" in capsys.readouterr().out
+
+
 def test_merging_gives_an_ordinary_run(base, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     finetune(base, data, tmp_path / "lora", method="lora", val_fraction=0.3)
@@ -228,6 +244,21 @@ class TestSorting:
         assert found.f1[:2] == [pytest.approx(2 * 4 / (5 + 6)), pytest.approx(2 * 3 / (5 + 4))]
         assert found.macro_f1 == pytest.approx(sum(found.f1[:2]) / 2)
 
+    def test_what_is_taken_for_what(self):
+        found = SortingScore(3.0, 10, 10, ((4, 1, 0), (2, 3, 0), (0, 0, 0)))
+        assert found.most_confused(["a", "b", "c"]) == ["b taken for a 2", "a taken for b 1"]
+
+    def test_weights_let_each_label_weigh_the_same(self, base):
+        data = labels.LabelData([labels.Sample(torch.tensor([0, 5]), k) for k in (0, 0, 0, 1)], [], ["a", "b"])
+        f = FinetuneSettings(model="x", data="y", task="classify", class_weights=True)
+        classifier = make_classifier(Mamba2LM.from_pretrained(base), data, f, seed=0)
+        assert classifier.class_weights.tolist() == pytest.approx([4 / (2 * 3), 4 / (2 * 1)])
+        input_ids, targets, seq_idx = pad(data.train)
+        plain = torch.nn.functional.cross_entropy(classifier.eval()(input_ids), targets[:, -1], reduction="none")
+        weighed = (plain * classifier.class_weights[targets[:, -1]]).mean()
+        found = classifier.loss(input_ids, targets, seq_idx=seq_idx)
+        assert found.item() == pytest.approx(weighed.item(), rel=1e-5)
+
     def test_from_a_table_to_labels_on_standard_output(self, base, tmp_path):
         table = tmp_path / "texts.csv"
         table.write_text("label,text\n" + "".join(f'{t["label"]},"{t["text"]}"\n' for t in TEXTS), encoding="utf-8")
@@ -235,6 +266,7 @@ class TestSorting:
             base, table, tmp_path / "out", task="classify", method="full", max_steps=80, eval_every=40, lr=1e-2
         )
         assert isinstance(result.best, SortingScore) and result.best.accuracy > 0.9
+        assert (tmp_path / "out" / labels.CONFUSION).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         classifier, tokenizer, names = load_classifier(tmp_path / "out")
         assert names == ["loud", "soft"]
         given = list(classify(classifier, tokenizer, names, [t["text"] for t in TEXTS]))
@@ -329,7 +361,7 @@ def test_words_that_the_model_does_not_know_are_told(base):
 
 
 BAD = {
-    "empty": ("", "no conversations in|no records"),
+    "empty": ("", "line 1: not JSON|no conversations in|no records"),
     "not JSON": ("{", "line 1: not JSON"),
     "no answer": ('{"prompt": "a"}', "line 1: it needs .* it has prompt"),
     "unknown role": ('{"messages": [{"role": "robot", "content": "a"}]}', "line 1: the role robot is unknown"),

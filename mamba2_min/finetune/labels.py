@@ -19,7 +19,7 @@ from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.finetune.rows import read_rows
 
-LABELS, HEAD = "labels.json", "head.safetensors"
+LABELS, HEAD, CONFUSION = "labels.json", "head.safetensors", "confusion.png"
 _MAX_LABELS = 10_000
 
 
@@ -53,9 +53,11 @@ def read_texts(path: str | Path, text: str = "text", label: str = "label") -> li
     return found
 
 
-def _cell(row: dict[str, Any], name: str, where: str) -> str:
+def _cell(row: Any, name: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a record must be an object with {name}")
     value = row.get(name)
-    if isinstance(value, bool) or (isinstance(value, int) and name != "text"):
+    if isinstance(value, (bool, int, float)):  # a label such as 1 or true, in JSON
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {name} is {'missing' if value is None else 'empty or not a text'}")

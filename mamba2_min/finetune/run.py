@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from mamba2_min.finetune.chat import ChatData, load_chat
 from mamba2_min.finetune.conversations import TEMPLATES, prompt_ids
 from mamba2_min.finetune.initial_state import TunedStateLM
 from mamba2_min.finetune.lora import LoRAConfig, add_lora, trainable
-from mamba2_min.finetune.sorting import ClassifierFiles, Sorting, make_classifier
+from mamba2_min.finetune.sorting import ClassifierFiles, Sorting, SortingScore, make_classifier
 from mamba2_min.finetune.spec import FinetuneSettings, FinetuneSpec
 from mamba2_min.finetune.tasks import AdapterFiles, Answers
 from mamba2_min.models.mamba2 import Mamba2LM
@@ -26,7 +27,7 @@ from mamba2_min.training import screen
 from mamba2_min.training.task import ModelFiles, Task
 from mamba2_min.training.trainer import Result, Trainer
 
-FILES = (*checkpoint.RUN_FILES, adapter.CONFIG, adapter.WEIGHTS, labels.LABELS, labels.HEAD)
+FILES = (*checkpoint.RUN_FILES, adapter.CONFIG, adapter.WEIGHTS, labels.LABELS, labels.HEAD, labels.CONFUSION)
 
 
 @dataclass
@@ -49,7 +50,9 @@ def finetune(spec: FinetuneSpec, out: str | Path, device: torch.device, again: s
     trainer = Trainer(ready.model, ready.task, spec.training, out, device, spec.resume, report)
     spec.save(out, **ready.about)
     if quiet:
-        return trainer.train()
+        result = trainer.train()
+        _draw_confusion(result, ready.task, Path(out))
+        return result
     f, s = spec.finetune, trainer.settings
     trained, everything = trainable(ready.model)
     screen.show("base", f"{f.model}: {everything:,} parameters, of which {trained:,} are trained ({f.method})")
@@ -67,8 +70,24 @@ def finetune(spec: FinetuneSpec, out: str | Path, device: torch.device, again: s
         screen.show("before", f"loss {before.loss:.4f} on the validation part")
     with view.watching(trainer):
         result = trainer.train()
+    _draw_confusion(result, ready.task, Path(out))
+    if isinstance(result.best, SortingScore) and isinstance(ready.task, Sorting):
+        confused = "; ".join(result.best.most_confused(ready.task.data.names)) or "nothing"
+        screen.show("confused", f"{confused} ({Path(out) / labels.CONFUSION} shows all)")
     screen.show_result(result, trainer, again, ready.next_command)
     return result
+
+
+def _draw_confusion(result: Result, task: Task, out: Path) -> None:
+    """Draws the confusion matrix of the best score of a sorting, in the run's folder."""
+    if not isinstance(result.best, SortingScore) or not isinstance(task, Sorting):
+        return
+    from mamba2_min.plots import plot_confusion  # matplotlib takes a second to import
+
+    title = " ".join(str(result.best).split())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a label may have letters that the font lacks
+        plot_confusion(result.best.confusion, list(map(printable, task.data.names)), out / labels.CONFUSION, title)
 
 
 def prepare(spec: FinetuneSpec, out: Path) -> Prepared:

@@ -51,6 +51,16 @@ class SortingScore(Score):
         there = [f1 for f1, row in zip(self.f1, self.confusion, strict=True) if sum(row)]
         return sum(there) / max(len(there), 1)
 
+    def most_confused(self, names: Sequence[str], count: int = 3) -> list[str]:
+        """The pairs of labels that are most often taken for each other, such as "card lost taken for card stolen 7"."""
+        pairs = [
+            (n, names[row], names[column])
+            for row, counts in enumerate(self.confusion)
+            for column, n in enumerate(counts)
+            if n and row != column
+        ]
+        return [f"{true} taken for {given} {n}" for n, true, given in sorted(pairs, key=lambda p: -p[0])[:count]]
+
     def measures(self) -> dict[str, float]:
         return {"loss": self.loss, "accuracy": self.accuracy, "macro_f1": self.macro_f1}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba2_min.errors import UserError
-from mamba2_min.inference.dialogue import Dialogue
+from mamba2_min.inference.dialogue import Dialogue, how_it_ended
 
 if TYPE_CHECKING:
     from mamba2_min.finetune.conversations import ChatTemplate
@@ -24,6 +24,9 @@ COMMANDS = {
 
 class Chat(Dialogue):
     """As `Dialogue`, but a line is a turn of a conversation, and what follows is the answer."""
+
+    greeting = "Ask something, or /help. /reset begins anew. Ctrl-C stops an answer, Ctrl-D leaves."
+    any_other_line = "Any other line is a request."
 
     def __init__(
         self, completer: Completer, sampler: Sampler, max_tokens: int, stop: Sequence[str], template: ChatTemplate
@@ -43,6 +46,8 @@ class Chat(Dialogue):
                 raise UserError(f"{command} needs the name of a file")
             save(self.completer, value) if command == "/save" else load(self.completer, value)
             print("saved" if command == "/save" else "loaded: the conversation goes on from there")
+        elif command == "/continue" and self.completer.memory and self.completer.stopped_by == "end":
+            print("the answer is complete; ask something else")
         elif line.startswith("/") and "\n" not in line:
             super().answer(line)
             if command == "/help":
@@ -53,6 +58,11 @@ class Chat(Dialogue):
             pieces = self.reply(line, self.max_tokens, sampler, self.stop)
             self.sampler = sampler
             self._write(pieces)
+
+    def _how_it_ended(self) -> str:
+        stats, cut = self.completer.stats, self.completer.stopped_by != "end"
+        speed = f"{stats.tokens:,} tokens at {stats.tokens_per_second:,.0f} a second"
+        return f"{how_it_ended(self.completer)}; /continue goes on" if cut else speed
 
     def reply(self, request: str, max_tokens: int, sampler: Sampler, stop: Sequence[str]) -> Iterator[str]:
         """What the model answers to a request, after all that was said before. Raises UserError for an empty one."""

@@ -39,11 +39,16 @@ ACTIONS = {
 class Dialogue:
     """Answers what is typed until the user leaves."""
 
+    greeting = "Type the beginning of a text, or /help. Ctrl-C stops the words, Ctrl-D leaves."
+    any_other_line = (
+        "Any other line is the beginning of a text;\nwith an empty one, the model begins a document itself."
+    )
+
     def __init__(self, completer: Completer, sampler: Sampler, max_tokens: int, stop: Sequence[str]):
         self.completer, self.sampler, self.max_tokens, self.stop = completer, sampler, max_tokens, stop
 
     def run(self) -> None:
-        print("\nType the beginning of a text, or /help. Ctrl-C stops the words, Ctrl-D leaves.")
+        print(f"\n{self.greeting}")
         with LineEditor() as editor:
             while True:
                 try:
@@ -83,8 +88,7 @@ class Dialogue:
                 print(f"  {name:16}{self._value(name):>5}  {what}")
             for name, what in ACTIONS.items():
                 print(f"  {name:16}{'':5}  {what}")
-            print('"off" as a value switches one off. Any other line is the beginning of a text;')
-            print("with an empty one, the model begins a document itself.")
+            print(f'"off" as a value switches one off. {self.any_other_line}')
         else:
             near = difflib.get_close_matches(command, [*SETTINGS, *ACTIONS], n=1)
             hint = f"did you mean {near[0]}?" if near else "see /help (a space before the / makes it a text)"
@@ -95,8 +99,11 @@ class Dialogue:
             show(pieces, prompt)
         except KeyboardInterrupt:
             print()
+        print(styled(f"[{self._how_it_ended()}]", DIM))
+
+    def _how_it_ended(self) -> str:
         further = "begins another" if self.completer.stopped_by == "end" else "goes on"
-        print(styled(f"[{how_it_ended(self.completer)}; /continue {further}]", DIM))
+        return f"{how_it_ended(self.completer)}; /continue {further}"
 
     def _set(self, command: str, text: str) -> None:
         if not text:
