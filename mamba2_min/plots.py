@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
 }
 
-SHARE = LinearSegmentedColormap.from_list("share", [(0.23, 0.51, 0.77, 0.0), BLUE])  # nothing is transparent
+SHARE = LinearSegmentedColormap.from_list("share", [f"{BLUE}00", f"{BLUE}ff"])  # from transparent
 _MOST_NAMES = 100  # labels of a confusion matrix that are legible
 
 
