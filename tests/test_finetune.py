@@ -297,6 +297,13 @@ class TestData:
         assert not train & held_out and len(train | held_out) == len(PAIRS)
         assert any("3 repeated conversations" in note for note in found.notes)
 
+    def test_nothing_is_held_out_where_all_are_to_be_learnt_by_heart(self, base, tmp_path):
+        data, tokenizer = write_lines(tmp_path / "a.jsonl", PAIRS), WordTokenizer.load(base / "tokenizer.json")
+        found = load_chat(data, tokenizer, None, 0)
+        assert len(found.train) == len(found.validation) == len(PAIRS)
+        assert any("nothing is held out" in note for note in found.notes)
+        assert any("--val-fraction 0 holds nothing out" in note for note in load_chat(data, tokenizer).notes)
+
     def test_a_validation_file_takes_its_requests_out_of_training(self, base, tmp_path):
         data, other = write_lines(tmp_path / "a.jsonl", PAIRS), write_lines(tmp_path / "b.jsonl", PAIRS[:2])
         found = load_chat(data, WordTokenizer.load(base / "tokenizer.json"), other)

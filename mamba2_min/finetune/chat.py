@@ -28,6 +28,8 @@ from mamba2_min.finetune.conversations import (
 )
 from mamba2_min.finetune.rows import read_rows
 
+_FEW = 50  # conversations, of which a tenth says little
+
 
 @dataclass
 class ChatData:
@@ -76,8 +78,16 @@ def load_chat(
     train, repeats = _without_repeats(talks)
     if repeats:
         notes.append(f"{repeats:,} repeated conversations left out")
-    if val_data is None:
+    if val_data is None and not val_fraction:
+        validation = train
+        notes.append("nothing is held out: the loss says how well these conversations are known by heart")
+    elif val_data is None:
         train, validation = split(train, val_fraction)
+        if len(talks) < _FEW:
+            notes.append(
+                f"with {len(talks)} conversations, training stops where the {len(validation)} held out are answered "
+                "best; --val-fraction 0 holds nothing out, and all are learnt by heart"
+            )
     else:
         validation, _ = _without_repeats(read_conversations(val_data))
         asked = {talk.request_key for talk in validation}

@@ -28,7 +28,9 @@ class FinetuneSettings:
     model: str = setting("", "the base: a run's folder, or a published Mamba-2", metavar="DIR", shown="required")
     data: str = setting("", "records to learn from", metavar="FILE|DIR", shown="required")
     val_data: str | None = setting(None, "records to validate with", metavar="FILE|DIR", shown="a tenth of --data")
-    val_fraction: float = setting(0.1, "share of the records to validate with", high=1)
+    val_fraction: float = setting(
+        0.1, "share of the records to validate with; chat: 0 learns all of them by heart", high=1
+    )
     task: str = setting("chat", "answer requests, or sort texts", choices=TASKS, shown="chat")
     method: str = setting(
         "lora",
