@@ -1,4 +1,4 @@
-"""What is taken out of a file before it is trained on: control characters, front matter, pictures written as letters.
+"""What is removed from a file before it is trained on: control characters, front matter, pictures in base64.
 
 Everything else of a text stays as it is, to the last space.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 
-LONG = 1000  # characters without white space: no word, but it may be the user's text, so it is only reported
+LONG = 1000  # characters without white space: not a word, but it may be the user's text, so it is only reported
 
-_SLICE = 1 << 20  # characters that are looked at together
+_SLICE = 1 << 20  # characters that are searched at a time
 
 _CONTROL = re.compile(
     r"""

@@ -72,7 +72,7 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of vocabulary, tokens and split, in hexadecimal: a run goes on exactly only where it is the same."""
+        """sha256 of vocabulary, tokens and split, in hexadecimal: a run resumes exactly only if it is the same."""
         content = hashlib.sha256(self.tokenizer.digest().encode())
         for tokens in (self.train, self.validation):
             content.update(len(tokens).to_bytes(8, "little"))
@@ -98,8 +98,8 @@ def load_corpus(
 
     The vocabulary is made from the training part alone, with `vocab_size`, `min_count` and `pattern` as in
     `WordTokenizer.train`, and with those of `special_words` that the training part holds. By default a word that is
-    there only once stays bytes: nothing can be learnt about it, while a model that never meets bytes in training could
-    not read a new word. A `tokenizer` that is given (to resume, to fine-tune) is used as it is, instead of the four.
+    there only once stays bytes: nothing can be learnt about it, and a model that never sees bytes in training could not
+    read a new word. A `tokenizer` that is given (to resume, to fine-tune) is used as it is, and the four are ignored.
 
     `val_fraction` of the text validates (`split_documents`). `val_path` names the validation part, a file or a folder,
     instead of a split; documents that are in both are left out of training. In the pattern "whitespace" texts keep the
@@ -129,7 +129,7 @@ def load_corpus(
         present = [word for word in base.special_words if word in counts]
         absent = set(base.special_words) - set(present)
         if absent & texts.stream.counts(validation_spans).keys():
-            # What is not in the training part is no special word, and the documents have to be cut accordingly.
+            # A word that is not in the training part is no special word: the documents must be split without it.
             return load_corpus(**{**asked, "special_words": present})
         tokenizer = WordTokenizer.from_counts(counts, vocab_size, min_count, base.pattern, present)
     outside, worst = _outside(texts.stream, [*train, *validation], tokenizer)
@@ -170,7 +170,7 @@ def corpus_of(data: DataSettings, tokenizer: WordTokenizer | None = None) -> Cor
 
 @dataclass
 class _Text:
-    """A document, by the key and the size in bytes of its text. It is in the stream at `span`, or waits for that."""
+    """A document: the key and the size in bytes of its text, and its `span` in the stream, or its text until then."""
 
     key: str
     source: str
@@ -180,7 +180,7 @@ class _Text:
 
 
 class _Texts:
-    """Reads documents into one stream, with everything that is to be told about them."""
+    """Reads documents into one stream, and collects the notes about them."""
 
     def __init__(self, tokenizer: WordTokenizer, encoding: str | None, drop_repeats: bool, rules: int):
         self.stream = PieceStream(tokenizer)
@@ -194,7 +194,7 @@ class _Texts:
         return self._notes + self._repeats.notes(self._drop_repeats) + self._notes_on_split
 
     def count_repeats(self, paths: Sequence[tuple[str | os.PathLike, int | None]]) -> None:
-        """Reads everything once, so that the repeats are known when the documents are read to be kept."""
+        """Reads everything once, so that the repeats are known when the documents are read again to be kept."""
         for path, max_bytes in paths:
             for document in self._reader(path, max_bytes):
                 self._repeats.add(document.text)
@@ -206,9 +206,9 @@ class _Texts:
         held_out: Collection[str] = (),
         to_split: bool = False,
     ) -> list[_Text]:
-        """The documents at `path`, but for those whose key is in `held_out`.
+        """The documents at `path`, except those whose key is in `held_out`.
 
-        With `to_split`, the texts of those that may have to be cut wait, to be put into the stream by `split`.
+        With `to_split`, texts that may have to be cut are held back, and `split` puts them into the stream.
         """
         reader = self._reader(path, max_bytes)
         texts: list[_Text] = []
@@ -277,7 +277,7 @@ class _Texts:
         return Reader(path, self._strip, self._encoding, max_bytes, self._rules)
 
     def _put(self, text: _Text, progress: Callable[[int], object] = lambda characters: None) -> None:
-        """Puts a text that waits into the stream, and forgets it."""
+        """Puts a text that was held back into the stream, and forgets it."""
         if text.waiting:
             text.span, text.waiting = self.stream.add(text.waiting.text, progress), None
 

@@ -30,12 +30,12 @@ from mamba2_min.files import open_regular
 PROSE = (".md", ".txt")
 SUFFIXES = PROSE + records.SUFFIXES
 NOT_DOCUMENTS = ("readme.md", "readme.txt", "license.md", "license.txt")  # at the top of the folder, in any case
-RULES = 2  # how documents are read and split; 1 is how the first version did it, for runs that were begun with that
+RULES = 2  # how documents are read and split; 1 is the first version's way, for runs that began with it
 
 _MARKUP = (".html", ".htm", ".xhtml", ".rtf", ".ipynb", ".svg")  # text, but not prose
 _BEGINNINGS_OF_MARKUP = ("<!doctype html", "<html", "<?xml", "{\\rtf", '{"', '[{"')
 _END_OF_DOCUMENT = re.compile(r"<end>|<\|endoftext\|>")
-_BASE64_LENGTH = 60  # characters without a space, from which a string may be a part of a picture
+_BASE64_LENGTH = 60  # characters without a space: a string of this length may be part of a picture
 _SECONDS_WITHOUT_BAR = 2
 
 
@@ -65,8 +65,8 @@ def read_documents(
 ) -> list[Document]:
     """Every document below the folder `path`, or in the one file `path`, as `Reader` reads them.
 
-    What was skipped or changed is told in lines appended to `notes`. Raises UserError where there is no such path,
-    nothing to read, a file that cannot be read or is not text.
+    Lines about what was skipped or changed are appended to `notes`. Raises UserError if there is no such path, nothing
+    to read, or a file that cannot be read or is not text.
     """
     reader = Reader(path, strip, encoding, suffixes=suffixes)
     documents = list(reader)
@@ -138,7 +138,7 @@ class Reader:
                 except Undecodable as error:
                     undecodable.append((file, error))
                     continue
-                if not undecodable:  # after the first one, only the names of the others are of interest
+                if not undecodable:  # after the first one, only the names of the others matter
                     for document in documents:
                         n_documents += 1
                         yield document
@@ -298,7 +298,7 @@ def _advice(guess: Guess) -> str:
 
 
 def _part(files: list[File], max_bytes: int) -> list[File]:
-    """Files of `max_bytes` together, in the order of a hash of their names; the last one is cut."""
+    """Files with a total of `max_bytes`, in the order of a hash of their names; the last one is cut."""
     chosen, left = [], max_bytes
     for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode(errors="surrogatepass")).digest()):
         if file.size > left and file.suffix == ".json":  # cannot be cut: it is one value
@@ -322,7 +322,7 @@ def _up_to_a_break(text: str) -> str:
 
 
 def _read(file: File) -> bytes:
-    """The first `file.limit` bytes of a file. Raises UserError where it cannot be read, or is none any more."""
+    """The first `file.limit` bytes of a file. Raises UserError if it cannot be read, or is no longer a file."""
     try:
         with open_regular(file.path) as opened:
             return opened.read(file.limit)
@@ -331,7 +331,7 @@ def _read(file: File) -> bytes:
 
 
 def progress_bar(total: int, what: str, unit: str = "B") -> tqdm:
-    """A bar on standard error that appears where something takes long; in a file or pipe, a line now and then."""
+    """A bar on standard error that appears if something takes long; in a file or pipe, a line now and then."""
     return tqdm(
         total=total,
         desc=what,

@@ -43,7 +43,7 @@ class Guess(NamedTuple):
 
 
 class Undecodable(Exception):
-    """A file is not in the encoding that was expected. Its text says at which byte; `guess` says what it may be."""
+    """A file is not in the expected encoding. The message says at which byte; `guess` says what it may be."""
 
     def __init__(self, reason: str, guess: Guess):
         super().__init__(reason)
@@ -64,9 +64,9 @@ def check_encoding(name: str) -> None:
 def decode(content: bytes, encoding: str | None = None, partial: bool = False) -> str:
     """The text of a file. With `partial` the bytes may end within a character, which is left out.
 
-    A mark at the beginning decides. Without one, what is valid UTF-8 is UTF-8, and anything else is `encoding`.
-    Raises Undecodable where it is neither, and for UTF-8 that is clearly UTF-16 without its mark, or no text at all: a
-    PDF may consist of ASCII characters alone, and in `encoding` any bytes may be text.
+    A byte-order mark decides. Without one, valid UTF-8 is UTF-8, and anything else is `encoding`. Raises Undecodable if
+    it is neither, and for valid UTF-8 that is clearly UTF-16 without its mark or not text: a PDF may consist of ASCII
+    characters only, and in `encoding` any bytes may be text.
     """
     if guess := _by_beginning(content):
         raise Undecodable(f"it begins with {content[:5]!r}", guess)
@@ -75,7 +75,7 @@ def decode(content: bytes, encoding: str | None = None, partial: bool = False) -
             return decode_as(content, codec, partial, len(mark))
     try:
         text = decode_as(content, "utf-8", partial)
-        # What has seven bits is valid UTF-8 in any case: UTF-16 in Latin letters, and the escapes of ISO-2022.
+        # Seven-bit data is always valid UTF-8: UTF-16 in Latin letters, and the escapes of ISO-2022.
         if encoding and ("\x1b" in text or ("\0" in text and _not_text(content))):
             text = decode_as(content, encoding, partial)
     except Undecodable:
@@ -109,7 +109,7 @@ def _by_beginning(content: bytes) -> Guess | None:
 
 
 def _not_text(content: bytes) -> Guess | None:
-    """UTF-16 or UTF-32 without a mark, recognised by its zero bytes, or a file of something else than text."""
+    """UTF-16 or UTF-32 without a mark, recognised by its zero bytes, or a file that is not text."""
     sample = content[:_SAMPLE]
     zeros = [sample[k::4].count(0) for k in range(4)]
     quarter, half, total = max(len(sample) // 4, 1), max(len(sample) // 2, 1), sum(zeros)
@@ -134,14 +134,14 @@ def _not_text(content: bytes) -> Guess | None:
 
 
 def _damaged(content: bytes) -> Guess | None:
-    """UTF-8 with a few bad bytes: where more characters of several bytes are whole than are not."""
+    """UTF-8 with a few bad bytes: most of its multi-byte characters are valid."""
     text = content[:_SAMPLE].decode("utf-8", errors="replace")
     bad = text.count("\ufffd")
     return Guess("damaged UTF-8") if sum(char > "\x7f" for char in text) > 3 * bad else None
 
 
 def _eight_bit(content: bytes) -> Guess:
-    """An encoding of one byte a letter, by how many of the letters are beyond ASCII, and which."""
+    """An encoding of one byte per letter, guessed from how many letters are not ASCII, and which."""
     sample = content[:_SAMPLE]
     high = [byte for byte in sample if byte >= 0x80]
     if len(high) < 0.3 * len(sample):

@@ -1,12 +1,12 @@
-"""What was met while documents were read, and the lines that tell a user about it."""
+"""What was found while documents were read, and the lines that tell a user about it."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 GUIDE = "docs/preparing_documents.md"
-_TYPES = 8  # of files, that have a line of their own
-_PROBLEMS = 5  # with records, that are told in full
+_TYPES = 8  # types of files that get a line each
+_PROBLEMS = 5  # problems with records that are listed in full
 
 
 class Tally:
@@ -50,7 +50,7 @@ class Findings:
         self.problems.setdefault(problem, []).append(f"{file}, {where}")
 
     def notes(self) -> list[str]:
-        """A line for each kind of thing, in the order in which reading meets them."""
+        """A line for each kind of finding, in the order of reading."""
         return [*self._on_files(), *self._on_records(), *self._on_text()]
 
     def _on_files(self) -> list[str]:
@@ -83,7 +83,7 @@ class Findings:
         return notes
 
     def first_problems(self) -> str:
-        """The most frequent problems with records, and where each was met first."""
+        """The most frequent problems with records, and where each occurred first."""
         problems = sorted(self.problems.items(), key=lambda item: -len(item[1]))
         told = [f"{listed(places, 1)}: {problem}" for problem, places in problems[:_PROBLEMS]]
         return "; ".join(told) + ("; ..." if problems[_PROBLEMS:] else "")

@@ -1,8 +1,7 @@
 """Typed text in the spelling that a vocabulary knows.
 
-One word may have two spellings: a book has don’t where a keyboard gives don't, and é is one character or two. The
-spelling that was not in the training text would be read byte by byte. Only what a person types is folded; documents
-never are.
+One word may have two spellings: a book has don’t where a keyboard gives don't, and é is one character or two. A
+spelling that was not in the training text would be read byte by byte. Only typed text is folded, never documents.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _TO_OPENING, _TO_CLOSING = str.maketrans("'\"", "‘“"), str.maketrans("'\"", 
 
 
 def fold(text: str, unknown: Callable[[str], list[str]]) -> str:
-    """`text` with each word in the spelling that is known best, if exactly one is; otherwise as it was typed.
+    """`text` with each word in its best known spelling, if there is exactly one; otherwise as it was typed.
 
     unknown(word) gives the parts of a word, with the white space before it, that the vocabulary does not have.
     """

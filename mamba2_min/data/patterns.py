@@ -3,8 +3,8 @@
     words    chosen for documents in English: don't and O'Brien are one piece, digits go by twos, Han by character
     llama3   the pre-tokenizer of Llama 3, which llama.cpp and Ollama know by name: what it cuts can be exported exactly
 
-Each expression covers every character: whatever it is given, the pieces put together are the text again. An
-alternative never has to give back more than it matched once, so the time is linear in the length of the text.
+Each expression covers every character: the pieces of any text, joined, are the text again. Backtracking is bounded, so
+the time is linear in the length of the text.
 """
 
 from __future__ import annotations

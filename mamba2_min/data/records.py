@@ -311,7 +311,7 @@ def _cells(content: str, delimiter: str, quoted: bool) -> Iterator[Row]:
 
 
 def _never_closed(content: str, first: int, delimiter: str) -> bool:
-    """Whether a quotation mark from line `first` on swallows the rest of the table."""
+    """Whether a quotation mark opened on line `first` or later is never closed."""
     rest = content.split("\n", first - 1)[-1]
     try:
         for _ in csv.reader(io.StringIO(rest, newline=""), delimiter=delimiter, strict=True):

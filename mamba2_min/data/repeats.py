@@ -1,6 +1,6 @@
 """Paragraphs that several documents have word for word: a licence, a header, a signature.
 
-On both sides of a split they make validation look better than it is, and a model learns them by heart.
+If they are on both sides of a split, validation looks better than it is; and a model memorizes them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from mamba2_min.data.findings import counted
 
-DOCUMENTS = 3  # that have a paragraph, from which it is a repeat
+DOCUMENTS = 3  # a paragraph in this many documents is a repeat
 LENGTH = 40  # characters; shorter ones, such as "Chapter 3", repeat in any text
 
 _EMPTY_LINE = re.compile(r"\n[^\S\n]*\n\s*")
@@ -18,7 +18,7 @@ _LINE_END = re.compile("\n")
 
 
 class Repeats:
-    """Counts the paragraphs of documents; what stands in DOCUMENTS of them or more is a repeat.
+    """Counts the paragraphs of documents. One that is in DOCUMENTS of them or more is a repeat.
 
     A paragraph ends at an empty line; in a document without one, at each line end. Of a paragraph only a hash is kept.
     """

@@ -27,7 +27,7 @@ def check_room(
     length, largest = sum(file.limit for file in files), max((file.limit for file in files), default=0)
     needed, free = BYTES_PER_BYTE * length + BYTES_PER_BYTE_OF_LARGEST * largest, devices.free_host_memory()
     if free is not None and needed > free:
-        # The most that is sure to fit: all of it in one file, or none of it in a larger one than there is.
+        # The most that is sure to fit, even if all of it is in one file.
         part = max(free // 16, (free - BYTES_PER_BYTE_OF_LARGEST * largest) // BYTES_PER_BYTE, 1)
         raise UserError(
             f"the documents are {size(length)}: reading them takes about {size(needed)}, and {size(free)} is free; "

@@ -1,4 +1,4 @@
-"""Which documents are trained on and which validate: by a hash of each text, and the largest cut where that fails."""
+"""Which documents train and which validate: by a hash of each text; where that fails, the largest ones are cut."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _BOUNDARIES = (
     re.compile(r"(?<=[.!?…])[\"'”’)]*(\s+)"),  # between sentences
     re.compile(r"(\s+)"),  # between words
 )
-LARGE_BYTES = 4096  # a smaller document is not cut unless it is the only one: little would be left to validate with
+LARGE_BYTES = 4096  # a smaller document is cut only if it is the only one: its last part would be too short
 LARGE_PARTS = 20  # a document of more than 1/20 of all text is large
-_NEAR = 100_000  # characters around the place to cut, where a boundary is looked for first
+_NEAR = 100_000  # characters around the cut in which a boundary is searched first
 
 
 class Split(NamedTuple):
@@ -39,9 +39,9 @@ class Sides(NamedTuple):
 def split_documents(documents: Sequence[Document], val_fraction: float = 0.1) -> Split:
     """Splits by a hash of each document's text: about `val_fraction` of the text goes to validation.
 
-    Where a document goes depends on its text alone. Adding, renaming or moving one moves no other, a resumed run sees
-    the same split, and documents that are the same are on the same side. `choose_sides` tells what is done where so few
-    or so different documents make that a bad split.
+    A document's side depends only on its text. So adding, renaming or moving a document moves no other, a resumed run
+    has the same split, and identical documents are on the same side. `choose_sides` says what happens where that would
+    be a bad split, with few documents or very different sizes.
     Raises UserError for a fraction that is not between 0 and 1, and for a text too short to be cut.
     """
     if not documents:
@@ -69,8 +69,8 @@ def choose_sides(
 
     1. Those validate whose hash, as a fraction of 1, is below `val_fraction`; if none or all are, the smallest alone.
     2. A single text is cut in two.
-    3. Where 1 gives validation less than half or more than twice the bytes that it should have, the large documents are
-       cut, each at the same share of itself; the others stay where their hash puts them.
+    3. If 1 gives validation less than half or more than twice the bytes that it should have, the large documents are
+       cut, all at the same fraction; the others stay where their hash puts them.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"the validation part must be a fraction between 0 and 1, not {val_fraction}")

@@ -1,9 +1,9 @@
 """Documents as one stream of numbers, cut into pieces once, before there is a vocabulary.
 
 A piece is a word, a sign or white space (`WordTokenizer.pieces`). Each distinct piece gets a number when it is first
-seen, and a document is kept as these numbers. Which of the pieces are words of the vocabulary, and so what a document
-is in tokens, is decided by their counts in the training part; then the numbers are looked up in one table. So every
-text is cut into pieces only once, the costly part, and is not kept.
+seen, and a document is kept as these numbers. The counts of pieces in the training part decide which of them are words
+of the vocabulary; then one table maps the numbers to tokens. So every text is cut into pieces only once, which is the
+expensive part, and the text itself is not kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mamba2_min.data.tokenizer import WordTokenizer, bytes_outside
 _END = ""  # the piece after a document
 _BLOCK = 1 << 20  # pieces that are looked up at a time
 _LENGTH = 1 << 20  # characters of a document that are cut into pieces at a time
-# A place at which every pattern begins a new piece: so a long text may be cut there first.
+# A place at which every pattern begins a new piece, so that a long text may be cut there first.
 _BREAK = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= \S)")
 
 
@@ -86,7 +86,7 @@ class PieceStream:
         for block in self._blocks(spans):
             n = lengths[block]
             ends = np.cumsum(n)
-            # The place in `ids` of each token: where its piece begins there, and how far it is within the piece.
+            # The position of each token in `ids`: where its piece begins there, and its offset within the piece.
             at = np.repeat(firsts[block] - ends + n, n) + np.arange(ends[-1])
             tokens[done : done + ends[-1]] = ids[at]
             done += int(ends[-1])
@@ -105,8 +105,8 @@ class PieceStream:
         return [int(outside[stream[span.start : span.stop]].sum()) for span in spans]
 
     def _look_up(self, tokenizer: WordTokenizer) -> tuple[np.ndarray, ...]:
-        """The ids of all pieces one after the other; of each piece its first there, how many, and its bytes
-        that are in no word. Kept for the next time, with the same vocabulary and no more pieces."""
+        """The ids of all pieces, joined; and for each piece the position of its first id, how many there are, and its
+        bytes that are in no word. Kept for the next call with the same vocabulary and no new pieces."""
         if not self._found or self._found[0] is not tokenizer or len(self._found[1][1]) != len(self._numbers):
             ids = [[tokenizer.eos_id], *map(tokenizer.piece_ids, itertools.islice(self._numbers, 1, None))]
             lengths = np.array([len(each) for each in ids])
@@ -140,7 +140,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _joined(spans: Iterable[Span]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of spans, as one where they follow each other."""
+    """(start, stop) of spans, adjacent ones merged."""
     first = last = 0
     for span in spans:
         if span.start != last:

@@ -1,8 +1,8 @@
 """Text to token ids and back: whole words where they are known, bytes where they are not.
 
-A model with a small vocabulary learns faster and writes whole words, but a word-level vocabulary has to say what it
-does with a word that it never saw. Here such a word becomes its UTF-8 bytes, and 256 of the ids are reserved for them:
-nothing is ever unknown, and `decode(encode(text)) == text` holds for every string.
+A model with a small vocabulary learns faster and writes whole words, but a word-level vocabulary needs a rule for words
+that it does not have. Here such a word becomes its UTF-8 bytes, for which 256 ids are reserved: nothing is ever
+unknown, and `decode(encode(text)) == text` holds for every string.
 
     id 0            the end of a document; text never becomes it, only `stream.py` puts it between documents
     ids 1 ... 256   the bytes 0x00 ... 0xff
@@ -49,7 +49,7 @@ _EOS, _UNK = "<eos>", "<unk>"
 
 
 class WordTokenizer:
-    """A vocabulary of words with bytes to fall back on. Make one with `train` or `load`.
+    """A vocabulary of words, with bytes for all others. Build one with `train` or `load`.
 
     Attributes: `pattern`; `words` and `special_words`, tuples of str in the order of their ids; `eos_id`, always 0;
     `unk_id`, 1 in the pattern "whitespace" and None in the others, where nothing is unknown.
@@ -58,7 +58,8 @@ class WordTokenizer:
     eos_id = 0
 
     def __init__(self, words: Sequence[str], special_words: Sequence[str] = (), pattern: str = "words"):
-        """`words` and `special_words` in the order of their ids. Raises ValueError where they make no vocabulary."""
+        """`words` and `special_words` in the order of their ids. Raises ValueError if they are not a valid
+        vocabulary."""
         self.pattern, self.words, self.special_words = pattern, tuple(words), tuple(special_words)
         _check_vocabulary(self.words, self.special_words, pattern)
         if pattern == "whitespace":
@@ -112,7 +113,7 @@ class WordTokenizer:
         pattern: str = "words",
         special_words: Sequence[str] = (),
     ) -> WordTokenizer:
-        """The same from how often each of the `pieces` occurs."""
+        """As `train`, from how often each of the `pieces` occurs."""
         base = cls((), special_words, pattern)
         return cls(_frequent_words(base, counts, min_count, _room(base, vocab_size)), special_words, pattern)
 
@@ -172,7 +173,7 @@ class WordTokenizer:
         return self.encode(text, allow_special=True)
 
     def recut(self, pattern: str) -> WordTokenizer:
-        """The same vocabulary, with the same ids, for text that is cut as another pattern does."""
+        """The same vocabulary, with the same ids, for text that is split by another pattern."""
         other = copy(self)
         other._cut = PIECES[pattern]
         return other
@@ -209,7 +210,7 @@ class WordTokenizer:
         return spelling.decode()
 
     def digest(self) -> str:
-        """The sha256, in hexadecimal, of all that decides which id means what: equal for equal vocabularies only."""
+        """The sha256, in hexadecimal, of everything that gives ids their meaning: equal only for equal vocabularies."""
         content = json.dumps([self.pattern, self.special_words, self.words], separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -260,9 +261,9 @@ def bytes_outside(tokenizer: WordTokenizer, piece: str) -> int:
 
 
 class StreamDecoder:
-    """Decodes tokens as they come: a character is given out when its last byte is there, and not before.
+    """Decodes tokens as they come. A character is returned once its last byte is there.
 
-    All that `feed` and at last `flush` return, put together, is `tokenizer.decode` of all the ids.
+    The texts that `feed` and finally `flush` return, joined, are `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: WordTokenizer):

@@ -1,7 +1,7 @@
 """What every language model here can do, whatever its layers are: loss, prompt, generation.
 
-A model gives its backbone, `step` and `initial_state`; the rest follows. The trainer, the completer and the evaluation
-use nothing else, so that exchanging the model is enough to compare one architecture with another.
+A model defines its backbone, `step` and `initial_state`; the rest is here. The trainer, the completer and the
+evaluation use nothing else, so that architectures can be compared by exchanging the model.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def run_block(self, block: nn.Module, *args: Any) -> Any:
-        """Calls a block, as training asks for it. One that is hooked, or holds what is, is not compiled but called."""
+        """Calls a block: compiled, or with recomputation, if training asks for it. One with hooks is not compiled."""
         if not self.training or not (self.compiled or self.recompute):
             return block(*args)
         run: Callable[..., Any] = block
@@ -82,7 +82,8 @@ class Backbone(nn.Module):
 
 
 class LanguageModel(nn.Module, ABC):
-    """Token ids in, logits and a state out. A subclass sets `config`, with a `vocab_size`, `backbone` and `lm_head`."""
+    """Token ids in, logits and a state out. A subclass sets `config` (with a `vocab_size`), `backbone` and
+    `lm_head`."""
 
     config: Any
     backbone: Backbone
@@ -98,8 +99,8 @@ class LanguageModel(nn.Module, ABC):
         self.backbone.recompute = on
 
     def compile_blocks(self, on: bool = True) -> None:
-        """Has training compile one block for all layers to use, and on a GPU the loss. Errors of the compiler come with
-        the first batch. What is not training has changing lengths and is not compiled."""
+        """Has training compile one block, which all layers use, and on a GPU the loss. The compiler's errors come with
+        the first batch. Inference has changing lengths and is not compiled."""
         classes: set[type[nn.Module]] = set(map(type, self.backbone.layers)) if on else set()
         self.backbone.compiled = {cls: torch.compile(cls.forward, dynamic=False) for cls in classes}
 
@@ -112,7 +113,7 @@ class LanguageModel(nn.Module, ABC):
             seed = 0 if is_traced() else int(torch.randint(2**62, (), device="cpu"))
         self.config = config
         target = torch.get_default_device()
-        # PyTorch's modules draw numbers of their own, which nobody will see.
+        # PyTorch's modules draw initial values of their own, which are replaced.
         with torch.device("meta" if target.type == "meta" else "cpu"), torch.random.fork_rng(devices=[]):
             self.backbone = backbone(config)
             self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
@@ -223,8 +224,8 @@ class LanguageModel(nn.Module, ABC):
     ) -> tuple[Tensor, Any]:
         """Reads a prompt (b, l): the last logits (b, vocab_size) and the state. Arguments and errors as for `forward`.
 
-        It is read in slices, which bounds what is held at a time (in one piece where there is seq_idx), and in
-        evaluation mode: without dropout, as `step` reads what follows it.
+        It is read in slices, which bounds the memory (in one piece if there is seq_idx), and in evaluation mode:
+        without dropout, as `step` reads what follows.
         """
         input_ids, shape = check_inputs(input_ids, inputs_embeds, self.config)
         step = _PREFILL_SLICE if seq_idx is None else shape[1]

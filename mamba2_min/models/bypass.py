@@ -1,7 +1,7 @@
-"""What goes around a module for speed first asks whether the module is plain: whether calling it would do the same.
+"""Is a module plain? A fast path that reads its parameters asks this first: would calling the module do the same?
 
-Adapters, hooks, quantised or offloaded weights change what a call does. A fast path that reads a module's parameters
-would miss all of them without an error. It therefore asks here at each use, and calls the module if the answer is no.
+Adapters, hooks, quantized or offloaded weights change what a call does. A fast path would miss all of them without an
+error. It therefore asks at each use, and calls the module if the answer is no.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def is_plain(module: nn.Module, known: Forwards) -> bool:
 
 
 class Watch:
-    """Sees within microseconds whether a model that was plain is what it was.
+    """Tells within microseconds whether a model that was plain has changed.
 
-    The values of parameters may change. What may not: classes, hooks, forwards, the children and tensors that a module
-    holds, where these lie in memory, and the constant of a norm.
+    The values of parameters may change. These may not: classes, hooks, forwards, a module's children and tensors, their
+    place in memory, and the epsilon of a norm.
     """
 
     def __init__(self, model: nn.Module):

@@ -1,4 +1,4 @@
-"""The forms that call their module: what runs where a convolution or a head is not plain (bypass.py)."""
+"""The convolution and the loss by calls of their modules, for modules that are not plain (bypass.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while."""
+"""A model in evaluation mode, temporarily."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _inside: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDict
 def evaluating(model: nn.Module) -> Iterator[None]:
     """`model` in evaluation mode; afterwards each of its modules is in the mode that it was in.
 
-    Threads may do so side by side: the first to come switches, and the last to leave switches back.
+    Several threads may do so at once: the first one switches, and the last one switches back.
     """
     with _lock:
         count, trained = _inside.get(model, (0, []))

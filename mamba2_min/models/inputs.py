@@ -1,4 +1,4 @@
-"""What a model is given, checked: bad input is one clear line."""
+"""Checks of a model's inputs: bad input is one clear line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_inputs(
     ids = as_ids(input_ids, "input_ids")
     if ids.dim() != 2 or ids.shape[1] < 1:
         raise ValueError(f"input_ids must be (b, l) with l >= 1, not {tuple(ids.shape)}")
-    # On a GPU the check would wait for the device; there the embedding's own assertion stands guard.
+    # On a GPU the check would wait for the device; there the embedding's own assertion finds bad ids.
     readable = type(ids) is Tensor and ids.device.type == "cpu" and not (torch.compiler.is_compiling() or is_traced())
     if readable and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
         raise ValueError(f"input_ids must lie in [0, {config.vocab_size}), the vocabulary")

@@ -56,8 +56,8 @@ def handwritten_backward(backward: Callable) -> Callable:
 def no_compile(function: Callable) -> Callable:
     """Keeps `torch.compile` out of `function`, which takes positional arguments.
 
-    Code that is laid out by hand for a CPU's caches and writes in place gains nothing from a compiler, and that of
-    PyTorch 2.11 loses the gradients of results that are changed in place.
+    Code that is written for a CPU's caches and works in place gains nothing from a compiler, and PyTorch 2.11's loses
+    the gradients of results that are changed in place.
     """
 
     @functools.wraps(function)
@@ -98,7 +98,7 @@ def is_rounded() -> bool:
 
 @contextlib.contextmanager
 def unrounded() -> Iterator[None]:
-    """A context in which it may not. In a product with one column, rounding takes longer than it saves."""
+    """A context without that rounding. In a product with one column, it takes longer than it saves."""
     rounded = is_rounded()
     if rounded:
         torch.set_float32_matmul_precision("highest")
@@ -112,8 +112,8 @@ def unrounded() -> Iterator[None]:
 def pack_saved(t: Tensor) -> Tensor:
     """t as it should be passed to `ctx.save_for_backward`: a view as integers, first and last dimension exchanged.
 
-    A compiler sees forward and backward at once. What both compute from t (t widened, t shifted) it would keep for the
-    backward pass, where t alone is enough. It does not see through this view, so it keeps t.
+    A compiler sees forward and backward together. It would keep what both compute from t (t widened, t shifted) for the
+    backward pass, although t is enough. It does not see through this view, so it keeps only t.
     """
     return t.view(_INTEGERS[t.element_size()]).transpose(0, -1)
 
@@ -127,7 +127,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def materialize(t: Tensor) -> Tensor:
-    """t, contiguous. A compiler writes it to memory here, instead of computing it again at every use."""
+    """t, contiguous. A compiler then writes it to memory, instead of computing it again at every use."""
     return t.contiguous().as_strided(t.shape, [math.prod(t.shape[i + 1 :]) for i in range(t.dim())])
 
 
