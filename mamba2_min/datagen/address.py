@@ -1,8 +1,8 @@
 """Where a server is: what users write for an address, and the `ollama` client that goes there and nowhere else.
 
-The client reads the environment as soon as it is imported, and a value that it cannot parse (OLLAMA_HOST in quotes, a
-proxy without its package) would end the program with a traceback. So `ollama` is imported here, out of reach of those
-variables, and everything else takes it from here.
+The client reads the environment when it is imported, and a value that it cannot parse (OLLAMA_HOST in quotes, a proxy
+without its package) would end the program with a traceback. So `ollama` is imported here, without those variables, and
+other modules import it from here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _VARIABLES = ("OLLAMA_HOST", "OLLAMA_API_KEY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 @contextlib.contextmanager
 def _without_proxies(*others: str) -> Iterator[None]:
-    """An environment without proxies, and without the variables `others`, for as long as the block lasts."""
+    """A context in which the environment has no proxies and none of the variables `others`."""
     hidden = {name: value for name, value in os.environ.items() if name in others or name.lower().endswith("_proxy")}
     for name in hidden:
         del os.environ[name]
@@ -59,7 +59,7 @@ class Address:
 
 
 def default_address() -> str:
-    """OLLAMA_HOST, or where a server listens unless told otherwise."""
+    """OLLAMA_HOST, or the address at which a server listens by default."""
     return _trimmed(os.environ.get("OLLAMA_HOST", "")) or f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
@@ -112,7 +112,7 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def connect(address: Address, timeout: httpx.Timeout, hooks: Mapping[str, list[Callable[..., Any]]]) -> ollama.Client:
-    """A client for `address`. On this machine it goes past every proxy. Raises UserError for a bad environment.
+    """A client for `address`. On this machine it bypasses every proxy. Raises UserError for a bad environment.
 
     hooks: of httpx, `request` and `response`. A request to anywhere but `address` is refused before it is sent.
     """

@@ -1,4 +1,4 @@
-"""The command line of data_generator.py: its flags, the bounds of their values, and what they amount to."""
+"""The command line of data_generator.py: its flags, the bounds of their values, and what they mean together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mamba2_min.datagen.client import RequestOptions
 
 MOST_SECONDS = 1e6  # 12 days; the system's timers have a limit
-_INTEGERS = {  # of each, the smallest and the largest that make sense; the server's seeds have 63 bits
+_INTEGERS = {  # the smallest and the largest value of each; the server's seeds have 63 bits
     **dict.fromkeys(("documents", "num_ctx", "num_predict", "min_words", "max_words", "max_rejections"), (1, 1 << 40)),
     "workers": (1, 256),
     "retries": (0, 10_000),

@@ -1,4 +1,4 @@
-"""The kinds of documents that come with the program, and the lists that a user's own kind may draw from too."""
+"""The built-in kinds of documents, and the lists that a user's own kind may use too."""
 
 from __future__ import annotations
 

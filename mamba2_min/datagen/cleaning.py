@@ -1,7 +1,7 @@
-"""From what a model sends to what it was asked for: thoughts, talk about the text, and invisible characters go.
+"""Cleans a model's answer: removes thoughts, talk about the text, and invisible characters.
 
-A model likes to say "Sure! Here is a story about a fox:" before the fox and "Let me know if you would like another
-one!" after it. A set in which half of the documents begin so teaches a small model just that.
+A model often says "Sure! Here is a story about a fox:" before the story and "Let me know if you would like another
+one!" after it. If half of the documents begin like that, a small model learns to begin like that.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _TALK_AFTER = re.compile(
 
 
 def clean(raw: str) -> str:
-    """What is left of a model's answer when all that was not asked for is taken off; "" where nothing is."""
+    """A model's answer without everything that was not asked for; "" if nothing is left."""
     text = visible(folded(without_thoughts(raw))).strip()
     fenced = _FENCE.match(text)
     text = _without_talk(fenced[1] if fenced else text)
@@ -92,7 +92,7 @@ def clean_request(raw: str) -> str:
 
 
 def _without_talk(text: str) -> str:
-    """Talk, titles and markers can stand in front of and behind each other: they are taken off until none is left."""
+    """Talk, titles and markers can come before and after each other: they are removed until none is left."""
     for _ in range(MOST_LAYERS):
         before = text
         text = _MARKERS_AT_THE_EDGES.sub("", text).strip()

@@ -1,15 +1,14 @@
-"""How a local model is asked: the `ollama` client, streaming, with a bound on everything that could last for ever.
+"""How a local model is asked: the `ollama` client, streaming, with a limit on everything that could last forever.
 
     silence      the first word may take `first_timeout` seconds, since the server may have to load the model or to
-                 finish somebody else's request first; in the middle of an answer `timeout` seconds are the most
-    length       a whole answer may take `max_seconds`, however evenly it trickles in, and `max_characters`
-    failures     any status of 500 or more, 408, 425 and 429, a dropped connection, a cut stream and broken JSON are
-                 asked again, after a pause that doubles. What asking again cannot mend ends the run with a line for
-                 the user: any other status, or words such as "model requires more system memory", heard twice
+                 finish another request first; within an answer, silence may last `timeout` seconds
+    length       a whole answer may take `max_seconds`, even if it never pauses, and `max_characters`
+    failures     after a status of 500 or more, 408, 425 or 429, a dropped connection, a cut stream or broken JSON, the
+                 request is repeated after a pause that doubles. What repeating cannot fix ends the run with a line
+                 for the user: any other status, or words such as "model requires more system memory", heard twice
 
-The server's own words are quoted, in whatever form they come. The options are the same in every request but for the
-seed, and so is `keep_alive`: a changed option such as `num_ctx` makes the server load the model again for every
-document.
+The server's own words are quoted, in whatever form they come. The options, except the seed, and `keep_alive` are the
+same in every request: a changed option such as `num_ctx` would make the server load the model again for every document.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ TOO_LONG = "too long"  # the `done_reason` of an answer that was not read to its
 IN_THE_STREAM = -1  # the status of an error in the middle of an answer
 TRANSIENT = {408, 425, 429, IN_THE_STREAM}  # and 500 and above
 
-# What a server says where asking again is of no use: the model does not fit, or is broken, or the user has no more.
+# What a server says if asking again is useless: the model does not fit or is broken, or a quota is used up.
 _HOPELESS = re.compile(
     r"requires? more .{0,20}memory|not enough .{0,20}memory|insufficient .{0,20}memory|out of memory"
     r"|(?:unable|failed) to load|error loading|unsupported|not supported|unknown model architecture|magic|corrupt"
@@ -54,16 +53,16 @@ T = TypeVar("T")
 
 
 class NoAnswer(Exception):
-    """The server was asked as often as agreed and gave no whole answer. Its text is the reason, in a few words."""
+    """All retries failed to get a complete answer. The message is the reason, in a few words."""
 
 
 class Stopped(Exception):
-    """The user wants to stop: the answer was dropped."""
+    """The user stopped the run: the answer was dropped."""
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """How to ask; see the head of this file. Times in seconds; `options` go to the model as they are."""
+    """How to ask; see the top of this file. Times are in seconds; `options` go to the model unchanged."""
 
     options: Mapping[str, float] = field(default_factory=dict)
     keep_alive: str | int = "30m"
@@ -165,7 +164,7 @@ class OllamaClient:
         raise last
 
     def _failure(self, error: _Failed, again: bool) -> Exception:
-        """What an answer that is no success amounts to, or raises UserError where asking again is of no use."""
+        """The exception for an unsuccessful answer. Raises UserError if asking again is useless."""
         if error.status == HTTPStatus.OK:
             raise UserError(f"{self.address} does not answer as an Ollama server does: {error.words}") from error
         if error.status < 500 and error.status not in TRANSIENT:
@@ -220,9 +219,9 @@ class OllamaClient:
             raise Stopped
 
     def _check_response(self, response: httpx.Response) -> None:
-        """Called by httpx between the head of an answer and its body: bounds the body, and raises what is no success.
+        """Called by httpx between an answer's head and its body: limits the body, and raises for an error status.
 
-        The client itself would drop the words of an error that are not in the form which it expects.
+        The client itself would drop an error's words if they do not have the form that it expects.
         """
         is_chat = response.request.url.path.endswith("/api/chat")
         if is_chat:
@@ -256,7 +255,7 @@ class OllamaClient:
 
 
 class _Failed(Exception):
-    """An answer that is no success: its `status`, and the server's own `words`."""
+    """An unsuccessful answer: its `status`, and the server's own `words`."""
 
     def __init__(self, status: int, words: str):
         where = "error in the stream" if status == IN_THE_STREAM else f"server error {status}"
@@ -265,7 +264,7 @@ class _Failed(Exception):
 
 
 class _TookTooLong(httpx.ReadTimeout):
-    """The whole answer, not a silence within it, went over its time."""
+    """The whole answer took too long, not a silence within it."""
 
 
 class _TooLarge(httpx.ReadError):
@@ -273,9 +272,9 @@ class _TooLarge(httpx.ReadError):
 
 
 class _Bounded(httpx.SyncByteStream):
-    """A body that ends with an error when it has taken too long in all, or has grown too large.
+    """A body that ends with an error if it takes too long in total, or becomes too large.
 
-    A timeout on silence alone is not enough: a server that sends a space every ten seconds is never silent.
+    A timeout for silence is not enough: a server that sends a space every ten seconds is never silent.
     """
 
     def __init__(self, stream: httpx.SyncByteStream, seconds: float):

@@ -30,9 +30,10 @@ ORDERS = 128
 
 
 def comparable(text: str) -> str:
-    """`text` without what nobody sees, or that has several spellings: a repeat in disguise is a repeat.
+    """`text` without invisible differences, so that a disguised repeat is recognised.
 
-    Invisible characters and accents are left out, and compatible characters (ligatures, full-width letters) are one.
+    Invisible characters and accents are left out, and compatible characters (ligatures, full-width letters) are
+    unified.
     """
     plain = unicodedata.normalize("NFKD", without_invisible(text))
     return unicodedata.normalize("NFC", _ACCENT.sub("", plain))
