@@ -82,8 +82,7 @@ class Backbone(nn.Module):
 
 
 class LanguageModel(nn.Module, ABC):
-    """Token ids in, logits and a state out. A subclass sets `config` (with a `vocab_size`), `backbone` and
-    `lm_head`."""
+    """Token ids in, logits and a state out. A subclass sets `config` with a `vocab_size`, `backbone` and `lm_head`."""
 
     config: Any
     backbone: Backbone
