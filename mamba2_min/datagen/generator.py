@@ -1,8 +1,8 @@
-"""The work itself: attempts go out to the servers, drafts come back, the good ones are kept until there are enough.
+"""The main loop: attempts go to the servers, drafts come back, and good ones are kept until there are enough.
 
-Attempt i is fixed by (kind, seed, i): its prompt, and its sampling seed, which is seed + i. A run takes the lowest i
-that are not on record yet, so a run that was killed goes on where it was. The thread that calls `generate` is the only
-one to touch the folder.
+Attempt i is determined by (kind, seed, i): its prompt, and its sampling seed, which is seed + i. A run takes the lowest
+i that are not recorded yet, so a run that was killed continues where it was. Only the thread that calls `generate`
+writes into the folder.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Draft:
-    """A text that is acceptable in itself; whether another like it is on disk already is still to be seen."""
+    """A text that is acceptable in itself, but not yet compared with those on disk."""
 
     prompt: Prompt
     text: str
@@ -64,7 +64,7 @@ class Draft:
 
 
 class Rejection(Exception):
-    """An attempt without a document. `reason` is what is counted; `answered` is False where no answer came at all."""
+    """An attempt without a document. `reason` is counted; `answered` is False if no answer came at all."""
 
     def __init__(self, reason: str, answered: bool = True, detail: str = ""):
         super().__init__(reason)
@@ -74,11 +74,11 @@ class Rejection(Exception):
 def generate(
     job: Job, clients: Sequence[OllamaClient], store: Store, stop: threading.Event, progress: Progress | None = None
 ) -> bool:
-    """Writes documents into `store` until it holds `job.documents`: True; or until `stop` is set: False.
+    """Writes documents into `store`. Returns True once it holds `job.documents`, False if `stop` is set before.
 
-    All `clients` work in parallel. One whose server cannot go on is given up with a note, as long as another is left.
-    Raises UserError where going on is of no use: too many rejections in a row, no server left, a full disk. What was
-    kept by then is kept. `stop` is the event that `clients` were made with; it is set when this ends.
+    All `clients` work in parallel. One whose server fails is dropped with a note, as long as another is left. Raises
+    UserError if continuing is useless: too many rejections in a row, no server left, a full disk. Documents that were
+    kept stay. `stop` is the event that `clients` were made with; it is set when this ends.
     """
     progress = progress or Progress()
     known = _Known(store, job.similarity)
@@ -131,7 +131,7 @@ def _attempts(job: Job, store: Store) -> Iterator[int]:
 
 
 def _give_up(pool: Pool, server: Server, error: UserError, progress: Progress) -> None:
-    """Goes on without `server`, and says so once. Raises `error` where no other is left."""
+    """Continues without `server`, and says so once. Raises `error` if no other is left."""
     if server in pool.servers:
         pool.give_up(server)
         if not pool.servers:
@@ -210,7 +210,7 @@ def _acceptable(answer: Answer, text: str, rules: Rules, of: str = "") -> str:
 
 
 class _Known:
-    """All texts of the folder, to hold a new one against."""
+    """All texts of the folder, with which new ones are compared."""
 
     def __init__(self, store: Store, similarity: float):
         self._exact: dict[bytes, str] = {}
@@ -233,7 +233,7 @@ class _Known:
 
 
 def _fingerprint(text: str) -> bytes:
-    """The same for texts that differ in nothing but case, white space, punctuation and invisible characters."""
+    """Equal for texts that differ only in case, white space, punctuation and invisible characters."""
     return hashlib.sha256(" ".join(words(comparable(text))).encode("utf-8", "replace")).digest()
 
 

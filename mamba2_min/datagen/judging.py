@@ -1,4 +1,4 @@
-"""Whether a cleaned text is worth keeping, and if not, why: each reason is counted under the words given here."""
+"""Whether a cleaned text is kept, and if not, why: each reason is counted under the words that are used here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mamba2_min.datagen.thoughts import THOUGHT_MARK
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:['’\u0300-\u036f\u0900-\u0dff][^\W_{_UNSPACED}]*)*")
 
-# A refusal is looked for at the start alone, and with its object: "I'm sorry, but I can't go with you" and "I can't
+# A refusal is searched at the start only, and with its object: "I'm sorry, but I can't go with you" and "I can't
 # help smiling" are lines that a story may begin with.
 _REFUSAL = re.compile(
     r"""\W* (?:(?:i(?:['’]m|[ ]am)[ ](?:very[ ]|so[ ])?sorry|sorry|i[ ]apologi[sz]e|unfortunately)\b[^.!?\n]{0,40}?)?
@@ -52,7 +52,7 @@ def words(text: str) -> list[str]:
 
 
 def judge(text: str, rules: Rules) -> str | None:
-    """None where the cleaned `text` may be kept, or else the reason why it may not."""
+    """None if the cleaned `text` may be kept, otherwise the reason why not."""
     if not text:
         return "empty"
     if _REFUSAL.match(text) or _AS_AN_AI.search(text):
@@ -74,6 +74,6 @@ def judge(text: str, rules: Rules) -> str | None:
 
 
 def _loops(found: list[str]) -> bool:
-    """True where the same four words follow each other again and again: on average each run five times."""
+    """True if the same runs of four words are repeated: each five times on average."""
     runs = list(zip(found, found[1:], found[2:], found[3:], strict=False))
     return len(found) >= LOOP_WORDS and len(set(runs)) < LOOP_SHARE * len(runs)

@@ -1,11 +1,11 @@
-"""What is asked for: a kind of document, and the prompt of attempt `i`, which depends on (seed, i) and nothing else.
+"""A kind of documents, and the prompt of attempt `i`, which depends only on (seed, i).
 
-Every list is dealt like a pack of cards: shuffled, dealt out to the last card, shuffled again. So each list is used
-evenly, nothing comes back before everything has had its turn, and the cards of attempt 4,000 are known without dealing
-the 3,999 before it: neither the number of workers nor the order in which answers arrive changes a prompt.
+Every list is dealt like a pack of cards: shuffled, dealt to the last card, shuffled again. So each list is used evenly,
+nothing repeats before everything was used, and the cards of attempt 4,000 are known without dealing the 3,999 before
+it: neither the number of workers nor the order of the answers changes a prompt.
 
-A kind is its prompts, with `{fields}`, and its lists. builtin.py has the kinds that come with the program; templates.py
-reads those of a user.
+A kind consists of prompts with `{fields}`, and of lists. builtin.py has the built-in kinds; templates.py reads those of
+a user.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Kind:
     def with_topics(self, topics: Sequence[str]) -> Kind:
         """The same kind with every document about one of `topics`: they become the list `subject`.
 
-        A kind whose prompts do not speak of a `{subject}` gets a sentence that does. Raises UserError where a prompt
-        needs more of them at once than there are.
+        Prompts without a `{subject}` get a sentence with one. Raises UserError if a prompt needs more topics at once
+        than there are.
         """
         prompts = self.prompts
         if not any("{subject}" in prompt for prompt in prompts):
@@ -103,7 +103,7 @@ def compose_request(kind: Kind, seed: int, index: int, text: str) -> str:
 
 
 def _dealt(deck: str, cards: tuple[str, ...], size: int, index: int) -> tuple[str, ...]:
-    """`size` different cards for attempt `index`. A few of a pack may stay undealt: others after each shuffle."""
+    """`size` different cards for attempt `index`. A few cards of a pack may not be dealt, after each shuffle others."""
     hands = len(cards) // size
     pack = _shuffled(f"{deck}/{index // hands}", cards)
     start = index % hands * size

@@ -1,7 +1,7 @@
-"""Whether a text is in the language that was asked for: a small heuristic, honest about what it is.
+"""Whether a text is in the language that was asked for: a simple heuristic.
 
-Letters tell the script. Among languages that share a script, the commonest words tell the language (`words/common/`):
-four in ten words of running English are among its forty commonest. The check notices a model that fell into another
+Letters determine the script. Among languages that share a script, the most common words decide (`words/common/`): four
+in ten words of English text are among its forty most common. The check notices a model that switched to another
 language. It does not judge style, cannot tell Norwegian from Danish (neither is offered), and can be wrong about texts
 of fewer than about twenty words.
 """

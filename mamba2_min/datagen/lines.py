@@ -49,7 +49,7 @@ def parse_entry(line: bytes) -> Entry:
 
 
 def parse_rejection(line: bytes) -> tuple[Attempt, str]:
-    """A line of the rejections: which attempt, and why. Raises ValueError where it is none."""
+    """A line of the rejections: which attempt, and why. Raises ValueError if it is not one."""
     record = files.parse_json(line)
     if not isinstance(record, dict):
         raise ValueError("not an object")
@@ -74,6 +74,6 @@ def attempt_of(entry: Mapping[str, Any]) -> Attempt:
 
 
 def number_of(name: str) -> int:
-    """The number in a document's file name (or in that of one set aside); 0 where it is none."""
+    """The number in the file name of a document (or of an orphan); 0 if there is none."""
     found = FILE_NAME.fullmatch(name.removesuffix(".orphan"))
     return int(found[1]) if found else 0

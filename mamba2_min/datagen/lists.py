@@ -1,9 +1,9 @@
-"""The word lists that prompts are drawn from: text files in `words/`, one item a line, to be read, changed, added to.
+"""The word lists for prompts: text files in `words/`, one item per line, which may be edited.
 
-A model that is asked a hundred times for "a story" writes much the same one a hundred times. What makes a set worth
-training on is in these lists: concrete words that have to be used, people with a trouble of their own, places with
-weather, and above all openings, since those are where a model falls back on its habits first. Equal seeds give equal
-prompts only as long as the lists stay the same.
+A model that is asked a hundred times for "a story" writes nearly the same one a hundred times. These lists make a data
+set varied: concrete words that must be used, people with a problem of their own, places with weather, and above all
+openings, because a model's habits show there first. Equal seeds give equal prompts only as long as the lists stay the
+same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One or more servers at work in parallel: which attempt goes where, and what comes back.
+"""One or more servers that work in parallel: which attempt goes where, and what comes back.
 
-Each server has worker threads of its own, which do nothing but ask, clean and judge. Everything here is called by the
-one thread that holds the folder. A server that is given up hands its attempt back, and the others go on.
+Each server has its own worker threads, which ask, clean and judge. The functions here are called by the one thread that
+writes into the folder. A server that is dropped returns its attempt, and the others continue.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Pool(Generic[T]):
     def hand_out(self, wanted: int) -> None:
         """Gives attempts to free workers until `wanted` are under way.
 
-        One that has failed before and is being asked again does not count: a server may be about to go, and at the end
-        of a run all others would wait for it.
+        An attempt that failed before and is being repeated does not count: its server may be about to fail, and at the
+        end of a run all others would wait for it.
         """
         while sum(max(server.under_way - server.client.retrying, 0) for server in self.servers) < wanted:
             free = [server for server in self.servers if server.under_way < self._workers]
@@ -93,7 +93,7 @@ class Pool(Generic[T]):
             server.todo.put(self._returned.pop(0) if self._returned else next(self._attempts))
 
     def next_result(self) -> Result[T] | None:
-        """The next attempt that came to its end, or None after a short while without one."""
+        """The next attempt that ended, or None after a short while without one."""
         try:
             result = self._done.get(timeout=TICK_SECONDS)
         except queue.Empty:
@@ -107,7 +107,7 @@ class Pool(Generic[T]):
         self._returned.sort()
 
     def give_up(self, server: Server) -> None:
-        """Hands nothing more to `server`. What it works on comes back as results all the same."""
+        """Gives no more attempts to `server`. Results of those that it works on still come back."""
         if server in self.servers:
             self.servers.remove(server)
 

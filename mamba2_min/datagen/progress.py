@@ -1,4 +1,4 @@
-"""How far a run has come, for whoever wants to show it."""
+"""The progress of a run, for any kind of display."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a folder of documents needs when it is opened: to end what a kill interrupted, and to see what hands changed.
+"""Opening a folder of documents: completes what a kill interrupted, and detects what was edited by hand.
 
-See the steps at the head of store.py. Nothing is changed where that would lose anything: it is said in one line.
+See the steps at the top of store.py. Where a change would lose anything, nothing is changed and one line says why.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mamba2_min.errors import UserError
 
 
 class Recovery:
-    """The folder as it was found. `notes` gets one line for each thing that is put right."""
+    """The folder as it was found. `notes` gets one line for each repair."""
 
     def __init__(self, folder: Path, notes: list[str]):
         """Raises UserError where one of the folder's files is a link, or no regular file."""
@@ -39,7 +39,7 @@ class Recovery:
                 files.refuse_link(folder / name)
 
     def entries(self) -> list[Entry]:
-        """The lines of the manifest, put right. Raises UserError where somebody's hand changed what they say."""
+        """The lines of the manifest, repaired. Raises UserError if the folder was edited so that they are wrong."""
         for path in self.folder.glob(".*.tmp"):
             files.remove(path)
         entries, lines = self._read_manifest()
@@ -50,7 +50,7 @@ class Recovery:
         return entries
 
     def _read_manifest(self) -> tuple[list[Entry], dict[str, bytes]]:
-        """The entries, and each one's line; a torn one at the end is cut off. Raises UserError for any other fault."""
+        """The entries and their lines, without an incomplete one at the end. Raises UserError for any other fault."""
         if not files.exists(self._manifest):
             found = [name for name in files.names_in(self.folder) if FILE_NAME.fullmatch(name)]
             if len(found) > files.exists(self.folder / PENDING):
@@ -89,14 +89,14 @@ class Recovery:
         return UserError(f"{self._manifest} was edited: {what}; nothing was changed, mend it or name another --out")
 
     def _finish_pending(self, entries: list[Entry]) -> list[Entry]:
-        """Ends what a kill interrupted: see the steps at the head of this file."""
+        """Completes the document that a kill interrupted: see the steps at the top of store.py."""
         pending = self.folder / PENDING
         if not files.exists(pending):
             return entries
         try:
             entry = self._parsed(files.read_bytes(pending, MOST_BYTES, follow=False), 1)
             line = line_of(entry)
-        except (UserError, RecursionError):  # a torn note is older than its document, which so was never renamed
+        except (UserError, RecursionError):  # an incomplete note: its document was not renamed yet
             entry = {}
         if entry and all(entry["file"] != other["file"] for other in entries) and self._is_whole(entry):
             files.append_line(self._manifest, line, flush=True)
@@ -106,7 +106,7 @@ class Recovery:
         return entries
 
     def _without_deleted(self, entries: list[Entry], lines: Mapping[str, bytes]) -> list[Entry]:
-        """Takes the lines of files that somebody deleted out of the manifest; their attempts stay used up."""
+        """Removes the lines of deleted files from the manifest; their attempts stay used."""
         gone = [entry for entry in entries if not files.exists(self.folder / entry["file"])]
         if not gone:
             return entries
@@ -135,7 +135,7 @@ class Recovery:
         return hashlib.sha256(files.read_bytes(path, MOST_BYTES, follow=False)).hexdigest() == entry["sha256"]
 
     def _set_aside_unlisted(self, entries: list[Entry]) -> None:
-        """A lost last line explains one document without a line: it is kept, as NAME.orphan, but not trained on."""
+        """One document without a line can come from a lost last line: it is renamed to NAME.orphan, not deleted."""
         listed = {entry["file"] for entry in entries}
         unlisted = [n for n in files.names_in(self.folder) if FILE_NAME.fullmatch(n) and n not in listed]
         latest = max(map(number_of, listed), default=0)
@@ -152,7 +152,7 @@ class Recovery:
         files.write_atomically(self._manifest, lambda file: file.write(content))
 
     def rejected(self) -> tuple[Counter[str], set[Attempt]]:
-        """The reasons on record, and their attempts. A line that cannot be read costs no more than one more attempt."""
+        """The recorded reasons and attempts. A line that cannot be read only means that its attempt is repeated."""
         reasons: Counter[str] = Counter()
         tried: set[Attempt] = set()
         path = self.folder / REJECTED

@@ -1,4 +1,4 @@
-"""What a folder of documents amounts to: the table at the end of a run."""
+"""A summary of a folder of documents: the table at the end of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is seen of a run: the settings as resolved, a bar while it lasts, a table at the end, prompts before it."""
+"""What a run prints: its prompts if asked, the resolved settings, a progress bar, and a table at the end."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mamba2_min.printable import one_line, printable
 
 DRY_RUN_PROMPTS = 10
 MOST_OPENINGS, MOST_REASONS = 5, 20  # in the table at the end
-RATE_SECONDS = 20.0  # tokens/s is the mean of that much of the past
+RATE_SECONDS = 20.0  # tokens/s is the mean over this time
 
 
 class Bar(Progress):
-    """A bar in documents, with tokens/s, the rejected and the time left; it moves while an answer comes in."""
+    """A bar in documents, with tokens/s, rejections and the time left; it moves while an answer comes in."""
 
     def __init__(self, documents: int, there: int, clients: Sequence[OllamaClient]):
         """documents: wanted in the folder. there: how many it holds already. clients: whose tokens count."""

@@ -1,15 +1,15 @@
-"""How documents lie on disk: a folder, one file each, and `manifest.jsonl` with one line for each file.
+"""How documents are stored: a folder, one file each, and `manifest.jsonl` with one line for each file.
 
-The order of the steps that keep a document is what makes the folder safe to be killed over:
+The order of these steps makes it safe to be killed while a document is saved:
 
     1. `.pending.json`   the line of the manifest that is about to be written
     2. NAME              the text: under another name, flushed to the disk, then renamed; so it is there in full or not
     3. `manifest.jsonl`  the line is appended, and flushed
     4. `.pending.json`   is removed
 
-Whatever step was the last, the next start can tell: a pending line whose file is there in full gets into the manifest,
-one whose file is not is dropped, and so is half a line at the end of the manifest. Anything else that does not fit was
-done by somebody's hand; that is said in one line, and nothing is touched. None of these files may be a link.
+Whatever step was the last, the next start can tell: a pending line whose file is complete is added to the manifest, one
+whose file is not is dropped, and so is half a line at the end of the manifest. Any other inconsistency was made by an
+edit; one line reports it, and nothing is changed. None of these files may be a link.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MOST_BYTES_OF_OTHERS = 64 << 20  # of a text of somebody else that new ones are 
 
 
 class Store:
-    """The folder, held by this process alone until `close()` or its end.
+    """The folder, locked by this process until `close()` or its end.
 
     Attributes: `folder`; `entries`, the manifest's lines as dicts, in order; `rejected`, a Counter of the reasons
     recorded so far; `tried`, the (kind, base seed, index) of every attempt on record; `notes`, one line for each
@@ -56,7 +56,7 @@ class Store:
     """
 
     def __init__(self, folder: Path):
-        """Makes the folder where it is missing, locks it, and recovers it. Raises UserError where that cannot be."""
+        """Creates the folder if it is missing, locks it, and recovers it. Raises UserError if that fails."""
         self.folder = files.make_folder(folder)
         self.notes: list[str] = []
         self._manifest = self.folder / MANIFEST
@@ -74,7 +74,7 @@ class Store:
         self._next_number = 1 + max(map(number_of, files.names_in(self.folder)), default=0)
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Unlocks the folder."""
         os.close(self._lock)
 
     def __enter__(self) -> Store:
@@ -108,7 +108,7 @@ class Store:
         return entry
 
     def reject(self, kind: str, seed: int, index: int, reason: str, detail: str = "") -> None:
-        """Puts a rejection on record, so that the same attempt is not made again after a restart."""
+        """Records a rejection, so that the same attempt is not repeated after a restart."""
         record = {"kind": kind, "seed": seed, "index": index, "reason": reason[:MOST_REASON], "detail": detail}
         with _explained(self.folder / REJECTED):
             files.append_line(self.folder / REJECTED, line_of(record))
@@ -116,7 +116,7 @@ class Store:
         self.tried.add(attempt_of(record))
 
     def contents(self) -> Iterator[tuple[str, str]]:
-        """The (file name, content) of each document, as it lies on disk."""
+        """The (file name, content) of each document, as stored."""
         for entry in self.entries:
             content = files.read_bytes(self.folder / entry["file"], MOST_BYTES, follow=False)
             yield entry["file"], content.decode("utf-8", "replace")
