@@ -180,6 +180,7 @@ def test_the_first_row_that_fits():
 
     for dtype, p, n, tiles in TABLE:
         assert tiles_for(dtype, p, n, tiles.shared) is not None and tiles_for(dtype, p, n, 1000) is None
+    assert tiles_for(BF16, 24, 128, 1 << 30) is None and tiles_for(BF16, 64, 40, 1 << 30) is None
     assert tiles_for(BF16, 64, 4096, 1 << 30) is None and tiles_for(torch.float16, 64, 64, 1 << 30) is None
     assert tiles_for(BF16, 64, 128, 227 << 10) == TABLE[0][3]
 
@@ -216,7 +217,9 @@ def test_every_configuration_on_a_gpu(monkeypatch, dtype, documents):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("l, p, n", [(1, 64, 128), (2, 16, 16), (127, 64, 64), (129, 24, 40), (1000, 32, 128)])
+@pytest.mark.parametrize(
+    "l, p, n", [(1, 64, 128), (2, 16, 16), (127, 64, 64), (129, 32, 64), (1000, 32, 128), (300, 64, 16)]
+)
 def test_odd_sizes_on_a_gpu(l, p, n):
     low, wide = on_gpu(make(l=l, h=6, g=3, p=p, n=n, documents=False), BF16)
     with ssd.using("triton"):

@@ -23,7 +23,7 @@ from mamba2_min.ops.loss_kernels import softmax_gradient  # noqa: E402
 from mamba2_min.ops.norm_kernels import RMSNorm  # noqa: E402
 from mamba2_min.ssd import triton_launch  # noqa: E402
 
-# Chunks of 32 tokens in two blocks of rows, read in pieces of 16; states of 17 .. 32 numbers in two tiles.
+# Chunks of 32 tokens in two blocks of rows, read in pieces of 16; states of 32 numbers in two tiles.
 SMALL = triton_launch.Tiles(32, 16, 16, 16, (4, 1), (4, 1), (4, 1), (4, 1), 0)
 conv_kernels._SEGMENT = 8
 triton_launch.TABLE[:] = [(torch.float32, 64, 128, SMALL)]
@@ -37,11 +37,11 @@ def case(name, started, errors):
 
 def scans():
     cases = {
-        "documents, D, a state": make(45, b=1, h=2, p=4, n=20),
-        "groups": make(17, g=2, b=1, documents=False, skip=False, start=False, p=17, n=3),
-        "one token": make(1, b=1, h=2),
-        "strided": make(33, b=1, h=2, documents=False),
-        "decays that forget": make(40, b=1, h=2, documents=False),
+        "documents, D, a state": make(45, b=1, h=2, p=16, n=32),
+        "groups": make(17, g=2, b=1, documents=False, skip=False, start=False, p=32, n=16),
+        "one token": make(1, b=1, h=2, p=16, n=16),
+        "strided": make(33, b=1, h=2, p=16, n=16, documents=False),
+        "decays that forget": make(40, b=1, h=2, p=16, n=16, documents=False),
     }
     for name, arguments in cases.items():
         if name.startswith("decays"):
@@ -56,7 +56,7 @@ def scans():
         case(name, started, errors)
     started = time.perf_counter()
     compiled = torch.compile(scan, backend="aot_eager", fullgraph=True, dynamic=False)
-    arguments = to(make(9, b=1, h=2, documents=False), torch.float32)
+    arguments = to(make(9, b=1, h=2, p=16, n=16, documents=False), torch.float32)
     got, wanted = run(compiled, arguments), run(scan, arguments)
     case("compiled as one graph", started, {key: relative_error(got[key], value) for key, value in wanted.items()})
 

@@ -77,19 +77,14 @@ def _backward_kernel(
     g0, g1, g2, g3 = _zeros(BC), _zeros(BC), _zeros(BC), _zeros(BC)
     total, d1, d2, d3 = _zeros(BC), _zeros(BC), _zeros(BC), _zeros(BC)
     last = first + S + 2  # the three tokens after the segment reach into it
-    x3 = _row(u, last, u_sl, l, there).to(tl.float32)
-    x2 = _row(u, last - 1, u_sl, l, there).to(tl.float32)
-    x1 = _row(u, last - 2, u_sl, l, there).to(tl.float32)
-    # Four rows of each are on their way: one is read long before it is used, and converted when it is.
-    u0, s0 = _row(u, last - 3, u_sl, l, there), _row(dy, last, dy_sl, l, there)
-    u1, s1 = _row(u, last - 4, u_sl, l, there), _row(dy, last - 1, dy_sl, l, there)
-    u2, s2 = _row(u, last - 5, u_sl, l, there), _row(dy, last - 2, dy_sl, l, there)
-    u3, s3 = _row(u, last - 6, u_sl, l, there), _row(dy, last - 3, dy_sl, l, there)
+    x3 = _row(u, last, u_sl, l, there)
+    x2 = _row(u, last - 1, u_sl, l, there)
+    x1 = _row(u, last - 2, u_sl, l, there)
+    next_x, next_dy = _row(u, last - 3, u_sl, l, there), _row(dy, last, dy_sl, l, there)
     for k in range(0, S + 3):
         t = last - k
-        x0, slope = u0.to(tl.float32), s0.to(tl.float32)
-        u0, u1, u2, u3 = u1, u2, u3, _row(u, t - 7, u_sl, l, there)
-        s0, s1, s2, s3 = s1, s2, s3, _row(dy, t - 4, dy_sl, l, there)
+        x0, slope = next_x, next_dy
+        next_x, next_dy = _row(u, t - 4, u_sl, l, there), _row(dy, t - 1, dy_sl, l, there)
         dv = _slope(offset + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3, slope)
         if k > 2:
             g0 += dv * x0
@@ -118,7 +113,7 @@ def _zeros(BC: tl.constexpr):
 def _row(t, token, stride, l, there):
     """One token's channels, zeros outside of the text."""
     inside = there & (token >= 0) & (token < l)
-    return tl.load(t + tl.cast(token, tl.int64) * stride, mask=inside, other=0.0)
+    return tl.load(t + tl.cast(token, tl.int64) * stride, mask=inside, other=0.0).to(tl.float32)
 
 
 def _forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -51,26 +51,17 @@ def _backward_kernel(
     w = tl.load(weight + group * d + at, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BD,), tl.float32)
     first = program * per_program
-    count = tl.minimum(per_program, tokens - first).to(tl.int32)
     y += group * d + at
     z += group * d + at
     dout += group * d + at
-    # The next token is on its way while one is worked on.
-    next_y = tl.load(y + first * y_s, mask=inside, other=0.0)
-    next_dout = tl.load(dout + first * dout_s, mask=inside, other=0.0)
-    next_factor = tl.load(scale + first * groups + group)
-    if GATE:
-        next_z = tl.load(z + first * z_s, mask=inside, other=0.0)
-    for k in range(0, count):
-        row = (first + k) * groups + group
-        following = first + tl.minimum(k + 1, count - 1)
-        value, slope, factor = next_y.to(tl.float32), next_dout.to(tl.float32), next_factor
-        next_y = tl.load(y + following * y_s, mask=inside, other=0.0)
-        next_dout = tl.load(dout + following * dout_s, mask=inside, other=0.0)
-        next_factor = tl.load(scale + following * groups + group)
+    for k in range(0, tl.minimum(per_program, tokens - first).to(tl.int32)):
+        token = first + k
+        row = token * groups + group
+        value = tl.load(y + token * y_s, mask=inside, other=0.0).to(tl.float32)
+        slope = tl.load(dout + token * dout_s, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(scale + row)
         if GATE:
-            x = next_z.to(tl.float32)
-            next_z = tl.load(z + following * z_s, mask=inside, other=0.0)
+            x = tl.load(z + token * z_s, mask=inside, other=0.0).to(tl.float32)
             share = 1 / (1 + tl.exp(-x))
             gate = x * share
             n = value * gate * factor

@@ -39,7 +39,13 @@ TABLE: list[tuple[torch.dtype, int, int, Tiles]] = [
 
 
 def tiles_for(dtype: torch.dtype, p: int, n: int, shared: int) -> Tiles | None:
-    """The row of the table for this dtype and these sizes, on a device with so much shared memory for a block."""
+    """The row of the table for this dtype and these sizes, on a device with so much shared memory for a block.
+
+    p and n are powers of two from 16 on, as those of all published models are: others end in an illegal access to
+    memory on a GPU, with Triton 3.6, though in the interpreter no access leaves its tensor.
+    """
+    if p != _power(p) or n != _power(n):
+        return None
     for row_dtype, most_p, most_n, tiles in TABLE:
         if row_dtype == dtype and p <= most_p and n <= most_n and tiles.shared <= shared:
             return tiles
