@@ -611,6 +611,36 @@ def test_a_missing_metrics_file_holds_nothing(tmp_path):
     assert read_metrics(log.path) == [] and log.records == 0
 
 
+def test_a_training_goes_on_without_files_that_were_deleted_and_says_so(tmp_path, monkeypatch):
+    """The weights are those of an undisturbed run; of metrics.jsonl the lines from then on are."""
+    data = write_documents(tmp_path / "data")
+    make_trainer(tmp_path / "whole", data).train()
+    killed, step = make_trainer(tmp_path / "run", data), Trainer._step
+
+    def step_or_end(trainer):
+        if trainer.step == 7:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", step_or_end)
+        killed.train()
+    for name in (checkpoint.METRICS, checkpoint.WEIGHTS):
+        (tmp_path / "run" / name).unlink()
+    again = make_trainer(tmp_path / "run", data, resume=True)
+    assert (again.step, again.best) == (6, None)
+    assert again.notes[-2:] == [
+        "metrics.jsonl has 0 of the 4 lines that it had: the loss curve has a gap",
+        "model.pt, the best model until now, is gone: looking for a new best",
+    ]
+    again.train()
+    for name in (checkpoint.WEIGHTS, checkpoint.RESUME):
+        a, b = (checkpoint.load_tensors(tmp_path / folder / name) for folder in ("whole", "run"))
+        assert same(a["model"], b["model"]) if name == checkpoint.RESUME else same(a, b)
+    lines = [(tmp_path / folder / checkpoint.METRICS).read_text() for folder in ("whole", "run")]
+    assert lines[1] and lines[0].endswith(lines[1])
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -40,13 +40,15 @@ def task_config(kind: str, name: str, data: Path) -> dict[str, Any]:
     return {**config, "task": f"{name}_{kind}", "dataset_kwargs": {"data_files": {"test": str(data.resolve())}}}
 
 
-def make_items(source: str | Path, folder: Path, limit: int, seed: int = 0) -> dict[str, Path]:
+def make_items(
+    source: str | Path, folder: Path, limit: int, seed: int = 0, encoding: str | None = None
+) -> dict[str, Path]:
     """Writes the items of each of KINDS, made from the validation part of `source`, and returns their files."""
     from mamba2_min.data.documents import read_documents
     from mamba2_min.data.split import split_documents
     from mamba2_min.evaluation import task_files
 
-    held_out = split_documents(read_documents(source)).validation
+    held_out = split_documents(read_documents(source, encoding=encoding)).validation
     made = {
         "cloze": task_files.cloze(held_out, limit, seed),
         "choice": task_files.multiple_choice(held_out, limit, seed),
@@ -93,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of the harness or of --include (the bundled)")
     parser.add_argument("--data", metavar="DIR", help="make the tasks from the validation part of these documents")
+    parser.add_argument("--encoding", metavar="NAME", help="how files that are not UTF-8 are encoded: cp1252, ...")
     parser.add_argument("--include", metavar="DIR", help="a folder with YAML files of tasks")
     parser.add_argument("--limit", type=int, metavar="N", help="at most so many items per task")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="continuations at a time (%(default)s)")
@@ -139,7 +142,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if args.include is not None and not files.is_folder(args.include):
         raise UserError(f"--include: {args.include} is not a folder")
     if args.data:
-        made = make_items(args.data, scratch / "items", args.limit or 200)
+        made = make_items(args.data, scratch / "items", args.limit or 200, encoding=args.encoding)
         tasks: list[Any] = [task_config(kind, "documents", path) for kind, path in made.items()]
     elif args.include:
         tasks = args.tasks or []

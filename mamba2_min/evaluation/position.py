@@ -158,7 +158,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = devices.pick_device(args.device)
     model = Mamba2LM.from_pretrained(args.model).to(device)
     tokenizer = WordTokenizer.load(Path(args.model) / checkpoint.TOKENIZER)
-    text = max(read_documents(args.data), key=lambda document: len(document.text))
+    text = max(read_documents(args.data, encoding=args.encoding), key=lambda document: len(document.text))
     ids = torch.tensor(tokenizer.encode(text.text)[: args.max_tokens], dtype=torch.int32)
     reset = args.reset or _trained_context(args.model)
     carried = losses_by_position(model, ids, tokenizer.eos_id)
@@ -207,6 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder")
     parser.add_argument("--data", required=True, metavar="FILE", help="a text; of a folder, its longest document")
+    parser.add_argument("--encoding", metavar="NAME", help="how files that are not UTF-8 are encoded: cp1252, ...")
     parser.add_argument(
         "--out", default="position", metavar="DIR", help="for position.json and position.png (%(default)s)"
     )

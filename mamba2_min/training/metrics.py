@@ -36,6 +36,10 @@ class MetricsLog:
         """Returns when every line is on the disk."""
         files.flush(self.path)
 
+    def lines(self) -> int:
+        """How many whole lines the file has; 0 where there is none."""
+        return _content(self.path).count(b"\n")
+
     def rewind(self, records: int) -> None:
         """Keeps only the first `records` lines. Raises UserError where one of them is damaged."""
         content = _content(self.path)

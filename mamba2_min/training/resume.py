@@ -78,6 +78,7 @@ def restore(trainer: Trainer, accept_documents: bool) -> None:
         if trainer.device.type == "cuda" and saved["cuda_rng"]:
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
         changed = _difference(saved["environment"], _environment(trainer))
+        _note_what_is_gone(trainer)
     except UserError:
         raise
     except Exception as error:  # a file that was damaged or made by something else fails in many ways
@@ -132,6 +133,20 @@ def _check_same_run(trainer: Trainer, saved: dict[str, Any], accept_documents: b
             f"the documents are not those that {out} was trained on; bring them back, or add --accept documents to "
             "resume with what is there now"
         )
+
+
+def _note_what_is_gone(trainer: Trainer) -> None:
+    """The training goes on without files that somebody took away, as far as it can, and says what that costs."""
+    here = trainer.log.lines()
+    if here < trainer.saved_records:
+        trainer.notes.append(
+            f"{trainer.log.path.name} has {here} of the {trainer.saved_records} lines that it had: the loss curve has "
+            "a gap"
+        )
+    gone = [name for name in trainer.task.files.best if not files.exists(trainer.out / name)]
+    if gone and trainer.best is not None and trainer.best_step != trainer.step and not trainer.ended():
+        trainer.best, trainer.stale = None, 0
+        trainer.notes.append(f"{gone[0]}, the best model until now, is gone: looking for a new best")
 
 
 def _environment(trainer: Trainer) -> dict[str, Any]:
