@@ -5,6 +5,7 @@ What stands between two lines like these is replaced by the table of benchmarks/
     <!-- benchmark:train_step-cpu -->
     <!-- /benchmark:train_step-cpu -->
 
+Between `<!-- figure:faults-cpu -->` and `<!-- /figure:faults-cpu -->`, within a line, stands its one figure.
 `benchmark:decode-cpu/small` takes only the settings whose names begin with "small". A benchmark over lengths (scan,
 memory) also becomes a picture, docs/images/NAME.png, where one of the documents shows it.
 """
@@ -23,6 +24,7 @@ from benchmarks.harness import FLOOR, OURS, Measurement
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- benchmark:(\S+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
+_FIGURE = re.compile(r"(<!-- figure:(\S+) -->).*?(<!-- /figure:\2 -->)")
 
 LABELS = {
     OURS: "**mamba2_min**",
@@ -150,6 +152,19 @@ def _milliseconds(peer: dict[str, Any]) -> str:
     return f"{number(1e3 * peer['median'])} ms" if "median" in peer else peer.get("skipped", "").partition(":")[0]
 
 
+def fault_table(results: list[Measurement]) -> str:
+    """A row an activity and a column a kind of fault: how many of how many were survived."""
+    kinds = list(results[0]["peers"])
+    rows = [[result["setting"], *(survived([result], kind) for kind in kinds)] for result in results]
+    return markdown(["", *kinds], rows)
+
+
+def survived(results: list[Measurement], *kinds: str) -> str:
+    """The faults that were survived, of all kinds or of these."""
+    counted = [row for result in results for kind, row in result["peers"].items() if not kinds or kind in kinds]
+    return f"{sum(row['survived'] for row in counted)} of {sum(row['faults'] for row in counted)}"
+
+
 TABLES: dict[str, Callable[[list[Measurement]], str]] = {
     "train_step": row_table,
     "decode": row_table,
@@ -158,7 +173,9 @@ TABLES: dict[str, Callable[[list[Measurement]], str]] = {
     "memory": length_table,
     "beside_transformer": beside_table,
     "scan_lengths": crossing_table,
+    "faults": fault_table,
 }
+FIGURES: dict[str, Callable[[list[Measurement]], str]] = {"faults": survived}
 
 
 def shown_peers(result: Measurement) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -194,8 +211,9 @@ def caption(results: list[Measurement]) -> str:
         machine, about = result["machine"], result["about"]
         rounds = max(len(peer.get("seconds", ())) for peer in result["peers"].values())
         what = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+        how = f"median of {rounds} rounds; " if rounds else ""
         lines[
-            f"*{what}; torch {result['versions']['torch']}, {about['precision']}; median of {rounds} rounds; "
+            f"*{what}; torch {result['versions']['torch']}, {about['precision']}; {how}"
             f"{result['date']}; `{result['command']}`*"
         ] = None
     return "\n\n".join(lines) + "\n"
@@ -221,7 +239,14 @@ def rewrite(text: str, folder: Path) -> tuple[str, list[str]]:
             return match[0]
         return match[1] + content + match[3]
 
-    return _BLOCK.sub(renew, text), missing
+    def renew_figure(match: re.Match[str]) -> str:
+        results = harness.load(folder / f"{match[2]}.json")
+        if not results:
+            missing.append(match[2])
+            return match[0]
+        return match[1] + FIGURES[results[0]["benchmark"]](results) + match[3]
+
+    return _FIGURE.sub(renew_figure, _BLOCK.sub(renew, text)), missing
 
 
 def plot(results: list[Measurement], path: Path) -> bool:

@@ -126,6 +126,19 @@ def test_a_table_replaces_what_stands_between_its_markers(tmp_path):
     assert seed_table.rewrite(new, tmp_path) == (new, [])
 
 
+def test_faults_have_a_table_and_a_figure(tmp_path):
+    for name, survived in (("training", 7), ("generating", 5)):
+        peers = {"kill": {"faults": 7, "survived": survived}, "full disk": {"faults": 2, "survived": 2}}
+        harness.save(harness.measurement("faults", name, {"seed": 0}, OPTIONS, peers), tmp_path)
+    text = "<!-- benchmark:faults-cpu -->\n<!-- /benchmark:faults-cpu -->\n"
+    text += "| <!-- figure:faults-cpu --><!-- /figure:faults-cpu --> |"
+    new, _ = seed_table.rewrite(text, tmp_path)
+    assert "|  | kill | full disk |" in new and "| training | 7 of 7 | 2 of 2 |" in new and "rounds" not in new
+    assert new.endswith("| <!-- figure:faults-cpu -->16 of 18<!-- /figure:faults-cpu --> |")
+    assert seed_table.rewrite(new, tmp_path) == (new, [])
+    assert seed_table.rewrite(text, tmp_path / "none") == (text, ["faults-cpu", "faults-cpu"])
+
+
 def test_only_some_settings_can_be_asked_for(tmp_path):
     harness.save(made("small-x"), tmp_path)
     harness.save(made("base-x", d_model=768), tmp_path)

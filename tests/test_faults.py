@@ -3,17 +3,19 @@
 Each test uses a real process that runs train.py. tests/test_trainer.py kills at every moment, and spoils losses.
 """
 
+import json
 import os
 import pty
 import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
-from small_runs import SHAPE, Training, assert_same_run, write_documents
+from small_runs import ROOT, SHAPE, Training, assert_same_run, write_documents
 
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.training.guards import deferred_signals
@@ -307,3 +309,15 @@ def test_what_an_earlier_process_left_half_written_is_taken_away(tmp_path, train
     mine.write_text("not ours to take")
     assert training("--max-steps", 1).wait() == 0
     assert not any(path.exists() for path in leftovers) and mine.exists()
+
+
+@pytest.mark.slow
+def test_a_few_faults_of_the_campaign(tmp_path):
+    """benchmarks/faults.py in small: every fault is survived, in training, fine-tuning and generating."""
+    command = [sys.executable, "-m", "benchmarks.faults", "--faults", "36", "--seed", "7", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "faults-cpu.json").read_text())
+    assert [result["setting"] for result in results] == ["fine-tuning", "generating", "training"]
+    counted = [row for result in results for row in result["peers"].values()]
+    assert sum(row["faults"] for row in counted) == sum(row["survived"] for row in counted) >= 36

@@ -121,6 +121,8 @@ class Trainer:
         """
         if self.resumed and self.evaluated_step == self.step and (reason := self.ended()):
             repair_best(self)
+            if not files.exists(self.out / checkpoint.CURVE) and self.log.lines():  # killed after its last save
+                self._draw()
             return self._finish(reason)
         prepare_folder(self)
         self._clock = self._drawn = time.perf_counter()
