@@ -345,6 +345,7 @@ class TestCleaning:
             (f'<img alt="x" src="data:image/gif;base64,{PICTURE}=="> end', " end"),
             (f"data:application/pdf;name=a.pdf;base64,{PICTURE}", ""),
             (f"Raw {PICTURE} end", "Raw  end"),
+            ("Mail:\n" + (PICTURE[:76] + "\n") * 9 + "after\n\nBye.", "Mail:\nafter\n\nBye."),
             ("Mail:\n" + (PICTURE[:76] + "\n") * 9 + PICTURE[:36] + "==\n\nBye.", "Mail:\n\n\nBye."),
         ],
     )

@@ -327,6 +327,14 @@ class TestPrompt:
         tok = WordTokenizer.train(["Anna’s cat, Anna’s dog"], pattern="llama3")
         assert tok.decode(tok.encode_prompt("Zoltan's cat")) == "Zoltan’s cat"
 
+    @pytest.mark.parametrize("quote", "'’‘`´ʼ′")
+    def test_what_keyboards_have_for_an_apostrophe(self, quote):
+        for known in "'’":
+            tok = WordTokenizer.train([f"don{known}t, don{known}t"], pattern="llama3")
+            assert tok.decode(tok.encode_prompt(f"don{quote}t")) == f"don{known}t"
+        tok = WordTokenizer.train(["“why”, “why”"], pattern="llama3")
+        assert tok.decode(tok.encode_prompt("„why“")) == "“why”"
+
     def test_special_words_are_meant(self):
         tok = WordTokenizer.train(["It’s<start>a"], special_words=["<start>"], pattern="llama3")
         assert tok.encode_prompt("It's<start>a") == tok.encode("It’s<start>a", allow_special=True)

@@ -48,10 +48,12 @@ _PICTURE = re.compile(
     """,
     re.VERBOSE | re.MULTILINE,
 )
+# The rest of a block, which is no word: it has digits or signs.
+_LAST_LINE = rf"[ \t>]*(?=[^\n]*[0-9+/=])(?:{_LETTERS}{{4}})*{_LETTERS}{{0,3}}={{0,2}}[ \t]*$"
 _BASE64 = re.compile(
     rf"""
       (?<![\w+/-])[\w+/-]{{500,}}={{0,2}}                                       # on one line
-    | (?:^[ \t>]*{_LETTERS}{{60,100}}[ \t]*\n){{5,}}(?:[ \t>]*(?:{_LETTERS}{{4}})*{_LETTERS}{{0,3}}={{0,2}}[ \t]*$)?
+    | (?:^[ \t>]*{_LETTERS}{{60,100}}[ \t]*\n){{5,}}(?:{_LAST_LINE})?
     """,
     re.VERBOSE | re.MULTILINE | re.ASCII,
 )

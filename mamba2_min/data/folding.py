@@ -11,8 +11,16 @@ import unicodedata
 from collections.abc import Callable, Collection
 
 _CHUNK = re.compile(r"\s*\S+|\s+")  # a word with the white space before it
-_HAS_VARIANTS = re.compile(r"[^\x00-\x7f]|['\"]|--|\.\.\.")
-_STRAIGHT = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "—": "--", "\u00a0": " "})
+_HAS_VARIANTS = re.compile(r"[^\x00-\x7f]|['\"`]|--|\.\.\.")
+_STRAIGHT = str.maketrans(
+    {
+        **dict.fromkeys("‘’‛ʼ′´`", "'"),  # the last three stand where a keyboard has no apostrophe
+        **dict.fromkeys("“”„‟″", '"'),
+        **dict.fromkeys("\u00a0\u2009\u202f", " "),
+        "…": "...",
+        "—": "--",
+    }
+)
 _OPENING = re.compile(r"(?<![^\s(\[{—])['\"]+")  # quotes at the start of a word
 _TO_OPENING, _TO_CLOSING = str.maketrans("'\"", "‘“"), str.maketrans("'\"", "’”")
 
