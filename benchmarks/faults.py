@@ -35,9 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.faulty_works import METRICS, RESUME, Generating, Process, Work, same, works
+from benchmarks.faulty_works import METRICS, RESUME, FineTuning, Generating, Process, Training, Work, same, works
 
 KINDS = ("kill", "stop", "full disk", "read-only", "deleted", "two starts")
+NAMES = tuple(work.name for work in (Training, FineTuning, Generating))
 _INSIDE = "MAMBA2_MIN_FAULTS_INSIDE"  # set in the name space that has a disk of its own
 _DISK_BYTES = 16 << 20
 _STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -242,16 +243,20 @@ class Trial:
         return {path.name: path.read_bytes() for path in self.work.out.iterdir() if path.is_file()}
 
 
-def campaign(folder: Path, n_faults: int, seed: int, disk: Path | None, a_trial: int = 10) -> dict[str, dict[str, Any]]:
-    """{activity: {kind: {"faults": ..., "survived": ...}}}, of at least `n_faults` in all, a third in each activity."""
+def campaign(
+    folder: Path, n_faults: int, seed: int, disk: Path | None, names: list[str], a_trial: int = 10
+) -> dict[str, dict[str, Any]]:
+    """{activity: {kind: {"faults": ..., "survived": ...}}}, of at least `n_faults` in all, as many in each activity."""
     (folder / "said").mkdir()
     counts: dict[str, dict[str, Any]] = {}
     with works(folder) as all_works:
         for number, work in enumerate(all_works):
+            if work.name not in names:
+                continue
             reference = _undisturbed(work, folder / "said" / "whole")
             table = counts[work.name] = {kind: {"faults": 0, "survived": 0} for kind in KINDS}
             trial_number = 0
-            while sum(row["faults"] for row in table.values()) < -(-n_faults // len(all_works)):
+            while sum(row["faults"] for row in table.values()) < -(-n_faults // len(names)):
                 draw = random.Random(f"{seed} {number} {trial_number}")
                 trial_number += 1
                 trial = Trial(work.into((disk or folder) / "trial"), reference, draw, folder / "said", disk)
@@ -305,6 +310,7 @@ def main() -> int:
         prog="python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--faults", type=int, default=210, help="at least so many (default: 210)")
+    p.add_argument("--settings", nargs="+", choices=NAMES, default=list(NAMES), help="only these (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of the schedule (default: 0)")
     p.add_argument("--quick", action="store_true", help="a few faults: does it work? Nothing is written")
     p.add_argument(
@@ -319,7 +325,8 @@ def main() -> int:
             disk.mkdir()
             _mount("-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "none", str(disk))
         try:
-            counts = campaign(Path(name), 9 if args.quick else args.faults, args.seed, disk, 3 if args.quick else 10)
+            few = args.quick
+            counts = campaign(Path(name), 9 if few else args.faults, args.seed, disk, args.settings, 3 if few else 10)
         finally:
             if disk:
                 subprocess.run(["umount", str(disk)], check=True)
