@@ -42,7 +42,7 @@ from mamba2_min.training.carried import CarriedState
 from mamba2_min.training.compile_check import compile_checked
 from mamba2_min.training.guards import LossGuard, deferred_signals
 from mamba2_min.training.metrics import MetricsLog, plot_run
-from mamba2_min.training.resume import capture, prepare_folder, repair_best, restore
+from mamba2_min.training.resume import capture, prepare_folder, repair_ended, restore
 from mamba2_min.training.task import Batches, Pretraining, Task
 
 _SECONDS_BETWEEN_PLOTS = 30  # drawing takes most of a second, too much for every evaluation of a small model
@@ -120,9 +120,7 @@ class Trainer:
         was saved before is then still there.
         """
         if self.resumed and self.evaluated_step == self.step and (reason := self.ended()):
-            repair_best(self)
-            if not files.exists(self.out / checkpoint.CURVE) and self.log.lines():  # killed after its last save
-                self._draw()
+            repair_ended(self)
             return self._finish(reason)
         prepare_folder(self)
         self._clock = self._drawn = time.perf_counter()
