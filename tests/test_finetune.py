@@ -319,6 +319,18 @@ class TestData:
         found = load_chat(folder, WordTokenizer.load(base / "tokenizer.json"), None, 0.4)
         assert len(found.train) + len(found.validation) == 4
 
+    def test_files_are_found_as_for_training(self, base, tmp_path):
+        """No link leads out of the folder, and nothing hidden is read."""
+        outside = write_lines(tmp_path / "outside.jsonl", [{"prompt": "Secret?", "completion": "Yes."}])
+        folder = tmp_path / "folder"
+        (folder / ".trash").mkdir(parents=True)
+        write_lines(folder / ".trash" / "old.jsonl", [{"prompt": "Old?", "completion": "Yes."}])
+        (folder / "link.jsonl").symlink_to(outside)
+        write_lines(folder / "a.jsonl", PAIRS[:3])
+        found = load_chat(folder, WordTokenizer.load(base / "tokenizer.json"), None, 0.4)
+        asked = {talk.messages[0].content for talk in [*found.train_talks, *found.validation_talks]}
+        assert asked == {pair["prompt"] for pair in PAIRS[:3]}
+
     def test_the_split_does_not_move_under_additions(self):
         talks = [conversation(p, "x") for p in PAIRS]
         _, held_out = split(talks, 0.4)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mamba2_min.data.documents import PROSE, read_documents
+from mamba2_min.data.documents import PROSE, Reader, read_documents
 from mamba2_min.data.records import START, SUFFIXES
 from mamba2_min.data.tokenizer import WordTokenizer, bytes_outside
 from mamba2_min.errors import UserError
@@ -58,9 +58,9 @@ def _read(path: Path) -> Iterator[Conversation]:
     if not is_folder(path):
         yield from (conversation(row, where) for row, where in read_rows(path))
         return
-    tables = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    tables = Reader(path, suffixes=SUFFIXES).files  # no link leads out of the folder, nothing hidden is read
     for file in tables:
-        yield from (conversation(row, where) for row, where in read_rows(file))
+        yield from (conversation(row, where) for row, where in read_rows(file.path))
     try:
         documents = read_documents(path, suffixes=PROSE)
     except UserError:
