@@ -19,8 +19,9 @@ from mamba2_min import console, validate
 from mamba2_min.errors import UserError, printable, run_script
 from mamba2_min.finetune.talk import Chat
 from mamba2_min.flags import Parser
-from mamba2_min.inference.dialogue import OFF, SETTINGS, Dialogue, described, how_it_ended, in_words, show, write_out
+from mamba2_min.inference.dialogue import Dialogue, how_it_ended, reading, show, write_out
 from mamba2_min.inference.terminal import is_terminal
+from mamba2_min.inference.writing import add_flags, described, prepare, sampler_of
 
 RUNS = Path("runs")
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "\\": "\\"}
@@ -38,21 +39,18 @@ def main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mamba2_min.devices import pick_device
     from mamba2_min.finetune.load import open_run
-    from mamba2_min.ops.sampling import Sampler
+    from mamba2_min.inference.suggestions import suggested_prompts
 
-    try:
-        sampler = Sampler(**{name: getattr(args, name) for name in ("temperature", *OFF)})
-    except ValueError as error:
-        raise UserError("--" + in_words(error)) from None
+    sampler = sampler_of(args)
     device = pick_device(args.device)
     weights = None if args.quantize == "none" else args.quantize
     completer, template = open_run(folder, args.adapter, args.chat, device, weights)
-    completer.known_words = args.known_words
+    sampler = prepare(args, sampler, completer)
     print(
         f"model     {printable(str(folder))}{found}, {completer.model.config.num_parameters():,} "
         f"parameters{'' if args.quantize == 'none' else f' in {args.quantize}'}, "
         f"{len(completer.tokenizer):,} tokens known, on {device.type}\n"
-        f"sampling  {described(sampler)}\n"
+        f"sampling  {described(sampler, completer.known_words, all_of_it=not is_terminal(sys.stdout))}\n"
         f"length    at most {args.max_tokens:,} tokens, to the end of the document"
         + "".join(f" or {stop!r}" for stop in args.stop),
         file=sys.stdout if prompt is None or is_terminal(sys.stdout) else sys.stderr,
@@ -60,11 +58,15 @@ def main() -> int:
     )
     if prompt is None:
         settings = (completer, sampler, args.max_tokens, args.stop)
-        (Dialogue(*settings) if template is None else Chat(*settings, template)).run()
+        if template is None:
+            Dialogue(*settings, suggested_prompts(folder, completer.tokenizer)).run()
+        else:
+            Chat(*settings, template).run()
         return 0
     try:
         write = completer.complete if template is None else Chat(completer, sampler, 1, (), template).reply
-        pieces, prompt = write(prompt, args.max_tokens, sampler, args.stop), "" if template else prompt
+        with reading(completer):
+            pieces, prompt = write(prompt, args.max_tokens, sampler, args.stop), "" if template else prompt
         show(pieces, prompt) if is_terminal(sys.stdout) else write_out(pieces)
     except FloatingPointError as error:
         raise UserError(str(error)) from None
@@ -123,20 +125,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=[],
         help=r"stop before this text (\n is a line end, \t a tab, \\ a backslash); may be given several times",
     )
-    sampling = parser.add_argument_group("which word comes next")
-    sampling.add_argument(
-        "--known-words", action="store_true", help="only words of the vocabulary; none spelled out byte by byte"
-    )
-    defaults = {"temperature": 0.8, **OFF}
-    for command, (name, read, what) in SETTINGS.items():
-        if name in defaults:
-            sampling.add_argument(
-                "-" + command.replace("/", "-"),
-                metavar="N" if read is int else "X",
-                type=read,
-                default=defaults[name],
-                help=f"{what} (default: {'off' if name in OFF else defaults[name]})",
-            )
+    add_flags(parser.add_argument_group("which word comes next"))
     return parser.parse_args(arguments)
 
 

@@ -6,6 +6,7 @@ python train.py --data training_data --out runs/mine
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -41,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
     add_flags(machine, (f for f in fields if f.metadata["group"] == "machine"))
     machine.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (every core)")
+    machine.add_argument(
+        "--tensorboard", action="store_true", help="also write what metrics.jsonl holds to DIR/tensorboard"
+    )
     machine.add_argument("--ignore-memory", action="store_true", help="start even where memory looks too small")
     return parser
 
@@ -67,8 +71,11 @@ def train(args: argparse.Namespace) -> int:
     from mamba2_min.training import screen
     from mamba2_min.training.memory import check_memory, fit_to_memory
     from mamba2_min.training.runs import plan_run
+    from mamba2_min.training.tensorboard import Board, writer_class
     from mamba2_min.training.trainer import Trainer
 
+    if args.tensorboard:
+        writer_class()  # what is missing is said now, not after reading the documents
     accept = tuple(name.strip().replace("-", "_") for name in args.accept.split(",") if name.strip())
     overrides = asked_for(args, DataSettings, Mamba2Config, Settings)
     plan = plan_run(args.out, overrides, args.preset, args.resume, args.overwrite, accept)
@@ -96,8 +103,10 @@ def train(args: argparse.Namespace) -> int:
         screen.show_start(trainer, plan.data.init_from, corpus)
     if trainer.resumed and trainer.evaluated_step == trainer.step and trainer.ended():
         screen.show("note", "this run has ended already; nothing is changed")
-    with view.watching(trainer):
-        result = trainer.train()
+    with Board(args.out, trainer.step) if args.tensorboard else contextlib.nullcontext() as board:
+        trainer.log.mirror = board and board.write
+        with view.watching(trainer):
+            result = trainer.train()
     arguments = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")]
     screen.show_result(result, trainer, f"python {shlex.join([*arguments, '--resume'])}")
     if result.signal:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba2_min.errors import UserError, printable, run_script
+from mamba2_min.inference.writing import TEMPERATURE, WRITING
 
 if TYPE_CHECKING:  # importing torch takes seconds: not for --help
     from mamba2_min.data.corpus import Corpus
@@ -109,7 +110,7 @@ def export(model: str, out: str, kind: str = "f32", template: str | None = None,
     say("", "(in older builds of llama.cpp that program is llama-cli)")
 
 
-SAMPLING = ["--temp", "0.8", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
+SAMPLING = ["--temp", str(TEMPERATURE), "--top-k", "0", "--top-p", "1", "--min-p", str(WRITING["min_p"])]
 
 
 def chat_templates(form: ChatTemplate) -> tuple[str, str]:
@@ -138,10 +139,10 @@ def modelfile(template: str) -> str:
     """What `ollama create` reads: the file, the form of a prompt, and sampling as in run.py."""
     return f'''FROM ./{GGUF}
 TEMPLATE """{template}"""
-PARAMETER temperature 0.8
+PARAMETER temperature {TEMPERATURE}
 PARAMETER top_k 0
 PARAMETER top_p 1
-PARAMETER min_p 0
+PARAMETER min_p {WRITING["min_p"]}
 PARAMETER repeat_penalty 1
 # The state has one size, so a long context costs no memory.
 PARAMETER num_ctx 1048576

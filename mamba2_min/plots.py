@@ -46,10 +46,11 @@ _MOST_NAMES = 100  # labels of a confusion matrix that are legible
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draws the training and validation loss, with the best marked, and the learning rate below.
+    """Draws the training and validation loss with the best marked, and the learning rate below.
 
     `metrics` are the records of metrics.jsonl (`read_metrics`). The training loss is drawn twice: faintly as it was,
-    and clearly as a running mean. Raises UserError where the file cannot be written.
+    and clearly as a running mean. The right axis has bits per byte, where the validation was counted in bytes. What
+    was trained after the best is shaded. Raises UserError where the file cannot be written.
     """
     train = [m for m in metrics if m["split"] == "train" and _is_number(m["loss"])]
     validation = [m for m in metrics if m["split"] == "validation" and _is_number(m["loss"])]
@@ -60,19 +61,15 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = 
         steps, losses = [m["step"] for m in train], [m["loss"] for m in train]
         top.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
         top.plot(steps, _running_mean(losses), color=BLUE, label="training, running mean")
-        top.plot(
-            [m["step"] for m in validation],
-            [m["loss"] for m in validation],
-            "o-",
-            color=ORANGE,
-            markersize=3.5,
-            label="validation",
-        )
+        tested, scores = [m["step"] for m in validation], [m["loss"] for m in validation]
+        top.plot(tested, scores, "o-", color=ORANGE, markersize=3.5, label="validation")
         if validation:
             best = min(validation, key=lambda m: m["loss"])
-            top.axvline(best["step"], color=GREEN, linewidth=0.8, linestyle="--")
             top.plot(best["step"], best["loss"], "*", color=GREEN, markersize=14, label=_describe(best))
-        shown = sorted(losses[len(losses) // 50 :] + [m["loss"] for m in validation])
+            if best["step"] < tested[-1]:
+                top.axvspan(best["step"], tested[-1], color=ORANGE, alpha=0.12, linewidth=0, label="after the best")
+            _add_bits_per_byte(top, best)
+        shown = sorted(losses[len(losses) // 50 :] + scores)
         if shown and shown[-1] > shown[0]:  # without the first steps, which would flatten all others
             margin = 0.05 * (shown[-1] - shown[0])
             top.set_ylim(shown[0] - margin, shown[-1] + margin)
@@ -84,6 +81,17 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: str | Path, title: str = 
         bottom.set_xlabel("step")
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
         save_figure(figure, path)
+
+
+def _add_bits_per_byte(axes: Axes, measured: dict[str, Any]) -> None:
+    """A right axis in bits per byte: a fixed multiple of nats per token on one validation text."""
+    bits, nats = measured.get("bits_per_byte", 0), measured["loss"]
+    if not _is_number(bits) or bits <= 0 or nats <= 0:
+        return
+    ratio = bits / nats
+    right = axes.secondary_yaxis("right", functions=(lambda loss: loss * ratio, lambda bits: bits / ratio))
+    right.set_ylabel("validation, bits per byte")
+    right.spines["right"].set_visible(False)
 
 
 def plot_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: str | Path, title: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import threading
 import time
@@ -459,3 +460,41 @@ def test_known_words_hold_whole_characters():
     completer = Completer(model, tokenizer, known_words=True)
     text = "".join(completer.complete("", 300, Sampler(temperature=2.0, seed=0)))
     assert len(text) > 20 and "\ufffd" not in text
+
+
+def test_unknown_words_of_the_prompt_are_written_as_a_whole():
+    """And no known words are glued together, which in a text are cut as one word."""
+    tokenizer = WordTokenizer.train(["The cat and the dog said so. st resting"], pattern="llama3")
+    model = Mamba2LM(Mamba2Config(len(tokenizer), d_model=32, n_layer=1, headdim=16, d_state=16), seed=0)
+    completer = Completer(model, tokenizer, known_words=True)
+
+    def written(prompt):
+        return "\n".join("".join(completer.complete(prompt, 60, Sampler(3.0, seed=seed))) for seed in range(20))
+
+    text = written("The Quillo and Zyx7 said")
+    words = {*re.findall("[A-Za-z]+", "The Quillo and Zyx7 said" + text)}
+    known = {word.strip() for word in tokenizer.words if word.strip().isalpha()} | {"A", "I", "t", "s"}
+    assert {"Quillo", "Zyx"} <= words and words <= known | {"Quillo", "Zyx"}
+    assert text.count("Quillo") > 1
+    assert "Quillo" not in written("The cat said")
+
+
+def test_a_long_prompt_tells_how_much_of_it_is_read(model, tokenizer):
+    """It is read in parts, which changes nothing but rounding."""
+    completer = Completer(model, tokenizer)
+    told = []
+    completer.on_read = lambda done, count: told.append((done, count))
+    prompt = TEXT * 60
+    "".join(completer.complete(prompt, 0, Sampler(0)))
+    count = completer.stats.prompt_tokens
+    assert told == [(done, count) for done in range(0, count, 1024)] and len(told) > 1
+    ids = [tokenizer.eos_id, *tokenizer.encode_prompt(prompt)]
+    with torch.inference_mode():
+        logits, state = model.prefill(torch.tensor([ids]))
+    parts = completer._session
+    for one, other in zip([*state.ssm, *state.conv], [*parts.state.ssm, *parts.state.conv], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert int(logits[0].argmax()) == int(parts.logits.argmax()) and len(ids) == count
+    told.clear()
+    "".join(completer.complete("the owl", 2, Sampler(0)))
+    assert not told

@@ -319,7 +319,7 @@ class TestCommand:
         text = (out / "Modelfile").read_text()
         assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\n')
         values = {name: float(*value) for name, value in modelfile.parameters(text).items()}
-        off = {"top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}
+        off = {"top_k": 0, "top_p": 1, "min_p": 0.1, "repeat_penalty": 1}
         assert values == {"temperature": 0.8, **off, "num_ctx": 2**20}
         reader = reference.GGUFReader(out / "model.gguf")
         assert reader.fields["general.file_type"].contents() == 7

@@ -2,7 +2,9 @@
 
 import importlib.util
 import io
+import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError, printable
 from mamba2_min.inference import dialogue, terminal
 from mamba2_min.inference.completer import Completer
+from mamba2_min.inference.suggestions import suggested_prompts
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.ops.sampling import Sampler
 
@@ -83,6 +86,59 @@ def test_a_script_gets_the_completion_alone(folder):
     assert said.splitlines()[0].startswith(f"model     {folder}, ")
     assert "temperature 1.5, top-k off, top-p off, min-p off, repeat-penalty off, seed 3" in said
     assert "at most 12 tokens" in said and "12 tokens at " in said.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def well_read(tmp_path_factory):
+    """A run with a vocabulary of more than a few words, and with the documents that it was trained on."""
+    folder = tmp_path_factory.mktemp("runs") / "read"
+    words = [f" {a}{b}{c}" for a in "bcdfglmnprst" for b in "aeiou" for c in "bdfgklmnprst"]
+    tokenizer = WordTokenizer([*words, "The", " owl", " flew"], pattern="llama3")
+    model = Mamba2LM(Mamba2Config(len(tokenizer), d_model=32, n_layer=1, d_state=16, headdim=16), seed=0)
+    model.save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    (folder / "documents").mkdir()
+    (folder / "documents" / "a.md").write_text("# A title\n\nThe owl flew bab bad.")
+    (folder / "documents" / "b.md").write_text("A request<start>The bab owl flew, bad.")
+    (folder / "documents" / "c.md").write_text("Unknown words, that nobody knows")
+    (folder / "settings.json").write_text(json.dumps({"data": {"data": str(folder / "documents")}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "values", "known"),
+    [
+        ([], {"temperature": 0.8, "min_p": 0.1, "no_repeat": 6}, True),
+        (["--temperature", "1.5"], {"temperature": 1.5, "min_p": 0.1, "no_repeat": 6}, True),
+        (["--min-p", "0", "--top-p", "0.9"], {"top_p": 0.9, "no_repeat": 6}, True),
+        (["--no-known-words", "--no-repeat", "0"], {"min_p": 0.1}, False),
+        (["--raw"], {"temperature": 1.0}, False),
+        (["--temperature", "1", "--raw"], {"temperature": 1.0}, False),
+        (["--raw", "--top-k", "5", "--known-words"], {"temperature": 1.0, "top_k": 5}, True),
+        (["--temperature", "0"], {"temperature": 0.0}, False),
+    ],
+    ids=str,
+)
+def test_how_a_text_is_written(call, well_read, flags, values, known):
+    completer = Completer.load(well_read)
+    completer.known_words = known
+    text = "".join(completer.complete("The owl", 40, Sampler(**{"seed": 3, **values})))
+    said = call("--prompt", "The owl", "--max-tokens", "40", "--seed", "3", *flags, model=well_read)
+    assert said.out == text.removesuffix("\n") + "\n"
+    told = said.err.splitlines()[1]
+    assert told.endswith(f"known-words {'on' if known else 'off'}")
+    assert f"no-repeat {values.get('no_repeat') or 'off'}" in told and f"min-p {values.get('min_p') or 'off'}" in told
+
+
+def test_prompts_are_suggested_from_the_documents(well_read, folder):
+    tokenizer = WordTokenizer.load(well_read / "tokenizer.json")
+    assert {*suggested_prompts(well_read, tokenizer)} == {"The owl flew bab", "The bab owl"}
+    assert suggested_prompts(folder, tokenizer) == []  # there are no settings
+    other = well_read.parent / "other"
+    other.mkdir(exist_ok=True)
+    for settings in ('{"data": {"data": "not/there"}}', '{"data": 1}', "[]", "{"):
+        (other / "settings.json").write_text(settings)
+        assert suggested_prompts(other, tokenizer) == []
 
 
 def test_a_reader_who_leaves_is_no_error(folder):
@@ -425,6 +481,35 @@ def test_a_session_at_a_terminal(folder, tmp_path):
         session.until("length is 5\n\n> ")
         session.type("exit\n")
         assert session.child.wait(60) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
+def test_tab_completes_commands_and_suggestions(well_read, tmp_path):
+    """At a terminal with colours: remarks are grey, and only there."""
+    environment = {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "NO_COLOR": ""}
+    with Process("--model", str(well_read), "--max-tokens", "3", **environment) as session:
+        shown = session.until("> ")
+        assert "\x1b[2mFor example" in shown and "\x1b[2m  The bab owl\x1b[0m" in shown
+        session.type("/temp\t 0.5\n")
+        assert "\x1b[2mtemperature is 0.5\x1b[0m" in session.until("is 0.5\x1b[0m\n")
+        session.until("> ")
+        session.type("The b\t\n")
+        assert "The bab owl" in session.until("goes on]\x1b[0m\n")
+        session.until("> ")
+        session.type("exit\n")
+        assert session.child.wait(60) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_what_is_done_while_a_long_prompt_is_read(well_read, terminal):
+    arguments = ("--model", str(well_read), "--prompt", "The owl flew " * 700, "--max-tokens", "1")
+    with Process(*arguments, TERM=terminal) as session:
+        set_width(session.screen, 80)
+        shown = session.until("cut at the length\n")
+    told = re.findall(r"\r\x1b\[Kreading the prompt: ([\d,]+) of [\d,]+ tokens", shown)
+    assert told[:3] == ([] if terminal == "dumb" else ["0", "1,024", "2,048"])
+    assert shown.count("\x1b") == len(told) + bool(told)  # NO_COLOR: the status alone, and it goes
 
 
 def set_width(screen, columns):

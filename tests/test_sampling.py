@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba2_min.ops.sampling import Sampler, draw, penalise
+from mamba2_min.ops.sampling import Sampler, draw, penalise, repeats
 
 PROBABILITIES = torch.tensor([0.04, 0.40, 0.10, 0.25, 0.09, 0.12], dtype=torch.float64)
 LOGITS = PROBABILITIES.log().float() + 3.7
@@ -163,6 +163,29 @@ def test_a_penalty_counts_the_last_tokens_only():
     assert sampler.adjusted(repeat_window=0).pick(logits, [0]) == 0
 
 
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
+def test_what_would_repeat_is_found(ids, size):
+    """Token by token: the run that each would complete is compared with every run that there is."""
+    runs = [ids[i : i + size] for i in range(len(ids) - size + 1)]
+    expected = {token for token in range(4) if [*ids[len(ids) - size + 1 :], token] in runs} if size > 1 else {*ids}
+    assert {*repeats(ids, size)} == expected
+
+
+def test_no_run_of_tokens_is_written_twice():
+    """A model that knows one loop leaves it; where everything would repeat, it goes on as it would."""
+    sampler, ids = Sampler(temperature=0, no_repeat=3), []
+    for _ in range(60):
+        logits = torch.zeros(6)
+        logits[(ids[-1] + 1) % 3 if ids else 0] = 5.0
+        ids.append(sampler.pick(logits, ids))
+    runs = [tuple(ids[i : i + 3]) for i in range(len(ids) - 2)]
+    assert ids[:5] == [0, 1, 2, 0, 1] and len(runs) == len({*runs})
+    assert sampler.pick(torch.tensor([1.0]), [0] * 10) == 0
+    assert (sampler.window, Sampler().window, Sampler(repeat_window=500, no_repeat=2).window) == (256, 64, 500)
+    far = [0, 1, 2, *[3] * 260, 0, 1]
+    assert sampler.pick(torch.tensor([0.0, 0.0, 1.0, 0.0]), far) == 2
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -188,6 +211,8 @@ def test_a_penalty_counts_the_last_tokens_only():
         {"seed": 1.5},
         {"seed": "x"},
         {"repeat_window": -1},
+        {"no_repeat": -1},
+        {"no_repeat": 2.5},
     ],
     ids=str,
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba2_min.errors import UserError
-from mamba2_min.inference.dialogue import Dialogue, how_it_ended
+from mamba2_min.inference.dialogue import ACTIONS, Dialogue, how_it_ended, reading
+from mamba2_min.inference.terminal import remark
 
 if TYPE_CHECKING:
     from mamba2_min.finetune.conversations import ChatTemplate
@@ -25,6 +26,7 @@ COMMANDS = {
 class Chat(Dialogue):
     """As `Dialogue`, but a line is a turn of a conversation, and what follows is the answer."""
 
+    actions = ACTIONS | COMMANDS
     greeting = "Ask something, or /help. /reset begins anew. Ctrl-C stops an answer, Ctrl-D leaves."
     any_other_line = "Any other line is a request."
 
@@ -40,22 +42,23 @@ class Chat(Dialogue):
         value = value.strip()
         if command == "/reset":
             self.completer.remember(None)
-            print("forgotten")
+            remark("forgotten")
         elif command in ("/save", "/load"):
             if not value:
                 raise UserError(f"{command} needs the name of a file")
             save(self.completer, value) if command == "/save" else load(self.completer, value)
-            print("saved" if command == "/save" else "loaded: the conversation goes on from there")
+            remark("saved" if command == "/save" else "loaded: the conversation goes on from there")
         elif command == "/continue" and self.completer.memory and self.completer.stopped_by == "end":
-            print("the answer is complete; ask something else")
+            remark("the answer is complete; ask something else")
         elif line.startswith("/") and "\n" not in line:
             super().answer(line)
             if command == "/help":
                 for name, what in COMMANDS.items():
-                    print(f"  {name:16}{'':5}  {what}")
+                    remark(f"  {name:16}{'':5}  {what}")
         elif line.strip():
             sampler = dataclasses.replace(self.sampler)
-            pieces = self.reply(line, self.max_tokens, sampler, self.stop)
+            with reading(self.completer):
+                pieces = self.reply(line, self.max_tokens, sampler, self.stop)
             self.sampler = sampler
             self._write(pieces)
 

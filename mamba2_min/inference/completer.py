@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,9 +34,12 @@ from mamba2_min.data.tokenizer import StreamDecoder, WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.inference import stepping  # noqa: F401  the fast forms of `Mamba2LM.step`
 from mamba2_min.inference.decoding import lay_out_columns
+from mamba2_min.inference.known_words import KnownWords, Letters
 from mamba2_min.inference.quantize import load_quantized
 from mamba2_min.models.mamba2 import Mamba2LM, State
 from mamba2_min.ops.sampling import Sampler
+
+_READ = 1024  # tokens of a prompt that are read at once: little memory, and progress that can be shown
 
 
 @dataclass
@@ -63,13 +66,13 @@ class Completer:
 
     `stopped_by` says why the last text ended: "end" (of the document), "stop" (one of the stop texts), "length"
     (`max_tokens`) or "interrupted" (Ctrl-C, the iterator was closed, or it is still being read); None before the first.
-    `stats` are those of the last prompt and all that followed it. The model is put in evaluation mode.
+    `stats` are those of the last prompt and all that followed it. `on_read(done, all)`, if set, is told how many tokens
+    of a long prompt are read. The model is put in evaluation mode.
     Raises UserError where the tokenizer is not the model's.
     """
 
     def __init__(self, model: Mamba2LM, tokenizer: WordTokenizer, known_words: bool = False):
-        """With `known_words` only words of the vocabulary are written. A small model spells a rare word in bytes, and
-        often spells nonsense; then it does not."""
+        """With `known_words` only words of the vocabulary and of the prompt are written (known_words.py)."""
         if len(tokenizer) != model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: "
@@ -78,6 +81,7 @@ class Completer:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.known_words = known_words
+        self.on_read: Callable[[int, int], None] | None = None
         self.stopped_by: str | None = None
         self.stats = Stats()
         self._session: _Session | None = None
@@ -144,7 +148,8 @@ class Completer:
             self._device = next(self.model.parameters()).device
             nothing = torch.zeros(self.model.config.vocab_size)
             decoder = StreamDecoder(self.tokenizer)
-            self._session = _Session(state, nothing, deque(), decoder, Sampler(), (), False, unread)
+            known = KnownWords(self.tokenizer, self._letters)
+            self._session = _Session(state, nothing, deque(), decoder, Sampler(), (), False, known, unread)
 
     def _read(
         self,
@@ -156,18 +161,23 @@ class Completer:
         drop_space: bool = False,
     ) -> None:
         """Begins a session: reads `ids` from `state`, or from the start where it is None."""
-        recent = deque((i for i in ids if i != self.tokenizer.eos_id), maxlen=sampler.repeat_window)
+        recent = deque((i for i in ids if i != self.tokenizer.eos_id), maxlen=sampler.window)
         self._device = next(self.model.parameters()).device
         started = time.perf_counter()
         with torch.inference_mode():
-            prompt = torch.tensor([ids], device=self._device)
-            logits, state = self.model.prefill(prompt) if state is None else self.model.prefill(prompt, state)
+            for done in range(0, len(ids), _READ):
+                if self.on_read and len(ids) > _READ:
+                    self.on_read(done, len(ids))
+                part = torch.tensor([ids[done : done + _READ]], device=self._device)
+                logits, state = self.model.prefill(part) if state is None else self.model.prefill(part, state)
             logits = logits[0].cpu()  # (vocab,); waits for the device, so that the time measured is the prompt's
             if word_is_next:
                 logits = logits.masked_fill(~self._begins_with_space, -torch.inf)
+        assert state is not None  # there is always something to read
         self.stats = Stats(len(ids), time.perf_counter() - started, state_bytes=state.nbytes)
         decoder = StreamDecoder(self.tokenizer)
-        self._session = _Session(state, logits, recent, decoder, sampler, stop, word_is_next or drop_space)
+        known = KnownWords(self.tokenizer, self._letters, ids if self.known_words else ())
+        self._session = _Session(state, logits, recent, decoder, sampler, stop, word_is_next or drop_space, known)
 
     def continue_(
         self, max_tokens: int, sampler: Sampler | None = None, stop: Sequence[str] | None = None
@@ -184,7 +194,7 @@ class Completer:
         stop = session.stop if stop is None else stop
         session.stop = _checked(max_tokens, stop)
         session.sampler = sampler or session.sampler
-        session.recent = deque(session.recent, maxlen=session.sampler.repeat_window)
+        session.recent = deque(session.recent, maxlen=session.sampler.window)
         return self._start(max_tokens)
 
     def _start(self, max_tokens: int) -> Iterator[str]:
@@ -222,8 +232,9 @@ class Completer:
         if session.unread is not None:
             logits, session.state = self.model.step(torch.tensor([session.unread], device=self._device), session.state)
             session.logits, session.unread = logits[0], None
-        logits = session.logits.masked_fill(self._spells, -torch.inf) if self.known_words else session.logits
+        logits = session.known.only(session.logits) if self.known_words else session.logits
         token = session.unread = session.sampler.pick(logits, session.recent)
+        session.known.feed(token)
         self.stats.seconds += time.perf_counter() - started
         self.stats.tokens += 1
 
@@ -245,13 +256,8 @@ class Completer:
         return torch.tensor([self.tokenizer.token_bytes(i)[:1] == b" " for i in range(len(self.tokenizer))])
 
     @cached_property
-    def _spells(self) -> Tensor:
-        """(vocab,) bool: the tokens that spell words: letters and bytes. "A" and "I" are words, marks are no
-        letters."""
-        letters = {bytes([b]) for b in range(0x80) if chr(b).isalpha() or chr(b) == " "} - {b"A", b"I"}
-        spelled = [self.tokenizer.token_bytes(i) for i in range(len(self.tokenizer))]
-        parts = [b in letters or b.decode("utf-8", "ignore").encode() != b for b in spelled]  # of words, of characters
-        return torch.tensor(parts, device=self._device)
+    def _letters(self) -> Letters:
+        return Letters(self.tokenizer)
 
 
 class _Text:
@@ -318,6 +324,7 @@ class _Session:
     sampler: Sampler
     stop: Sequence[str]
     drop_space: bool  # the prompt already ends with the space that the next token begins with
+    known: KnownWords
     unread: int | None = None
     text: _Text = field(default_factory=_Text)
 

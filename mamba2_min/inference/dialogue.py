@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from mamba2_min import console, validate
 from mamba2_min.errors import UserError, printable
-from mamba2_min.inference.terminal import BOLD, DIM, LineEditor, WrappedText, styled
+from mamba2_min.inference.terminal import BOLD, LineEditor, Status, WrappedText, remark
+from mamba2_min.inference.writing import OFF, SETTINGS, in_words, shown
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `run.py --help` should not wait for it
     from mamba2_min.inference.completer import Completer
     from mamba2_min.ops.sampling import Sampler
 
-OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "seed": None}  # what changes nothing
 _SHOWN_PROMPT = 1000  # characters; of a longer prompt the terminal shows the end
-
-# What the dialogue sets: a value's name, how it is read, and a line of help.
-SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
-    "/temperature": ("temperature", float, "0: always the likeliest; 1: as the model has it"),
-    "/top-k": ("top_k", int, "only this many of the likeliest words"),
-    "/top-p": ("top_p", float, "only the likeliest, up to this share, e.g. 0.9"),
-    "/min-p": ("min_p", float, "only those this likely beside the likeliest, e.g. 0.05"),
-    "/repeat-penalty": ("repeat_penalty", float, "above 1, e.g. 1.1: recent words become less likely"),
-    "/length": ("max_tokens", int, "at most this many tokens"),
-    "/seed": ("seed", int, "a number: a prompt gets the same text every time"),
-}
 ACTIONS = {
     "/continue": "goes on exactly where the text stopped",
     "/stats": "speeds, and the size of the model's state",
@@ -39,17 +29,28 @@ ACTIONS = {
 class Dialogue:
     """Answers what is typed until the user leaves."""
 
+    actions = ACTIONS
     greeting = "Type the beginning of a text, or /help. Ctrl-C stops the words, Ctrl-D leaves."
     any_other_line = (
         "Any other line is the beginning of a text;\nwith an empty one, the model begins a document itself."
     )
 
-    def __init__(self, completer: Completer, sampler: Sampler, max_tokens: int, stop: Sequence[str]):
+    def __init__(
+        self,
+        completer: Completer,
+        sampler: Sampler,
+        max_tokens: int,
+        stop: Sequence[str],
+        suggestions: Sequence[str] = (),
+    ):
         self.completer, self.sampler, self.max_tokens, self.stop = completer, sampler, max_tokens, stop
+        self.suggestions = suggestions
 
     def run(self) -> None:
-        print(f"\n{self.greeting}")
-        with LineEditor() as editor:
+        remark(f"\n{self.greeting}")
+        if self.suggestions:
+            remark("For example (Tab completes):\n" + "\n".join(f"  {line}" for line in self.suggestions))
+        with LineEditor([*SETTINGS, *self.actions, *self.suggestions]) as editor:
             while True:
                 try:
                     print()
@@ -61,7 +62,7 @@ class Dialogue:
                     print()
                     return
                 except KeyboardInterrupt:
-                    print("\n(Ctrl-D or /quit leaves)")
+                    remark("\n(Ctrl-D or /quit leaves)")
                 except UnicodeDecodeError:
                     print("error: that line is not UTF-8")
                 except NotImplementedError:  # a notebook that is run without a person
@@ -74,7 +75,8 @@ class Dialogue:
         command, _, value = line.strip().partition(" ")
         if not line.startswith("/") or "\n" in line:
             sampler = dataclasses.replace(self.sampler)  # begins with its seed again
-            pieces = self.completer.complete(line, self.max_tokens, sampler, self.stop)
+            with reading(self.completer):
+                pieces = self.completer.complete(line, self.max_tokens, sampler, self.stop)
             self.sampler = sampler
             self._write(pieces, line)
         elif command in SETTINGS:
@@ -85,21 +87,21 @@ class Dialogue:
             self._print_stats()
         elif command == "/help":
             for name, (_, _, what) in SETTINGS.items():
-                print(f"  {name:16}{self._value(name):>5}  {what}")
+                remark(f"  {name:16}{self._value(name):>5}  {what}")
             for name, what in ACTIONS.items():
-                print(f"  {name:16}{'':5}  {what}")
-            print(f'"off" as a value switches one off. {self.any_other_line}')
+                remark(f"  {name:16}{'':5}  {what}")
+            remark(f'"off" as a value switches one off. {self.any_other_line}')
         else:
             near = difflib.get_close_matches(command, [*SETTINGS, *ACTIONS], n=1)
             hint = f"did you mean {near[0]}?" if near else "see /help (a space before the / makes it a text)"
-            print(f"there is no {printable(command[:40])}; {hint}")
+            remark(f"there is no {printable(command[:40])}; {hint}")
 
     def _write(self, pieces: Iterable[str], prompt: str = "") -> None:
         try:
             show(pieces, prompt)
         except KeyboardInterrupt:
             print()
-        print(styled(f"[{self._how_it_ended()}]", DIM))
+        remark(f"[{self._how_it_ended()}]")
 
     def _how_it_ended(self) -> str:
         further = "begins another" if self.completer.stopped_by == "end" else "goes on"
@@ -107,7 +109,7 @@ class Dialogue:
 
     def _set(self, command: str, text: str) -> None:
         if not text:
-            print(f"{command[1:]} is {self._value(command)}")
+            remark(f"{command[1:]} is {self._value(command)}")
             return
         name, read, _ = SETTINGS[command]
         try:
@@ -117,22 +119,37 @@ class Dialogue:
         try:
             if name == "max_tokens":
                 self.max_tokens = validate.integer("length", value, 1, 2**63 - 1)
+            elif name == "known_words":
+                self.completer.known_words = validate.one_of("known_words", value, ("on", "off")) == "on"
             else:
                 self.sampler = self.sampler.adjusted(**{name: value})
         except ValueError as error:
-            print(f"{printable(in_words(error))}; it stays {self._value(command)}")
+            remark(f"{printable(in_words(error))}; it stays {self._value(command)}")
         else:
-            print(f"{command[1:]} is {self._value(command)}")
+            remark(f"{command[1:]} is {self._value(command)}")
 
     def _value(self, command: str) -> str:
         name = SETTINGS[command][0]
-        return str(self.max_tokens) if name == "max_tokens" else _shown(self.sampler, name)
+        if name == "known_words":
+            return "on" if self.completer.known_words else "off"
+        return str(self.max_tokens) if name == "max_tokens" else shown(self.sampler, name)
 
     def _print_stats(self) -> None:
         stats = self.completer.stats
-        print(f"prompt  {stats.prompt_tokens:,} tokens, {stats.prompt_tokens_per_second:,.0f} tokens/s")
-        print(f"text    {stats.tokens:,} tokens, {stats.tokens_per_second:,.0f} tokens/s")
-        print(f"state   {stats.state_bytes / 1024:,.0f} KiB, after the first token as after the last")
+        remark(f"prompt  {stats.prompt_tokens:,} tokens, {stats.prompt_tokens_per_second:,.0f} tokens/s")
+        remark(f"text    {stats.tokens:,} tokens, {stats.tokens_per_second:,.0f} tokens/s")
+        remark(f"state   {stats.state_bytes / 1024:,.0f} KiB, after the first token as after the last")
+
+
+@contextlib.contextmanager
+def reading(completer: Completer) -> Iterator[None]:
+    """Shows how much of a long prompt is read, where it is read within this context."""
+    with Status() as status:
+        completer.on_read = lambda done, count: status(f"reading the prompt: {done:,} of {count:,} tokens")
+        try:
+            yield
+        finally:
+            completer.on_read = None
 
 
 def show(pieces: Iterable[str], prompt: str = "") -> None:
@@ -175,18 +192,3 @@ def how_it_ended(completer: Completer) -> str:
         "interrupted": "interrupted",
     }
     return f"{stats.tokens:,} tokens at {stats.tokens_per_second:,.0f} a second, {ended[completer.stopped_by or '']}"
-
-
-def described(sampler: Sampler) -> str:
-    return ", ".join(f"{name.replace('_', '-')} {_shown(sampler, name)}" for name in ("temperature", *OFF))
-
-
-def _shown(sampler: Sampler, name: str) -> str:
-    value = getattr(sampler, name)
-    return "off" if name in OFF and value == OFF[name] else str(value)
-
-
-def in_words(error: ValueError) -> str:
-    """A message that begins with a field's name, with that name as the user types it."""
-    name, rest = str(error).split(" ", 1)
-    return f"{name.replace('_', '-')} {rest}"

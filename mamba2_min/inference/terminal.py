@@ -8,6 +8,7 @@ import re
 import select
 import sys
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,40 @@ def is_terminal(stream: Any) -> bool:
 
 def styled(text: str, style: str) -> str:
     """`text` in a style, where standard output is a terminal that has styles."""
-    plain = not is_terminal(sys.stdout) or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    plain = not _obeys(sys.stdout) or os.environ.get("NO_COLOR")
     return text if plain or not (text and style) else f"{style}{text}\033[0m"
+
+
+def remark(text: str = "") -> None:
+    """Prints what the program itself says, in grey: line by line, so that no style goes on over a line's end."""
+    for line in text.split("\n"):
+        print(styled(line, DIM))
+
+
+def _obeys(stream: Any) -> bool:
+    """Whether a stream is a terminal that knows escape sequences."""
+    return is_terminal(stream) and os.environ.get("TERM") != "dumb"
+
+
+class Status:
+    """A line that tells what is being done, and goes when that is over; nothing where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def __enter__(self) -> Status:
+        return self
+
+    def __call__(self, text: str) -> None:
+        """Shows `text` in the place of what was there."""
+        columns = _columns()
+        if columns and _obeys(sys.stdout):
+            self._shown = True
+            _put("\r\033[K" + styled(text[: columns - 1], DIM))
+
+    def __exit__(self, *exception: object) -> None:
+        if self._shown:
+            _put("\r\033[K")
 
 
 class WrappedText:
@@ -105,7 +138,11 @@ class LineEditor:
 
     Several lines that are pasted are one prompt. The terminal marks what is pasted where it can (bracketed paste), and
     the line editor puts it together. Without such marks, lines that arrive at the same moment belong together.
+    Tab completes a line to one of `lines`, where the terminal marks pastes: in a paste, a tab is a tab.
     """
+
+    def __init__(self, lines: Sequence[str] = ()):
+        self.lines = lines
 
     def __enter__(self) -> LineEditor:
         self._readline, self._marks_pastes = None, False
@@ -116,13 +153,22 @@ class LineEditor:
             self._marks_pastes = "libedit" not in (readline.__doc__ or "") and os.environ.get("TERM", "dumb") != "dumb"
             if self._marks_pastes:
                 readline.parse_and_bind("set enable-bracketed-paste on")
+                readline.parse_and_bind("tab: complete")
+                readline.set_completer_delims("")  # a line is completed as a whole
+                readline.set_completer(self._completion)
             with contextlib.suppress(OSError):
                 readline.read_history_file(_history_file())
             readline.set_history_length(1000)
         return self
 
+    def _completion(self, typed: str, number: int) -> str | None:
+        """The line with this number among those that begin as it was typed; what it returns is readline's protocol."""
+        fitting = [line for line in self.lines if line.startswith(typed) and (typed or not line.startswith("/"))]
+        return fitting[number] if number < len(fitting) else None
+
     def __exit__(self, *exception: object) -> None:
         if self._readline:
+            self._readline.set_completer(None)
             with contextlib.suppress(OSError):
                 file = _history_file()
                 file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

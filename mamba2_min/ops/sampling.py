@@ -1,6 +1,6 @@
-"""From logits to a token: temperature, top-k, top-p, min-p and a repetition penalty, as plain functions of tensors.
+"""From logits to a token: temperature, top-k, top-p, min-p and what prevents repetition, as plain functions of tensors.
 
-    logits ─► repetition penalty ─► temperature ─► top-k ─► top-p ─► min-p ─► draw ─► token
+    logits ─► repetition penalty ─► no repeats ─► temperature ─► top-k ─► top-p ─► min-p ─► draw ─► token
 
 Each of the three cuts keeps the likeliest tokens and drops a tail. Nothing is sorted: `draw` finds out whether a token
 lies in the top-p nucleus after it has been drawn, from the weight of those before it.
@@ -22,6 +22,7 @@ from torch import Tensor
 from mamba2_min import validate
 
 _LARGEST = 2**63 - 1
+_LOOP = 256  # tokens within which `no_repeat` looks back
 
 
 def penalise(scores: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
@@ -32,6 +33,15 @@ def penalise(scores: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
     index = torch.tensor(sorted(set(ids)), dtype=torch.long, device=scores.device)
     old = scores[index]
     return scores.index_put((index,), torch.where(old > 0, old / penalty, old * penalty))
+
+
+def repeats(ids: Sequence[int], size: int) -> list[int]:
+    """The tokens that would make the last `size` tokens a run that `ids` already holds; ids has the latest last."""
+    last = list(ids[len(ids) - size + 1 :]) if len(ids) >= size > 1 else []
+    if not last:
+        return list(ids) if size == 1 else []
+    ends = (i for i in range(size - 1, len(ids)) if ids[i - 1] == last[-1])
+    return [ids[i] for i in ends if list(ids[i - size + 1 : i]) == last]
 
 
 def draw(weights: Tensor, mass: float = math.inf, generator: torch.Generator | None = None) -> int:
@@ -72,6 +82,7 @@ class Sampler:
     min_p           only those at least this fraction as likely as the likeliest; 0 is off
     repeat_penalty  above 1, tokens among the last `repeat_window` become less likely; 1 is off
     seed            None: different every time
+    no_repeat       so many tokens in a row are not written twice within 256: no loops; 0 is off
     """
 
     temperature: float = 0.8
@@ -81,6 +92,7 @@ class Sampler:
     repeat_penalty: float = 1.0
     seed: int | None = None
     repeat_window: int = 64
+    no_repeat: int = 0
     _generator: torch.Generator = field(default_factory=_cpu_generator, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +102,7 @@ class Sampler:
         validate.number("repeat_penalty", self.repeat_penalty, 1e-3, 1e3)
         validate.integer("top_k", self.top_k, 0, _LARGEST)
         validate.integer("repeat_window", self.repeat_window, 0, _LARGEST)
+        validate.integer("no_repeat", self.no_repeat, 0, _LARGEST)
         if self.seed is None:
             self._generator.seed()
         else:
@@ -102,6 +115,11 @@ class Sampler:
             object.__setattr__(other, "_generator", self._generator)
         return other
 
+    @property
+    def window(self) -> int:
+        """How many of the last tokens `pick` looks at."""
+        return max(self.repeat_window, _LOOP) if self.no_repeat else self.repeat_window
+
     def pick(self, logits: Tensor, history: Sequence[int] | deque[int] = ()) -> int:
         """One token id from logits (v,) of any float type and device; history: the ids so far, the latest last.
 
@@ -110,6 +128,9 @@ class Sampler:
         scores = logits.detach().cpu().double()  # float64, so that no temperature above 0 rounds to 0
         if self.repeat_penalty != 1 and history:
             scores = penalise(scores, list(islice(reversed(history), self.repeat_window)), self.repeat_penalty)
+        if self.no_repeat and (again := repeats(list(islice(reversed(history), _LOOP))[::-1], self.no_repeat)):
+            without = scores.index_fill(0, torch.tensor(again), -math.inf)
+            scores = without if without.isfinite().any() else scores
         likeliest = int(scores.numpy().argmax())  # a tenth of the time of PyTorch's; of equals the first, or a NaN
         peak = float(scores[likeliest])
         if not math.isfinite(peak):

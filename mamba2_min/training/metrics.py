@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ class MetricsLog:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.records = 0
+        self.mirror: Callable[[dict[str, Any]], None] | None = None  # gets each record too
 
     def append(self, **values: Any) -> None:
         """Writes one line, whole or not at all. Raises UserError where that fails, as on a full disk."""
-        line = json.dumps({k: _plain(v) for k, v in values.items()}, allow_nan=False) + "\n"
-        append_line(self.path, line.encode())
+        record = {k: _plain(v) for k, v in values.items()}
+        append_line(self.path, (json.dumps(record, allow_nan=False) + "\n").encode())
         self.records += 1
+        if self.mirror:
+            self.mirror(record)
 
     def flush(self) -> None:
         """Returns when every line is on the disk."""
@@ -63,14 +67,27 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [_parse(line, Path(path), number) for number, line in enumerate(lines, start=1)]
 
 
-def plot_run(folder: Path) -> None:
-    """Draws the metrics.jsonl of a run's folder into its loss.png. Raises UserError where that cannot be done."""
+def plot_run(folder: Path, seconds: float = 0.0) -> None:
+    """Draws the metrics.jsonl of a run's folder into its loss.png, and how long it has trained, if that is known.
+
+    Raises UserError where that cannot be done.
+    """
     from mamba2_min.plots import plot_loss  # matplotlib takes a second to import
 
     title = printable(str(folder)).replace("$", r"\$")  # text between two $ would be a formula
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a folder's name may have letters that the font lacks
-        plot_loss(read_metrics(folder / checkpoint.METRICS), folder / checkpoint.CURVE, title=title)
+        metrics = read_metrics(folder / checkpoint.METRICS)
+        if seconds and metrics:
+            title += f": {metrics[-1]['step']:,} steps in {clock(seconds)}"
+        plot_loss(metrics, folder / checkpoint.CURVE, title=title)
+
+
+def clock(seconds: float) -> str:
+    """3:07 or 2:03:07."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _content(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
@@ -16,12 +17,20 @@ from mamba2_min import console
 from mamba2_min.data.corpus import Corpus
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import printable
-from mamba2_min.models.base import LanguageModel
+from mamba2_min.inference.completer import Completer
+from mamba2_min.inference.terminal import DIM, styled
+from mamba2_min.inference.writing import FEW_WORDS, WRITING
+from mamba2_min.models.evaluating import evaluating
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.ops.sampling import Sampler
 from mamba2_min.settings import DataSettings
 from mamba2_min.training.guards import JUMPED, NOT_FINITE
+from mamba2_min.training.metrics import clock
 from mamba2_min.training.trainer import Result, Trainer
 
 _SECONDS_BETWEEN_LINES = 30
+_SAMPLE_TOKENS = 48
+_SENTENCES = re.compile(r"""(?s).*[.!?][”"’')]*(?=\s)""")  # as many as are whole
 _MANY_BYTES = 0.2  # of a text outside the vocabulary
 
 
@@ -68,12 +77,13 @@ class Screen:
             score = values["score"]
             self.validation = f", val {score.loss:.3f}"
             self._write(f"{step}validation {score}" + ("  *" if values["best"] else ""))
-            if self.sample:
-                self._write(wrapped(self.sample(values["step"]), " " * 13 + "| "))
+            if self.sample and values["best"]:  # what a worse model writes would only mislead
+                sample = wrapped(self.sample(values["step"]), " " * 13 + "| ")
+                self._write("\n".join(styled(line, DIM) for line in sample.split("\n")))
 
     def _progress(self, values: dict[str, Any]) -> None:
         trainer, now = self.trainer, time.perf_counter()
-        loss, speed, left = values["loss"], values["tokens"] / values["seconds"], _clock(_seconds_left(trainer))
+        loss, speed, left = values["loss"], values["tokens"] / values["seconds"], _time_left(trainer)
         if not self.bar.disable:
             if trainer.progress:  # if a time limit ends the run, the number of steps depends on the speed
                 self.bar.total = max(trainer.step, round(trainer.step / trainer.progress))
@@ -89,13 +99,20 @@ class Screen:
             console.print(line)
 
 
-def sample_of(model: LanguageModel, tokenizer: WordTokenizer) -> Callable[[int], str]:
-    """A function for `Screen`: it returns the start of a document that the model writes, on one line."""
-    eos = tokenizer.eos_id
+def sample_of(model: Mamba2LM, tokenizer: WordTokenizer) -> Callable[[int], str]:
+    """A function for `Screen`: it returns the start of a document that the model writes, on one line.
 
-    def sample(seed: int) -> str:
-        ids = list(model.generate([eos], 32, temperature=0.7, top_p=0.95, seed=seed, stop_ids=[eos]))
-        return printable(" ".join(tokenizer.decode(ids).split()))
+    It writes as the completer does, in its likelier words and to the end of a sentence, where one ends in time.
+    """
+
+    def sample(step: int) -> str:
+        with evaluating(model):
+            completer = Completer(model, tokenizer, known_words=len(tokenizer.words) >= FEW_WORDS)
+            text = "".join(completer.complete("", _SAMPLE_TOKENS, Sampler(0.6, seed=0, **WRITING)))
+        if completer.stopped_by != "end":
+            sentences = _SENTENCES.match(text)
+            text = sentences[0] if sentences else text + "…"
+        return printable(" ".join(text.split()))
 
     return sample
 
@@ -197,16 +214,7 @@ def wrapped(text: str, first: str, rest: str | None = None) -> str:
     return first + ("\n" + (first if rest is None else rest)).join(lines)
 
 
-def _seconds_left(trainer: Trainer) -> float | None:
-    """Until the steps or the minutes are over, at the speed so far; None before the first step."""
+def _time_left(trainer: Trainer) -> str:
+    """Until the steps or the minutes are over, at the speed so far; "?" before the first step."""
     done = trainer.progress
-    return trainer.seconds / done * (1 - min(done, 1)) if trainer.seconds and done else None
-
-
-def _clock(seconds: float | None) -> str:
-    """3:07 or 2:03:07."""
-    if seconds is None:
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return clock(trainer.seconds / done * (1 - min(done, 1))) if trainer.seconds and done else "?"

@@ -257,7 +257,7 @@ class Trainer:
         self._clock = now
 
     def _draw(self) -> None:
-        plot_run(self.out)
+        plot_run(self.out, self.seconds)
         self._drawn = time.perf_counter()
 
 

@@ -1,0 +1,89 @@
+"""The recorded session: what a terminal would show, when, and as a picture."""
+
+import itertools
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+pytest.importorskip("termios")
+from benchmarks import record
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def shown(*texts, columns=20):
+    cells = record.Cells(columns, 5)
+    for text in texts:
+        cells.feed(text)
+    return ["".join(c for c, _ in line).rstrip() for line in cells.lines()]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("one\r\ntwo", ["one", "two"]),
+        ("a long one\rshort\x1b[K", ["short"]),
+        ("12%\r100%", ["100%"]),
+        ("abc\b\bX", ["aXc"]),
+        ("x" * 25, ["x" * 20, "x" * 5]),
+        ("bar\n\x1b[A\rnew\r\n", ["new"]),
+        ("\x1b[?2004h> hi\x1b[?2004l\r\n\x1b]0;title\x07ok", ["> hi", "ok"]),
+        ("a\x1b[3Cb\x1b[2DY", ["a  Yb"]),
+        ("\r\n".join("1234567"), ["3", "4", "5", "6", "7"]),
+    ],
+)
+def test_cells_are_what_a_terminal_shows(text, lines):
+    assert shown(text) == lines + [""] * (5 - len(lines))
+    assert shown("é→", "ok") == ["é→ok", "", "", "", ""]
+
+
+def test_styles_are_kept():
+    cells = record.Cells()
+    cells.feed("a\x1b[1mb\x1b[0m\x1b[2mc & <d>\x1b[0m ")
+    assert record._markup(cells.lines()[0]) == 'a<tspan class="b">b</tspan><tspan class="d">c &amp; &lt;d&gt;</tspan>'
+
+
+def test_no_pause_is_long_and_nothing_changes_its_order():
+    times = [0.1, 0.2, 60.0, 60.5, 600.0]
+    short = record.shortened(times, longest=100.0, pause=1.0)
+    assert short == pytest.approx([0.1, 0.2, 1.2, 1.7, 2.7])
+    assert record.shortened(times, longest=1.35, pause=1.0) == pytest.approx([at / 2 for at in short])
+    assert record.shortened([]) == []
+
+
+PROGRAM = r"""
+print("\033[2mready\033[0m")
+name = input("name? ")
+print("hello", name)
+"""
+
+
+def test_a_session_becomes_a_picture(tmp_path):
+    (tmp_path / "ask.py").write_text(PROGRAM)
+    commands = [record.Command("python ask.py", (("name? ", "owl\n"),)), record.Command("python -c 'print(6 * 7)'")]
+    frames = record.record(commands, tmp_path, {**os.environ, "TERM": "xterm"})
+    last = ["".join(c for c, _ in line).rstrip() for line in frames[-1].lines]
+    told = [line for line in last if not re.fullmatch(r"\(\d+ seconds\)", line)]
+    assert told[:7] == ["$ python ask.py", "ready", "name? owl", "hello owl", "", "$ python -c 'print(6 * 7)'", "42"]
+    assert all(a.at < b.at for a, b in itertools.pairwise(frames))
+
+    picture = ElementTree.fromstring(record.to_svg(frames))
+    texts = {f"#{text.get('id')}": "".join(text.itertext()) for text in picture.iter(f"{SVG}text")}
+    height = float(picture.get("height"))
+    strip = [
+        (float(use.get("y")) - (len(frames) - 1) * height, texts[use.get("href")]) for use in picture.iter(f"{SVG}use")
+    ]
+    assert [text for y, text in strip if y > 0] == [line for line in last if line]
+    assert max(y for y, _ in strip) < height
+    style = "".join(picture.find(f"{SVG}style").itertext())
+    stops = [float(at) for at in re.findall(r"([\d.]+)%\{", style)]
+    assert len(stops) == len(frames) and stops == sorted(stops) and stops[-1] < 100
+
+
+def test_a_command_that_fails_or_hangs_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match="ended with status 3"):
+        list(record.play(record.Command("python -c 'exit(3)'"), tmp_path, {**os.environ}))
+    with pytest.raises(RuntimeError, match=r"takes longer than 0\.5 seconds"):
+        list(record.play(record.Command("python -c 'input()'"), tmp_path, {**os.environ}, seconds=0.5))
