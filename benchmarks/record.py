@@ -254,13 +254,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3.1", help="the Ollama server's model (%(default)s)")
     parser.add_argument("--without-generator", action="store_true", help="record train.py and run.py alone")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of training (%(default)g)")
-    parser.add_argument("--eval-every", type=int, default=40, help="steps between validations (%(default)s)")
+    parser.add_argument("--train", default="--max-minutes 3", metavar="FLAGS", help="of train.py (%(default)s)")
     parser.add_argument("--out", default="docs/images/session.svg", metavar="FILE", help="(%(default)s)")
     args = parser.parse_args()
     keys = (("> ", "The little owl\n"), ("> ", "/con\t\n"), ("> ", "\x04"))
     commands = [
-        Command(f"python train.py --max-minutes {args.minutes:g} --eval-every {args.eval_every} --out runs/mine"),
+        Command(f"python train.py {args.train} --out runs/mine"),
         Command("python run.py --model runs/mine --max-tokens 60", keys),
     ]
     if not args.without_generator:

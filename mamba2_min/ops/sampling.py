@@ -140,7 +140,8 @@ class Sampler:
         weights = (scores - peak).div_(self.temperature).exp_()  # the likeliest weighs 1
         ids = None
         if 0 < self.top_k < weights.numel():
-            weights, ids = weights.topk(self.top_k)
+            ids = scores.topk(self.top_k).indices  # not of the weights, where what hardly differs is equal
+            weights = weights[ids]
         mass = self.top_p * float(weights.sum()) if self.top_p < 1 else math.inf
         if self.min_p > 0:
             weights = torch.where(weights >= self.min_p, weights, 0.0)
