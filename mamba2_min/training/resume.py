@@ -12,7 +12,6 @@ from mamba2_min.checkpoints import checkpoint
 from mamba2_min.errors import UserError
 from mamba2_min.settings import ACCEPTABLE, BEFORE, Settings, defaults
 from mamba2_min.training.last import check_fit, check_last, optimizer_state
-from mamba2_min.training.metrics import plot_run
 
 if TYPE_CHECKING:
     from mamba2_min.training.trainer import Trainer
@@ -108,7 +107,7 @@ def repair_ended(trainer: Trainer) -> None:
     """Writes what a run lacks that was killed after its last save: the best model, and the curve."""
     repair_best(trainer)
     if not files.exists(trainer.out / checkpoint.CURVE) and trainer.log.lines():
-        plot_run(trainer.out)
+        trainer._draw()
 
 
 def repair_best(trainer: Trainer) -> None:
