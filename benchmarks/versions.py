@@ -29,7 +29,7 @@ BASE = {"vocab_size": 1000, "d_model": 768, "n_layer": 4, "d_state": 128}
 SETTINGS: dict[str, dict[str, Any]] = {  # rounds: how often a turn repeats the work after two that do not count
     "train-small-b8-l256": {"work": "train", "config": SMALL, "batch": 8, "length": 256, "rounds": 4},
     "train-base-b1-l1024": {"work": "train", "config": BASE, "batch": 1, "length": 1024, "rounds": 3},
-    "decode-small": {"work": "decode", "config": SMALL, "batch": 1, "length": 200, "rounds": 5},
+    "decode-small": {"work": "decode", "config": SMALL, "batch": 1, "length": 100, "rounds": 3},
 }
 TINY = {"vocab_size": 50, "d_model": 32, "n_layer": 1, "d_state": 8, "headdim": 16}
 QUICK = {
@@ -45,6 +45,7 @@ from mamba2_min import devices
 from mamba2_min.config import Mamba2Config
 try:
     from mamba2_min.models.mamba2 import Mamba2LM
+    from mamba2_min.inference import stepping  # registers the fast steps
     from mamba2_min.inference.decoding import lay_out_columns
 except ImportError:
     from mamba2_min.model import Mamba2LM
