@@ -41,7 +41,7 @@ notebooks: .venv/installed-notebooks  ## run every notebook from scratch; a fail
 	@touch $@
 
 .venv/installed-notebooks: .venv/installed
-	$(INSTALL) --editable ".[notebooks]"
+	$(INSTALL) --editable ".[notebooks,eval]"
 	@touch $@
 
 clean:                           ## everything that can be made again, except your runs

@@ -46,8 +46,9 @@ def test_answers_are_those_of_one_pass_over_everything(model, tokenizer, monkeyp
 def test_gain_and_right_by_hand():
     logs = torch.tensor([[-1.0, -5.0, -3.0], [-2.0, -4.0, -3.0], [-3.0, -6.0, -3.0]])
     assert needle.gains(logs).tolist() == [1.5, 1.5, 0.0]
-    assert needle.right(logs).tolist() == [True, True, True]  # row 2: -1, -1, 0 against the rows' means
-    assert needle.right(logs.flip(0)).tolist() == [False, True, False]
+    assert needle.right(logs).tolist() == [1, 1, 1]  # row 2: -1, -1, 0 against the rows' means
+    assert needle.right(logs.flip(0)).tolist() == [0, 1, 0]
+    assert needle.right(torch.zeros(4, 4) + 1e-6 * torch.rand(4, 4)).tolist() == [0.25] * 4
 
 
 def test_a_model_that_forgets_at_once_gains_nothing(model, tokenizer):
@@ -56,7 +57,7 @@ def test_a_model_that_forgets_at_once_gains_nothing(model, tokenizer):
     for layer in forgetful.backbone.layers:
         layer.mixer.dt_bias.data.fill_(20.0)  # exp(dt A) is 0 for every head
     lost = needle.measure(forgetful, tokenizer, BOOK, [5, 200], trials=2)
-    assert abs(lost[0].gain) < 1e-4 and abs(lost[1].gain) < 1e-4
+    assert lost[0].right == pytest.approx(1 / 3) and abs(lost[0].gain) < 1e-4 and abs(lost[1].gain) < 1e-4
     assert short[0].state_bytes == lost[1].state_bytes and abs(short[0].gain) > 10 * abs(lost[0].gain)
     assert [p.words for p in short] == [5, 200]
 
@@ -77,7 +78,9 @@ def test_the_command(model, tokenizer, tmp_path, monkeypatch, capsys):
     status, out, err = call("--model", "run", "--data", "book.txt", "--out", "out")
     assert status == 0 and "by chance" in out, err
     found = json.loads((tmp_path / "out" / "needle.json").read_text())
-    assert [p["words"] for p in found["points"]] == [100, 200, 500] and found["chance"] == pytest.approx(1 / 3)
+    assert [p["words"] for p in found["points"]] == [10, 20, 50, 100, 200, 500] and found["chance"] == pytest.approx(
+        1 / 3
+    )
     assert (tmp_path / "out" / "needle.png").stat().st_size > 5000
     for arguments, message in (
         (["--model", "run", "--data", "none.txt"], "none.txt"),
