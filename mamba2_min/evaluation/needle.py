@@ -164,7 +164,8 @@ def measure(
 def table(points: Sequence[Point], chance: float) -> str:
     lines = [f"{'words between':>13}  {'gain, nats':>16}  {'right':>6}  {'state':>12}"]
     for p in points:
-        lines.append(f"{p.words:>13,}  {p.gain:>7.4f} ± {p.error:>6.4f}  {p.right:>6.0%}  {p.state_bytes:>6,} bytes")
+        gain = f"{round(p.gain, 4) + 0:>7.4f} ± {p.error:>6.4f}"  # + 0: no negative zero
+        lines.append(f"{p.words:>13,}  {gain}  {p.right:>6.0%}  {p.state_bytes:>6,} bytes")
     return "\n".join([*lines, f"{'by chance':>13}  {0:>7.4f}{'':9}  {chance:>6.0%}"])
 
 
