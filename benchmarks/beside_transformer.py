@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness, peers
 from benchmarks.harness import OURS, MemoryMeter, Options, Unavailable
+from mamba2_min import devices
 from mamba2_min.config import Mamba2Config
 from mamba2_min.inference.decoding import lay_out_columns
 from mamba2_min.models.mamba2 import Mamba2LM, State
@@ -267,42 +270,56 @@ def take_turns(works: dict[str, Callable[[], None]], options: Options, clock: Cl
     return {name: first[name] + more.get(name, []) for name in works}
 
 
-def measure(settings: dict[str, Setting], names: list[str], options: Options, seconds: float) -> list[dict[str, Any]]:
-    """A measurement per setting. All settings of one shape share their models, and what is left of the time is
-    shared among the settings that are left."""
-    whole, results = Clock(seconds), []
+def measure(
+    settings: dict[str, Setting], names: list[str], options: Options, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """A measurement per setting, as soon as it is there. All settings of one shape share their models, and what is left
+    of the time is shared among the settings that are left."""
+    whole = Clock(seconds)
     readers: dict[tuple[str, Mamba2Config], Reader | str] = {}
     for k, (name, setting) in enumerate(settings.items()):
         clock = Clock(whole.left / (len(settings) - k))
         entries: dict[str, dict[str, Any]] = {peer: {} for peer in names}
         works = {}
         for peer in names:
-            try:
+            with _noting(entries[peer]):
                 reader = readers.get((peer, setting.mamba)) or _reader(peer, setting, options, clock)
                 readers[peer, setting.mamba] = reader
                 if isinstance(reader, str):
                     raise Unavailable(reader)
-                works[peer], facts = harness.in_this_process(reader.read, setting, clock)
+                works[peer], facts = reader.read(setting, clock)
                 entries[peer] |= facts
-            except Unavailable as reason:
-                entries[peer]["skipped"] = str(reason)
-        try:
-            for peer, times in harness.in_this_process(take_turns, works, options, clock).items():
+        failure: dict[str, Any] = {}
+        with _noting(failure):
+            for peer, times in take_turns(works, options, clock).items():
                 entries[peer] |= harness.timed(times, things=setting.tokens, tokens=setting.batch)
-        except Unavailable as reason:
-            for peer in works:
-                entries[peer]["skipped"] = str(reason)
+        for peer in works:
+            entries[peer] |= failure
         works.clear()
         harness.forget(options)
-        results.append(harness.measurement("beside_transformer", name, setting.about(), options, entries))
-    return results
+        yield harness.measurement("beside_transformer", name, setting.about(), options, entries)
+
+
+@contextmanager
+def _noting(entry: dict[str, Any]) -> Iterator[None]:
+    """Puts what goes wrong with one peer into its entry, whatever it is: the others are still worth the time."""
+    try:
+        yield
+    except Unavailable as reason:
+        entry["skipped"] = str(reason)
+    except Exception as error:
+        if devices.is_out_of_memory(error):
+            entry["skipped"] = "out of memory"
+        else:
+            traceback.print_exc()
+            entry["skipped"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
 
 
 def _reader(name: str, setting: Setting, options: Options, clock: Clock) -> Reader | str:
     """The peer, ready to read; or why it cannot be built."""
     try:
         clock.need(0)
-        return Reader(harness.in_this_process(build, name, setting, options), name, options)
+        return Reader(build(name, setting, options), name, options)
     except Unavailable as reason:
         return str(reason)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,9 +107,12 @@ def work_of(name: str, setting: scan.Setting, options: Options) -> Callable[[], 
 
 
 def measure(
-    settings: dict[str, scan.Setting], names: Sequence[str], options: Options, seconds: float
+    settings: dict[str, scan.Setting], names: Sequence[str], options: Options, seconds: float, folder: Path | None
 ) -> list[Measurement]:
-    """A measurement per length. A peer's longer lengths are left out once one would take more time than is left."""
+    """A measurement per length, written to `folder` as soon as it is there.
+
+    A peer's longer lengths are left out once one would take more time than is left.
+    """
     clock, results = Clock(seconds), []
     last: dict[tuple[str, bool], tuple[int, float]] = {}
     for name, setting in settings.items():
@@ -129,6 +133,8 @@ def measure(
         result = harness.measurement("scan_lengths", name, asdict(setting), options, entries)
         results.append(result)
         harness.show(result)
+        if folder:
+            harness.save(result, folder)
     return results
 
 
@@ -139,14 +145,11 @@ def main() -> None:
     options = replace(harness.options(args), memory=False)
     options.prepare()
     settings = harness.choose(QUICK if args.quick else SETTINGS[args.device], args)
-    results = measure(settings, args.peers, options, args.seconds)
+    results = measure(settings, args.peers, options, args.seconds, None if args.quick else args.out)
     for backward in (False, True):
         series = [r for r in results if r["about"]["backward"] is backward]
         for found in crossings(series) if series else ():
             print(f"{'forward and backward' if backward else 'forward'}: {found}")
-    if not args.quick:
-        for result in results:
-            harness.save(result, args.out)
 
 
 if __name__ == "__main__":

@@ -68,3 +68,13 @@ def test_a_table_of_lengths_names_the_crossings():
         results.append(harness.measurement("scan_lengths", f"l{l}", about, OPTIONS, entries))
     table = seed_table.crossing_table(results)
     assert "tokens, forward" in table and "the scan overtakes attention at about 1,000 tokens" in table
+
+
+def test_a_peer_that_breaks_is_a_line_of_the_result(monkeypatch):
+    def broken(name, setting, options):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(beside_transformer, "build", broken)
+    setting = beside_transformer.QUICK["tiny-b1-after10"]
+    (result,) = beside_transformer.measure({"tiny": setting}, [OURS], Options(rounds=1, warmup=1), 60)
+    assert result["peers"][OURS]["skipped"] == "failed: TypeError: no such argument"
