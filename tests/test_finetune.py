@@ -1,6 +1,8 @@
 """Fine-tuning from end to end: by the trainer, resumed to the bit, its files read back, its commands in one line."""
 
 import json
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from mamba2_min.finetune.chat import load_chat, split
 from mamba2_min.finetune.classifier import Classifier
 from mamba2_min.finetune.conversations import TEMPLATES, TURNS, conversation, prompt_ids, tokenize
 from mamba2_min.finetune.load import load_completer, template_of
+from mamba2_min.finetune.lora import LoRAConfig
 from mamba2_min.finetune.packing import batches_of, lay_out
 from mamba2_min.finetune.sorting import SortingScore, make_classifier, pad, score
 from mamba2_min.finetune.spec import FinetuneSettings, plan
@@ -458,3 +461,44 @@ def test_a_run_is_not_replaced_and_not_resumed_with_other_settings(base, tmp_pat
         spec_of(base, data, tmp_path / "out")
     with pytest.raises(UserError, match="--lora-r was 16 when"):
         spec_of(base, data, tmp_path / "out", resume=True, lora_r=4, val_fraction=0.3)
+
+
+def test_a_conversation_longer_than_memory_is_one_line(base, tmp_path, monkeypatch):
+    long = {"prompt": "What does the cat do?", "completion": "The cat purrs. " * 200}
+    data = write_lines(tmp_path / "data.jsonl", [*PAIRS, long])
+    monkeypatch.setattr("mamba2_min.devices.free_memory", lambda device: 220 << 20)
+    with pytest.raises(
+        UserError, match=r"data.jsonl, line 9 \(.* tokens\), takes 1,024 tokens; leave it out"
+    ) as caught:
+        finetune(base, data, tmp_path / "out", val_fraction=0.0)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    finetune(base, write_lines(data, PAIRS), tmp_path / "out", val_fraction=0.0, max_steps=1)
+
+
+def test_a_base_that_moved_is_named(base, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    finetune(base, data, tmp_path / "lora", method="lora", val_fraction=0.3, max_steps=1)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="which is not a folder here; name it") as caught:
+        merge(tmp_path / "lora", tmp_path / "merged")
+    assert str(base) in str(caught.value) and not (tmp_path / "merged").exists()
+    assert merge(tmp_path / "lora", tmp_path / "merged", tmp_path / "elsewhere") < 1e-5
+
+
+def test_a_full_disk_leaves_the_adapter_that_was_there(base, tmp_path, monkeypatch):
+    """The limit on a file's size stands for a disk without room: the second save finds none."""
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    finetune(base, data, tmp_path / "lora", method="lora", val_fraction=0.0, max_steps=4)
+    before = (tmp_path / "lora" / adapter.WEIGHTS).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+        model = adapter.load_adapter(tmp_path / "lora", Mamba2LM.from_pretrained(base))
+        with pytest.raises(UserError, match="File too large; the one from before is unchanged") as caught:
+            adapter.save_adapter(tmp_path / "lora", model, base, LoRAConfig(), "0" * 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "lora" / adapter.WEIGHTS).read_bytes() == before

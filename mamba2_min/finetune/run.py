@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mamba2_min import devices
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError, printable
@@ -24,6 +25,7 @@ from mamba2_min.finetune.spec import FinetuneSettings, FinetuneSpec
 from mamba2_min.finetune.tasks import AdapterFiles, Answers
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.training import screen
+from mamba2_min.training.memory import training_memory
 from mamba2_min.training.task import ModelFiles, Task
 from mamba2_min.training.trainer import Result, Trainer
 
@@ -40,6 +42,8 @@ class Prepared:
     sample: Callable[[int], str]
     next_command: str
     notes: list[str]
+    largest: tuple[int, int]  # rows and tokens per row of the largest batch
+    longest: str  # where the longest text comes from
 
 
 def finetune(spec: FinetuneSpec, out: str | Path, device: torch.device, again: str, quiet: bool = False) -> Result:
@@ -47,6 +51,7 @@ def finetune(spec: FinetuneSpec, out: str | Path, device: torch.device, again: s
     ready = prepare(spec, Path(out))
     view = screen.Screen(ready.sample)
     report = (lambda event, values: None) if quiet else view.report
+    check_memory(ready, spec, device)
     trainer = Trainer(ready.model, ready.task, spec.training, out, device, spec.resume, report)
     spec.save(out, **ready.about)
     if quiet:
@@ -76,6 +81,23 @@ def finetune(spec: FinetuneSpec, out: str | Path, device: torch.device, again: s
         screen.show("confused", f"{confused} ({Path(out) / labels.CONFUSION} shows all)")
     screen.show_result(result, trainer, again, ready.next_command)
     return result
+
+
+def check_memory(ready: Prepared, spec: FinetuneSpec, device: torch.device) -> None:
+    """Raises UserError where a step with the longest text needs more memory than is free: nothing is ever cut."""
+    s, free = spec.training, devices.free_memory(device)
+    rows, length = ready.largest
+    micro = min(s.micro_batch or rows, rows)
+    precision = devices.pick_precision(s.precision, device)
+    needed = training_memory(ready.model.config, micro, length, device, s.recompute, precision)
+    trained, everything = trainable(ready.model)
+    needed -= 12 * (everything - trained)  # what is frozen has no gradient and no moments
+    if free is not None and needed > free:
+        raise UserError(
+            f"training needs about {devices.size(needed)}, and {devices.size(free)} is free: the longest text, "
+            f"{ready.longest}, takes {length:,} tokens; leave it out, lower --batch-size (now {s.batch_size}), or pass "
+            "--micro-batch 1 or --recompute"
+        )
 
 
 def _draw_confusion(result: Result, task: Task, out: Path) -> None:
@@ -112,7 +134,23 @@ def prepare(spec: FinetuneSpec, out: Path) -> Prepared:
             f"{data.template}",
             *data.notes,
         ],
+        largest=_largest([len(e) for e in data.train], spec),
+        longest=_where_longest(data),
     )
+
+
+def _largest(lengths: list[int], spec: FinetuneSpec) -> tuple[int, int]:
+    """Rows and tokens per row of the batch of packed conversations that needs the most memory."""
+    context, rows = spec.training.context, spec.training.batch_size
+    room = context
+    while room < max(lengths):
+        room *= 2
+    return max(1, rows * context // room), room
+
+
+def _where_longest(data: ChatData) -> str:
+    longest = max(range(len(data.train)), key=lambda i: len(data.train[i]))
+    return f"{data.train_talks[longest].where} ({len(data.train[longest]):,} tokens)"
 
 
 def _method(f: FinetuneSettings, seed: int, model: Mamba2LM) -> tuple[Mamba2LM, ModelFiles]:
@@ -139,6 +177,7 @@ def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer
         model, kept = _method(f, spec.training.seed, model)
     classifier = make_classifier(model, data, f, spec.training.seed)
     task = Sorting(data, tokenizer, ClassifierFiles(kept, data.names, f.pool))
+    longest = max(len(sample) for sample in data.train)
     return Prepared(
         model=classifier,
         task=task,
@@ -150,6 +189,8 @@ def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer
             f"{len(data.names)} labels",
             *data.notes,
         ],
+        largest=(spec.training.batch_size, longest),
+        longest=f"one of {f.data}",
     )
 
 
