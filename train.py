@@ -10,12 +10,16 @@ import contextlib
 import dataclasses
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from mamba2_min import console
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError, run_script
 from mamba2_min.flags import add_flags, asked_for
 from mamba2_min.settings import MODEL_FLAGS, PRESETS, DataSettings, Settings
+
+if TYPE_CHECKING:
+    from torch import device as Device
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--tensorboard", action="store_true", help="also write what metrics.jsonl holds to DIR/tensorboard"
     )
+    machine.add_argument("--context-parallel", type=int, default=1, metavar="N", help="processes that share each text")
     machine.add_argument("--ignore-memory", action="store_true", help="start even where memory looks too small")
     return parser
 
@@ -53,22 +58,36 @@ def main() -> int:
     args = build_parser().parse_args()
     if args.threads < 0:
         raise UserError("--threads must be at least 1")
+    if args.context_parallel < 1:
+        raise UserError("--context-parallel must be at least 1")
     if not args.out:
         raise UserError("--out needs the name of a folder")
     console.install("the training goes on")
-    from mamba2_min import files  # torch takes seconds to import: not for --help
+    from mamba2_min import devices, files  # torch takes seconds to import: not for --help
     from mamba2_min.checkpoints import checkpoint
+    from mamba2_min.training import distributed
 
-    with files.locked(args.out, checkpoint.RUN_FILES):
-        return train(args)
+    device = distributed.local_device(devices.pick_device(args.device))
+    if not distributed.is_leader():
+        console.silence()
+    try:
+        with distributed.joined(device, args.context_parallel) as team, contextlib.ExitStack() as held:
+            if team.leads:
+                held.enter_context(files.locked(args.out, checkpoint.RUN_FILES))
+            team.wait()
+            return train(args, device)
+    except distributed.Gone:
+        if distributed.is_leader():
+            raise
+        return 1
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace, device: Device) -> int:
     """Plans, reads, checks, trains; prints each; returns the exit status."""
     import torch
 
     from mamba2_min import devices
-    from mamba2_min.training import screen
+    from mamba2_min.training import distributed, screen
     from mamba2_min.training.memory import check_memory, fit_to_memory
     from mamba2_min.training.runs import plan_run
     from mamba2_min.training.tensorboard import Board, writer_class
@@ -76,25 +95,27 @@ def train(args: argparse.Namespace) -> int:
 
     if args.tensorboard:
         writer_class()  # what is missing is said now, not after reading the documents
+    team = distributed.team()
     accept = tuple(name.strip().replace("-", "_") for name in args.accept.split(",") if name.strip())
     overrides = asked_for(args, DataSettings, Mamba2Config, Settings)
     plan = plan_run(args.out, overrides, args.preset, args.resume, args.overwrite, accept)
-    device = devices.pick_device(args.device)
-    torch.set_num_threads(args.threads or devices.cpu_threads())
+    torch.set_num_threads(args.threads or distributed.local_threads(devices.cpu_threads()))
     devices.keep_freed_memory()
 
     corpus = plan.corpus(args.out, args.ignore_memory)
     config = plan.config(corpus)
     screen.show_corpus(plan.data, corpus)
     context = min(plan.training.context, max(len(corpus.train) - 1, 1))  # no window is longer than the text
-    fitting = fit_to_memory(config, dataclasses.replace(plan.training, context=context), device)
+    fitting = fit_to_memory(config, dataclasses.replace(plan.training, context=context), device, team.divides)
     memory = check_memory(config, fitting, device, ignore=args.ignore_memory)
     plan = dataclasses.replace(plan, training=dataclasses.replace(plan.training, micro_batch=fitting.micro_batch))
 
     model = plan.build(config)
     view = screen.Screen(screen.sample_of(model, corpus.tokenizer))
     trainer = Trainer(model, corpus, plan.training, args.out, device, plan.resume, view.report, plan.accept_documents)
-    plan.save(args.out)
+    team.wait()  # until every process has read what the folder held
+    if team.leads:
+        plan.save(args.out)
     screen.show_training(trainer, *memory)
     if args.resume:
         started = f"from step {trainer.step:,}" if trainer.resumed else "nothing saved yet: from the beginning"
@@ -103,7 +124,8 @@ def train(args: argparse.Namespace) -> int:
         screen.show_start(trainer, plan.data.init_from, corpus)
     if trainer.resumed and trainer.evaluated_step == trainer.step and trainer.ended():
         screen.show("note", "this run has ended already; nothing is changed")
-    with Board(args.out, trainer.step) if args.tensorboard else contextlib.nullcontext() as board:
+    shown = args.tensorboard and team.leads
+    with Board(args.out, trainer.step) if shown else contextlib.nullcontext() as board:
         trainer.log.mirror = board and board.write
         with view.watching(trainer):
             result = trainer.train()

@@ -79,6 +79,11 @@ def install(note: str = "") -> None:
         stream.note = note or stream.note
 
 
+def silence() -> None:
+    """Nothing more is written to sys.stdout: another process has the screen."""
+    sys.stdout = Guarded(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def failure() -> Exception | None:
     """The error that silenced sys.stdout; None if there was none, or nothing is installed."""
     return sys.stdout.failure if isinstance(sys.stdout, Guarded) else None

@@ -108,6 +108,7 @@ class Settings:
         10.0, "skip a step whose loss is this many deviations above recent ones; 0: never", acceptable=True
     )
     max_bad_steps: int = setting(10, "skipped steps in a row, then stop", low=1, acceptable=True)
+    rules: int = setting(2, low=1, high=2)  # how micro-batches are added up; 1 is how the first version did it
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -126,7 +127,7 @@ ACCEPTABLE = tuple(field.name for field in dataclasses.fields(Settings) if field
 
 
 # What a run began with that does not name a setting, because it is older: the others are the defaults of today.
-BEFORE = {"validate": "carried", "carry_state": False, "ema_decay": 0.0}
+BEFORE: dict[str, Any] = {"validate": "carried", "carry_state": False, "ema_decay": 0.0, "rules": 1}
 BEFORE_OF_DATA = {"rules": 1}
 
 

@@ -126,6 +126,7 @@ class Training:
     `limits`: {resource.RLIMIT_...: most}, where the most of RLIMIT_AS is counted from what the process has when it
     starts. `stdout`: what it opens as its standard output instead, such as a pipe's name or /dev/full; `terminal`: what
     it opens as its terminal, alone in a session. `encoding`: that of its streams. `nohup`: it starts under nohup.
+    `environment`: variables that it has beside its own.
     """
 
     def __init__(self, *arguments, said, **options):
@@ -154,7 +155,8 @@ class Training:
         return self.said.read_text() if self.said.exists() else ""
 
 
-def _child(arguments, said, limits=None, stdout=None, terminal=None, encoding=None, nohup=False):
+def _child(arguments, said, limits=None, stdout=None, terminal=None, encoding=None, nohup=False, environment=None):
+    os.environ.update(environment or {})
     if terminal:
         os.setsid()
     both = os.open(terminal or said, os.O_RDWR | os.O_CREAT, 0o644)  # the first terminal of a session is its own

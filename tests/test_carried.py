@@ -56,7 +56,7 @@ def test_every_token_is_a_target_once_per_epoch_and_rows_go_on(trial):
     streams = Streams(torch.arange(1, n + 1, dtype=torch.int32), starts, context, rows, start_id=0, seed=trial)
     for _ in range(3):
         seen, last = [], [None] * rows
-        for window in range(streams.windows):
+        for window in range(streams.length):
             input_ids, targets, seq_idx, fresh = next(streams)
             assert input_ids.shape == targets.shape == seq_idx.shape == (rows, streams.context)
             assert fresh.all() or window
@@ -109,15 +109,15 @@ def test_windows_with_the_state_carried_score_as_the_whole_rows_do():
     model = small_model().double()
     streams = Streams(tokens, starts, 7, 3, 0, seed=1)
     carried, windows, losses = CarriedState(model), [], []
-    for _ in range(streams.windows):
+    for _ in range(streams.length):
         input_ids, targets, seq_idx, fresh = next(streams)
         windows.append((input_ids, targets, seq_idx, fresh))
         for part in (slice(0, 2), slice(2, 3)):  # in micro-batches
             state = carried.before(part, fresh)
             loss, state = model.loss_and_state(input_ids[part], targets[part], state, seq_idx[part], reduction="sum")
             losses.append(float(loss.detach()))
-            carried.after(state)
-        carried.commit()
+            carried.after(part, state)
+        carried.commit(3)
     whole = [torch.cat(parts, 1) for parts in list(zip(*windows, strict=True))[:3]]
     # The rows at once: a document's number must not change where a window ends, only where a document begins.
     restarts = torch.cat([w[3][:, None].expand(-1, 1) for w in windows], 1)
@@ -137,8 +137,8 @@ def test_a_step_that_is_computed_again_starts_from_the_same_state():
     for _ in range(2):  # the first try is given up
         state = carried.before(slice(0, 2), fresh)
         assert all(not t.any() for t in (*state.conv, *state.ssm))
-        carried.after(model.hidden(ids, state)[1])
-    carried.commit()
+        carried.after(slice(0, 2), model.hidden(ids, state)[1])
+    carried.commit(2)
     once = model.hidden(ids)[1]
     after = carried.before(slice(0, 2), fresh)
     for mine, theirs in zip((*after.conv, *after.ssm), (*once.conv, *once.ssm), strict=True):
@@ -355,7 +355,8 @@ def test_each_document_is_scored_from_zero_whatever_the_window(kind, window):
     nats = 0.0
     for begin, end in zip(starts.tolist(), [*starts.tolist()[1:], 61], strict=True):
         document = torch.cat([torch.zeros(1, dtype=torch.int64), tokens[begin:end].long()])[None]
-        logits, _ = model(document[:, :-1])
+        with torch.no_grad():
+            logits, _ = model(document[:, :-1])
         nats += float(F.cross_entropy(logits[0], document[0, 1:], reduction="sum"))
     score = evaluate(model, tokens, 100, 0, window, starts=starts)
     assert (score.nats, score.tokens) == (pytest.approx(nats, rel=1e-9), 61)

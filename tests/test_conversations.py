@@ -136,7 +136,7 @@ def test_an_epoch_has_every_example_once(lengths, seed):
     windows = PackedWindows([example(n, k) for k, n in enumerate(lengths)], context=32, batch_size=4, seed=seed)
     for _ in range(2):
         counted = 0
-        for _ in range(windows.batches_per_epoch):
+        for _ in range(windows.length):
             input_ids, targets, seq_idx = next(windows)
             assert input_ids.shape == targets.shape == seq_idx.shape
             assert len(input_ids) == 1 or input_ids.numel() <= 4 * 32
@@ -150,7 +150,7 @@ def test_batches_go_on_where_they_stopped():
         return PackedWindows([example(n % 37 + 3, n) for n in range(50)], 64, 2, seed)
 
     windows, again = made(), made(0)
-    for _ in range(windows.batches_per_epoch + 3):
+    for _ in range(windows.length + 3):
         next(windows)
     again.load_state_dict(windows.state_dict())
     for _ in range(40):

@@ -21,6 +21,7 @@ from mamba2_min.evaluation.perplexity import evaluate
 from mamba2_min.models.base import decay_groups
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.settings import Settings, learning_rate
+from mamba2_min.training.gradients import batch_gradients
 from mamba2_min.training.guards import JUMPED, NOT_FINITE, LossGuard
 from mamba2_min.training.metrics import MetricsLog, read_metrics
 from mamba2_min.training.trainer import Trainer
@@ -122,7 +123,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, data):
         trainer = make_trainer(tmp_path / "run", data, dropout=0.0, context=200, batch_size=8, micro_batch=micro)
         input_ids, targets = next(trainer.windows)
         assert (targets == -100).any()  # parts with fewer targets weigh less
-        loss = trainer.backward(input_ids, targets)
+        loss = batch_gradients(trainer, trainer.team, input_ids, targets)
         assert loss == pytest.approx(float(trainer.model.loss(input_ids, targets).detach()), rel=1e-5)
         gradients.append([p.grad.clone() for p in trainer.model.parameters()])
     for others in gradients[1:]:
@@ -328,7 +329,7 @@ def test_another_run_cannot_be_gone_on_with(tmp_path, data):
         assert "\n" not in str(error.value)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
-    refused("lr was 0.01 when the run in .* began, and is now 0.02", lr=0.02)
+    refused("weight_decay was 1.0 when the run in .* began, and is now 0.5", weight_decay=0.5)
     refused("batch_size was 3", batch_size=4)
     refused("dropout was 0.1, now 0.0", dropout=0.0)
     other = write_documents(tmp_path / "other", seed=9)

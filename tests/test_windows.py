@@ -101,9 +101,9 @@ class TestWindows:
 
     def test_a_place_in_other_data_is_refused(self):
         state = Windows(torch.arange(100), 8, 2).state_dict()
-        with pytest.raises(UserError, match="tokens were 100, now 90"):
+        with pytest.raises(UserError, match="tokens 100 then, 90 now"):
             Windows(torch.arange(90), 8, 2).load_state_dict(state)
-        with pytest.raises(UserError, match="context were 8, now 9"):
+        with pytest.raises(UserError, match="context 8 then, 9 now"):
             Windows(torch.arange(100), 9, 2).load_state_dict(state)
         for damaged in ({}, {**state, "epoch": "1"}, {**state, "position": 99}, {**state, "more": 1}):
             with pytest.raises(UserError, match="damaged"):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
+from mamba2_min.data.epochs import Epochs
 from mamba2_min.data.findings import counted
 from mamba2_min.errors import UserError
 from mamba2_min.ops.loss import IGNORE
 
 
-class Streams:
+class Streams(Epochs):
     """An endless iterator of training batches (input_ids, targets, seq_idx, fresh), for `Trainer` with a carried state.
 
     In each epoch the documents follow each other in a new random order, and every token is a target exactly once. The
@@ -24,9 +23,7 @@ class Streams:
     document begins there or an epoch. What the last windows of an epoch lack is filled up with id 0, target -100 and
     seq_idx -1.
 
-    Where a row is shorter than `context`, `self.context` is its length, and `self.note` says so (else None). The order
-    depends on `seed`, the epoch, and the sizes only: `state_dict()` is a few numbers, and `load_state_dict` goes on
-    with the very next batch.
+    Where a row is shorter than `context`, `self.context` is its length, and `self.note` says so (else None).
     """
 
     _order: Tensor  # (d,): the documents in the order of this epoch
@@ -51,13 +48,11 @@ class Streams:
         self.note = None
         if self.context < context:
             self.note = f"context {context} shortened to {self.context}: the training part has {len(tokens)} tokens"
+        self.sizes = {"context": self.context, "rows": batch_size, "tokens": len(tokens)}
         self._begin(epoch=0)
 
-    def __iter__(self) -> Streams:
-        return self
-
     def __next__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self.position == self.windows:
+        if self.position == self.length:
             self._begin(self.epoch + 1)
         at = self.position * self.context + torch.arange(self.context)  # within a row
         place = torch.arange(self.rows)[:, None] * self.row_length + at  # (b, l), within the text before its rotation
@@ -75,45 +70,12 @@ class Streams:
         return input_ids, targets, number.masked_fill(~inside, -1), fresh
 
     @property
-    def windows(self) -> int:
+    def length(self) -> int:
         """Batches per epoch."""
         return -(-self.row_length // self.context)
 
-    @property
-    def epochs(self) -> float:
-        """How often the text has been gone through so far, such as 2.25."""
-        return self.epoch + self.position / self.windows
-
-    def state_dict(self) -> dict[str, int]:
-        """The place in the data, as plain integers. It is that after the last batch that was taken."""
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-            "context": self.context,
-            "rows": self.rows,
-            "tokens": len(self.tokens),
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to the place that `state_dict` gave. Raises UserError where it is not of these documents and sizes."""
-        here = self.state_dict()
-        if state.keys() != here.keys() or any(type(value) is not int for value in state.values()):
-            raise UserError("cannot go on: the saved place in the data is damaged")
-        for name in ("tokens", "context", "rows"):
-            if state[name] != here[name]:
-                raise UserError(f"cannot go on: {name} were {state[name]} at the saved place, and are now {here[name]}")
-        self.seed = state["seed"]
-        self._begin(state["epoch"])
-        if not 0 <= state["position"] <= self.windows:
-            raise UserError("cannot go on: the saved place in the data is damaged")
-        self.position = state["position"]
-
-    def _begin(self, epoch: int) -> None:
-        """Draws the order of the documents and the rotation of the text for `epoch`."""
-        self.epoch, self.position = epoch, 0
-        seed = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
+    def _shuffle(self, generator: torch.Generator) -> None:
+        """Draws the order of the documents, and where the text is rotated to."""
         self._order = torch.randperm(len(self.starts), generator=generator)
         self._ends = self.lengths[self._order].cumsum(0)
         self._shift = int(torch.randint(len(self.tokens), (), generator=generator))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 
+from mamba2_min.data.epochs import Epochs
 from mamba2_min.data.findings import counted
 from mamba2_min.errors import UserError
 from mamba2_min.ops.loss import IGNORE
 
 
-class Windows:
+class Windows(Epochs):
     """An endless iterator of training batches: (input_ids, targets), each (b, l) int64, targets one token ahead.
 
     In each epoch every target `tokens[1:]` occurs exactly once. The stream is cut into windows of `context` tokens,
@@ -21,8 +21,6 @@ class Windows:
     target -100. Batches all have the same shape: what an epoch leaves over starts the batch with which the next begins.
 
     Where the stream is shorter than `context`, `self.context` is what there is, and `self.note` says so (else None).
-    The order depends on `seed`, the epoch and the number of tokens only: `state_dict()` is three numbers and what they
-    belong to, and `load_state_dict` goes on with the very next batch.
     """
 
     _starts: torch.Tensor  # (w,): the index of each window's first input, in the order of this epoch
@@ -39,10 +37,8 @@ class Windows:
         self.note = None
         if self.context < context:
             self.note = f"context {context} shortened to {self.context}: the training part has {len(tokens)} tokens"
+        self.sizes = {"context": self.context, "tokens": len(tokens)}
         self._begin(epoch=0)
-
-    def __iter__(self) -> Windows:
-        return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = []
@@ -63,39 +59,11 @@ class Windows:
         return input_ids, targets
 
     @property
-    def epochs(self) -> float:
-        """How often the stream has been gone through so far, such as 2.25."""
-        return self.epoch + self.position / len(self._starts)
+    def length(self) -> int:
+        return len(self._starts)
 
-    def state_dict(self) -> dict[str, int]:
-        """The place in the data, as plain integers. It is that after the last batch that was taken."""
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-            "context": self.context,
-            "tokens": len(self.tokens),
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to the place that `state_dict` gave. The batch size may be another; else raises UserError."""
-        damaged = UserError("cannot go on: the saved place in the data is damaged")
-        if state.keys() != self.state_dict().keys() or any(type(value) is not int for value in state.values()):
-            raise damaged
-        for name, here in (("tokens", len(self.tokens)), ("context", self.context)):
-            if state[name] != here:
-                raise UserError(f"cannot go on at the saved place in the data: {name} were {state[name]}, now {here}")
-        self.seed = state["seed"]
-        self._begin(state["epoch"])
-        if not 0 <= state["position"] <= len(self._starts):
-            raise damaged
-        self.position = state["position"]
-
-    def _begin(self, epoch: int) -> None:
-        """Draws the phase and the order of `epoch`."""
-        self.epoch, self.position = epoch, 0
-        seed = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
+    def _shuffle(self, generator: torch.Generator) -> None:
+        """Draws the phase and the order of the windows."""
         phase = int(torch.randint(self.context, (), generator=generator))
         # A window that starts before the stream keeps what lies inside of it: targets 0 to phase - 1.
         first = phase - self.context if phase else 0

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +53,15 @@ class Score:
         return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
+class Processes(Protocol):
+    """Several processes, this one of `rank`; `total` adds the tensors of all of them up in place."""
+
+    rank: int
+    size: int
+
+    def total(self, tensors: Sequence[Tensor]) -> None: ...
+
+
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
@@ -61,19 +71,26 @@ def evaluate(
     window: int = WINDOW,
     autocast: contextlib.AbstractContextManager | None = None,
     starts: Tensor | None = None,
+    processes: Processes | None = None,
 ) -> Score:
     """Scores `tokens` (l,), read in order after the token `start_id`.
 
     starts (d,): where documents begin in `tokens` (`Corpus.validation_starts`); each is then read after `start_id` from
     an empty state. None: the state is carried from the first token to the last, whatever documents there are.
     n_bytes: the bytes of text that the tokens stand for (`Corpus.validation_bytes`); window: tokens per forward pass;
-    autocast: a context to run the model in. The model's training mode is restored. Raises UserError for no tokens.
+    autocast: a context to run the model in; processes: others that score the same, with whom the documents are shared
+    out. The model's training mode is restored. Raises UserError for no tokens.
     """
     device = model.ids_device
-    state, count = None, 0
-    nats = torch.zeros((), dtype=widest(device), device=device)
+    state, count, text = None, 0, -1  # the text: a document, or several in one window
+    nats: list[Tensor] = []  # of each window
+    nothing = torch.zeros((), dtype=widest(device), device=device)
     with evaluating(model):
         for input_ids, targets, seq_idx, new in _windows(tokens, starts, window, start_id):
+            count, text = count + targets.numel(), text + new
+            if processes and text % processes.size != processes.rank:
+                nats.append(nothing)
+                continue
             with autocast or contextlib.nullcontext():
                 loss, state = model.loss_and_state(
                     input_ids.to(device),
@@ -82,9 +99,11 @@ def evaluate(
                     None if seq_idx is None else seq_idx.to(device),
                     reduction="sum",
                 )
-            nats += loss
-            count += targets.numel()
-    return Score(float(nats), count, n_bytes)
+            nats.append(nothing + loss)
+    every = torch.stack(nats)
+    if processes:
+        processes.total([every])
+    return Score(sum(every.tolist()), count, n_bytes)
 
 
 def _windows(

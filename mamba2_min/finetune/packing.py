@@ -10,12 +10,12 @@ its rows: twice the length, half the rows.
 from __future__ import annotations
 
 import bisect
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mamba2_min.data.epochs import Epochs
 from mamba2_min.errors import UserError
 from mamba2_min.finetune.conversations import Example
 from mamba2_min.ops.loss import IGNORE
@@ -54,15 +54,13 @@ def lay_out(examples: Sequence[Example], rows: Sequence[Sequence[int]], room: in
     return input_ids, targets, seq_idx
 
 
-class PackedWindows:
+class PackedWindows(Epochs):
     """An endless iterator of training batches over examples, in a new random order each epoch.
 
-    In each epoch every example occurs exactly once. The packing and the order of batches depend on `seed` and the epoch
-    only: `state_dict` is a few integers, and `load_state_dict` goes on with the very next batch. With `alone` each row
-    holds one example.
+    In each epoch every example occurs exactly once. With `alone` each row holds one example.
     """
 
-    note: str | None = None
+    _batches: list[tuple[int, list[list[int]]]]
 
     def __init__(
         self, examples: Sequence[Example], context: int, batch_size: int, seed: int = 0, alone: bool = False
@@ -75,19 +73,12 @@ class PackedWindows:
         self.examples, self.batch_size, self.seed, self.alone = examples, batch_size, seed, alone
         self.context = context
         self.targets_per_epoch = sum(int(example.learnt.sum()) for example in examples)
+        self.sizes = {"context": context, "batch_size": batch_size, "examples": len(examples)}
         self._begin(epoch=0)
 
     @property
-    def batches_per_epoch(self) -> int:
+    def length(self) -> int:
         return len(self._batches)
-
-    @property
-    def epochs(self) -> float:
-        """How often the examples have been gone through so far, such as 2.25."""
-        return self.epoch + self.position / len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         if self.position == len(self._batches):
@@ -96,36 +87,7 @@ class PackedWindows:
         self.position += 1
         return lay_out(self.examples, rows, room)
 
-    def state_dict(self) -> dict[str, int]:
-        """The place in the data, after the last batch that was taken."""
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-            "context": self.context,
-            "batch_size": self.batch_size,
-            "examples": len(self.examples),
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to the place that `state_dict` gave. Raises UserError where it is of other data."""
-        here = self.state_dict()
-        if state.keys() != here.keys() or any(type(value) is not int for value in state.values()):
-            raise UserError("cannot go on: the saved place in the data is damaged")
-        for name in ("context", "batch_size", "examples"):
-            if state[name] != here[name]:
-                raise UserError(f"cannot go on at the saved place: {name} was {state[name]}, now {here[name]}")
-        self.seed = state["seed"]
-        self._begin(state["epoch"])
-        if not 0 <= state["position"] <= len(self._batches):
-            raise UserError("cannot go on: the saved place in the data is damaged")
-        self.position = state["position"]
-
-    def _begin(self, epoch: int) -> None:
-        self.epoch, self.position = epoch, 0
-        self._batches: list[tuple[int, list[list[int]]]]
-        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    def _shuffle(self, generator: torch.Generator) -> None:
         shuffled = torch.randperm(len(self.examples), generator=generator).tolist()
         batches = batches_of(self.examples, shuffled, self.context, self.batch_size, self.alone)
         order = torch.randperm(len(batches), generator=generator).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mamba2_min import files
 from mamba2_min.checkpoints.safetensors import load_safetensors, save_safetensors
+from mamba2_min.data.epochs import Epochs
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError, printable
 from mamba2_min.evaluation.perplexity import Score
@@ -81,11 +82,11 @@ def pad(samples: Sequence[Sample]) -> Batch:
     return input_ids, targets, seq_idx
 
 
-class TextBatches:
+class TextBatches(Epochs):
     """An endless iterator of training batches over labelled texts, each epoch in a new order, texts of about the same
-    length together. `state_dict` is a few integers, from which it goes on with the very next batch."""
+    length together."""
 
-    note: str | None = None
+    _batches: list[list[int]]
     _SORTED = 16  # batches whose texts are sorted by length among themselves
 
     def __init__(self, samples: Sequence[Sample], batch_size: int, seed: int):
@@ -94,18 +95,12 @@ class TextBatches:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.context = max(len(sample) for sample in samples)
         self.targets_per_epoch = len(samples)
+        self.sizes = {"batch_size": batch_size, "samples": len(samples)}
         self._begin(0)
 
     @property
-    def batches_per_epoch(self) -> int:
+    def length(self) -> int:
         return len(self._batches)
-
-    @property
-    def epochs(self) -> float:
-        return self.epoch + self.position / len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         if self.position == len(self._batches):
@@ -114,34 +109,7 @@ class TextBatches:
         self.position += 1
         return pad([self.samples[i] for i in chosen])
 
-    def state_dict(self) -> dict[str, int]:
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-            "batch_size": self.batch_size,
-            "samples": len(self.samples),
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to the place that `state_dict` gave. Raises UserError where it is of other data."""
-        here = self.state_dict()
-        if state.keys() != here.keys() or any(type(value) is not int for value in state.values()):
-            raise UserError("cannot go on: the saved place in the data is damaged")
-        for name in ("batch_size", "samples"):
-            if state[name] != here[name]:
-                raise UserError(f"cannot go on at the saved place: {name} was {state[name]}, now {here[name]}")
-        self.seed = state["seed"]
-        self._begin(state["epoch"])
-        if not 0 <= state["position"] <= len(self._batches):
-            raise UserError("cannot go on: the saved place in the data is damaged")
-        self.position = state["position"]
-
-    def _begin(self, epoch: int) -> None:
-        self.epoch, self.position = epoch, 0
-        self._batches: list[list[int]]
-        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    def _shuffle(self, generator: torch.Generator) -> None:
         order = torch.randperm(len(self.samples), generator=generator).tolist()
         size, batches = self.batch_size, []
         for start in range(0, len(order), size * self._SORTED):
@@ -254,7 +222,7 @@ class Sorting(Task):
         return TextBatches(self.data.train, settings.batch_size, settings.seed)
 
     def steps_per_epoch(self, batches: Any, settings: Settings) -> float:
-        return batches.batches_per_epoch
+        return batches.length
 
     def evaluate(self, model: Classifier, autocast: AbstractContextManager) -> SortingScore:
         """Loss, accuracy, macro F1 and the confusion matrix on the validation texts."""

@@ -103,7 +103,7 @@ class Answers(Task):
         return PackedWindows(self.train, settings.context, settings.batch_size, settings.seed, self.alone)
 
     def steps_per_epoch(self, batches: Any, settings: Settings) -> float:
-        return batches.batches_per_epoch
+        return batches.length
 
     @torch.no_grad()
     def evaluate(self, model: Any, autocast: AbstractContextManager) -> Score:

@@ -39,6 +39,7 @@ from mamba2_min.ops.conv import causal_conv_silu
 from mamba2_min.ops.dropout import embedding_dropout, variational_dropout
 from mamba2_min.ops.norm import gated_rms_norm
 from mamba2_min.ssd import ssd_chunked, ssd_step
+from mamba2_min.ssd.stretches import inputs_before, is_spread, scan_stretch
 
 _CONV1D = forwards(nn.Conv1d)
 
@@ -107,15 +108,23 @@ class Mamba2Mixer(nn.Module):
         # The two quantities whose rounding the recurrence multiplies up: float32 or wider, whatever autocast does.
         dt = F.softplus(widen(dt) + widen(self.dt_bias))
         A = -widen(self.A_log).exp()
-        if u.shape[1] == 1 and ssm_state is not None:
+        if u.shape[1] == 1 and ssm_state is not None and not is_spread():
             y, ssm_state = ssd_step(ssm_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
             y = y[:, None]
+        elif is_spread():
+            y, ssm_state = scan_stretch(ssd_chunked, x, dt, A, B, C, self.D, ssm_state, seq_idx, c.chunk_size)
         else:
             y, ssm_state = ssd_chunked(x, dt, A, B, C, self.D, ssm_state, seq_idx, chunk_size=c.chunk_size)
         return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
 
     def _convolve(self, xBC: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
         """silu(conv1d(xBC)), by our own convolution of the module's parameters, or by the module if it is not plain."""
+        if is_spread():
+            before, last = inputs_before(xBC, self.config.d_conv - 1, state, seq_idx)
+            return self._convolve_here(xBC, before, seq_idx)[0], last
+        return self._convolve_here(xBC, state, seq_idx)
+
+    def _convolve_here(self, xBC: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.reads_conv1d():
             return causal_conv_silu(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, state, seq_idx)
         return conv_silu_by_module(self.conv1d, xBC, self.config.d_conv, state, seq_idx)

@@ -8,44 +8,57 @@ import torch
 from torch import Tensor
 
 from mamba2_min.models.mamba2 import Mamba2LM, State
+from mamba2_min.training.distributed import Team
 
 
 class CarriedState:
     """The `State` of all rows of a batch. `before` and `after` enclose each micro-batch, `commit` ends a step.
 
     What `after` got takes effect with `commit` alone: a step that is computed again, in other parts, starts from the
-    same state.
+    same state. With several processes each has the rows of its own micro-batches; `gather` brings them together.
     """
 
     def __init__(self, model: Mamba2LM):
         self.model = model
         self.state: State | None = None
-        self._next: list[State] = []
+        self._next: dict[tuple[int, int], State] = {}  # by the first row and the one after the last
 
     def before(self, part: slice, fresh: Tensor) -> State:
         """The state from which rows `part` of a batch go on; those of `fresh` (b,) bool begin from an empty one."""
-        if part.start == 0:
-            self._next = []
-        if self.state is None:
-            self.state = self.model.initial_state(len(fresh))
-        gone = fresh[part].to(self.state.ssm[0].device)
+        state = self.state or self.model.initial_state(len(fresh))
+        gone = fresh[part].to(state.ssm[0].device)
 
         def rows(tensors: list[Tensor]) -> list[Tensor]:
             return [t[part].masked_fill(gone.view(-1, *[1] * (t.dim() - 1)), 0) for t in tensors]
 
-        return State(rows(self.state.conv), rows(self.state.ssm))
+        return State(rows(state.conv), rows(state.ssm))
 
-    def after(self, state: State) -> None:
+    def after(self, part: slice, state: State) -> None:
         """Takes the state after a micro-batch."""
-        self._next.append(state.detach())
+        self._next[part.start, part.stop] = state.detach()
 
-    def commit(self) -> None:
-        """Ends a step: its states are those from which the next one starts."""
-        parts, self._next = self._next, []
-        self.state = State(
-            [torch.cat(layer) for layer in zip(*(part.conv for part in parts), strict=True)],
-            [torch.cat(layer) for layer in zip(*(part.ssm for part in parts), strict=True)],
-        )
+    def forget(self) -> None:
+        """Gives up what `after` got in a try that is to be repeated."""
+        self._next = {}
+
+    def commit(self, rows: int) -> None:
+        """Ends a step of a batch of so many rows: its states are those from which the next one starts."""
+        self.state = self.state or self.model.initial_state(rows)
+        for (start, stop), new in self._next.items():
+            for mine, theirs in ((self.state.conv, new.conv), (self.state.ssm, new.ssm)):
+                for i, tensor in enumerate(theirs):
+                    mine[i] = mine[i].to(tensor.dtype)
+                    mine[i][start:stop] = tensor
+        self._next = {}
+
+    def gather(self, team: Team, rows: slice) -> None:
+        """Brings the rows of all processes together; `rows` are those of this one."""
+        if team.size > 1 and self.state is not None:
+            for tensors in (self.state.conv, self.state.ssm):
+                for tensor in tensors:
+                    tensor[: rows.start] = 0
+                    tensor[rows.stop if team.rank % team.stretches == 0 else 0 :] = 0  # one of those that share a text
+                team.total(tensors)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Empty before the first step."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mamba2_min.training.distributed import launched
+
 NOT_FINITE, JUMPED = "not finite", "jumped"
 
 _REMEMBERED = 64  # accepted losses that a new one is compared with
@@ -79,8 +81,9 @@ class LossGuard:
 def deferred_signals() -> Iterator[list[int]]:
     """A context that notes the first SIGINT, SIGTERM or SIGHUP in the list that it yields, so that a step can finish.
 
-    The next SIGINT or SIGTERM ends the process at once; a further SIGHUP does not, because a window that closes may
-    send several. A SIGHUP that is ignored, as under nohup, stays ignored. Outside of the main thread nothing changes.
+    The next SIGINT or SIGTERM ends the process at once, unless a launcher started it, which passes on what the terminal
+    sends too. A further SIGHUP does not, because a window that closes may send several. A SIGHUP that is ignored, as
+    under nohup, stays ignored. Outside of the main thread nothing changes.
     """
     caught: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -89,7 +92,7 @@ def deferred_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in () if launched() else (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
     try:

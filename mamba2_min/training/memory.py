@@ -18,6 +18,7 @@ from mamba2_min.devices import size
 from mamba2_min.errors import UserError
 from mamba2_min.ops.loss import slice_elements
 from mamba2_min.settings import Settings
+from mamba2_min.training.gradients import batch_gradients
 
 if TYPE_CHECKING:
     from mamba2_min.training.trainer import Trainer
@@ -59,14 +60,16 @@ def training_memory(
     return 4 * ((4 + averaged) * config.num_parameters() + head + logits) + tokens * per_token + libraries
 
 
-def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device) -> Settings:
-    """The settings; if they ask for "auto", with a micro-batch that fits: the batch, halved until there is room.
+def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device, processes: int = 1) -> Settings:
+    """The settings with a micro-batch for each process and, where they ask for "auto", one that fits: the batch,
+    halved until there is room.
 
     The choice is saved with the run. A resumed run that chose again might sum its gradients in another order.
     """
-    if not settings.adapt_micro_batch or settings.micro_batch:
-        return settings
-    micro, free = settings.batch_size, devices.free_memory(device)
+    micro = 0 if processes == 1 else -(-settings.batch_size // processes)
+    if settings.micro_batch or not settings.adapt_micro_batch:
+        return dataclasses.replace(settings, micro_batch=settings.micro_batch or micro)
+    micro, free = micro or settings.batch_size, devices.free_memory(device)
     while micro > 1 and free is not None and _needed(config, settings, device, micro, settings.context) > free:
         micro = -(-micro // 2)
     return dataclasses.replace(settings, micro_batch=micro)
@@ -124,13 +127,15 @@ def backward(trainer: Trainer, *batch: Tensor) -> Tensor:
     allowed."""
     while True:
         try:
-            return trainer.backward(*batch)
+            return batch_gradients(trainer, trainer.team, *batch)
         except (RuntimeError, MemoryError) as error:
-            allowed = trainer.settings.adapt_micro_batch and trainer.micro_batch > 1
+            allowed = trainer.settings.adapt_micro_batch and trainer.micro_batch > 1 and trainer.team.size == 1
             if not (devices.is_out_of_memory(error) and allowed):
                 raise
         # Outside of the except block, because the error refers to the tensors that did not fit.
         trainer.optimizer.zero_grad(set_to_none=True)
+        if trainer.carried:
+            trainer.carried.forget()
         devices.release_memory(trainer.device)
         trainer.halve_micro_batch()
 

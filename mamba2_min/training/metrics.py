@@ -57,6 +57,19 @@ class MetricsLog:
         self.records = len(kept)
 
 
+class NoLog(MetricsLog):
+    """Counts records and writes none: that of a process that does not lead."""
+
+    def append(self, **values: Any) -> None:
+        self.records += 1
+
+    def flush(self) -> None:
+        pass
+
+    def rewind(self, records: int) -> None:
+        self.records = records
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics file, without a torn last line; none where there is no file.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +16,15 @@ from torch import Tensor, nn
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.data.corpus import Corpus
+from mamba2_min.data.epochs import Epochs
 from mamba2_min.data.streams import Streams, are_long
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.data.windows import Windows
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import Score, evaluate
 from mamba2_min.settings import Settings
+from mamba2_min.training.distributed import team
 from mamba2_min.training.last import check_model
-
-
-class Batches(Protocol):
-    """An endless iterator of (input_ids, targets) or (input_ids, targets, seq_idx), each (b, l) int64, that can be
-    saved and resumed to the batch. A fourth, fresh (b,) bool, says that the rows go on from batch to batch (`Streams`).
-    """
-
-    context: int  # tokens per window
-    note: str | None
-    targets_per_epoch: int
-
-    @property
-    def epochs(self) -> float: ...
-    def __next__(self) -> tuple[Tensor, ...]: ...
-    def state_dict(self) -> dict[str, int]: ...
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
 class ModelFiles:
@@ -96,8 +82,12 @@ class Task(ABC):
         """The sha256 of all data, in hexadecimal."""
 
     @abstractmethod
-    def batches(self, settings: Settings) -> Batches:
-        """The training batches, from the first. Raises UserError where there is nothing to learn from."""
+    def batches(self, settings: Settings) -> Epochs:
+        """The training batches, from the first: (input_ids, targets) or (input_ids, targets, seq_idx), each (b, l)
+        int64. A fourth, fresh (b,) bool, says that rows go on from batch to batch (`Streams`).
+
+        Raises UserError where there is nothing to learn from.
+        """
 
     @abstractmethod
     def evaluate(self, model: Any, autocast: AbstractContextManager) -> Score:
@@ -116,7 +106,7 @@ class Task(ABC):
             raise ValueError("its best score is of another validation part")
         return Score(**values)
 
-    def steps_per_epoch(self, batches: Batches, settings: Settings) -> float:
+    def steps_per_epoch(self, batches: Epochs, settings: Settings) -> float:
         """How many steps go through the data once."""
         return batches.targets_per_epoch / (batches.context * settings.batch_size)
 
@@ -136,7 +126,7 @@ class Pretraining(Task):
     def validation_size(self) -> tuple[int, int]:
         return len(self.corpus.validation), self.corpus.validation_bytes
 
-    def batches(self, settings: Settings) -> Windows | Streams:
+    def batches(self, settings: Settings) -> Epochs:
         c, (context, rows, seed) = self.corpus, (settings.context, settings.batch_size, settings.seed)
         carry = settings.carry_state
         if carry is None:
@@ -147,4 +137,12 @@ class Pretraining(Task):
 
     def evaluate(self, model: Any, autocast: AbstractContextManager) -> Score:
         c, starts = self.corpus, None if self.carried else self.corpus.validation_starts
-        return evaluate(model, c.validation, c.validation_bytes, c.tokenizer.eos_id, autocast=autocast, starts=starts)
+        return evaluate(
+            model,
+            c.validation,
+            c.validation_bytes,
+            c.tokenizer.eos_id,
+            autocast=autocast,
+            starts=starts,
+            processes=team(),
+        )

@@ -28,22 +28,24 @@ from torch import Tensor, nn
 from mamba2_min import devices, files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.data.corpus import Corpus
+from mamba2_min.data.epochs import Epochs
 from mamba2_min.data.streams import LONG, Streams
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import Score
 from mamba2_min.models.base import LanguageModel, decay_groups
 from mamba2_min.models.mamba2 import Mamba2LM
-from mamba2_min.ops.autograd import widest
 from mamba2_min.ops.loss import IGNORE
 from mamba2_min.settings import Settings, learning_rate
-from mamba2_min.training import memory
+from mamba2_min.training import distributed, memory
 from mamba2_min.training.averaging import Average
 from mamba2_min.training.carried import CarriedState
 from mamba2_min.training.compile_check import compile_checked
+from mamba2_min.training.distributed import Team
+from mamba2_min.training.gradients import batch_gradients, own_rows
 from mamba2_min.training.guards import LossGuard, deferred_signals
-from mamba2_min.training.metrics import MetricsLog, plot_run
+from mamba2_min.training.metrics import MetricsLog, NoLog, plot_run
 from mamba2_min.training.resume import capture, prepare_folder, repair_ended, restore
-from mamba2_min.training.task import Batches, Pretraining, Task
+from mamba2_min.training.task import Pretraining, Task
 
 _SECONDS_BETWEEN_PLOTS = 30  # drawing takes most of a second, too much for every evaluation of a small model
 
@@ -83,7 +85,7 @@ class Trainer:
     ):
         self.task = task = corpus if isinstance(corpus, Task) else Pretraining(corpus, settings.validate == "carried")
         self.corpus, self.out, self.report = corpus, Path(out), report
-        self.device = torch.device(device)
+        self.device, self.team = torch.device(device), distributed.team()
         self.precision = devices.pick_precision(settings.precision, self.device)
         self.autocast = devices.autocast(self.device, self.precision)
         if settings.deterministic and self.device.type == "cuda":
@@ -97,7 +99,7 @@ class Trainer:
         self.average = Average(self.model, settings.ema_decay)
         self.carried = CarriedState(self.model) if isinstance(self.windows, Streams) else None
         self.guard = LossGuard(settings.spike)
-        self.log = MetricsLog(self.out / checkpoint.METRICS)
+        self.log = (MetricsLog if self.team.leads else NoLog)(self.out / checkpoint.METRICS)
         self.step, self.seconds = 0, 0.0  # seconds of training, over all sittings
         self.best: Score | None = None
         self.best_step, self.evaluated_step, self.stale = 0, -1, 0  # stale: evaluations since the best
@@ -120,13 +122,16 @@ class Trainer:
         was saved before is then still there.
         """
         if self.resumed and self.evaluated_step == self.step and (reason := self.ended()):
-            repair_ended(self)
+            if self.team.leads:
+                repair_ended(self)
             return self._finish(reason)
-        prepare_folder(self)
+        self.team.wait()  # until every process has read what the folder held
+        if self.team.leads:
+            prepare_folder(self)
         self._clock = self._drawn = time.perf_counter()
         precision = devices.matmul_precision(self.device, self.precision)
         with memory.explained(self), precision, deferred_signals() as signals:
-            while not (reason := self.ended() or ("signal" if signals else "")):
+            while not (reason := self._agreed_end(signals)):
                 self._step()
                 best = self.step % self.settings.eval_every == 0 and self._evaluate()
                 if self.step % self.settings.save_every == 0 and not best:
@@ -152,9 +157,10 @@ class Trainer:
             _compile(self, batch)
         total = memory.backward(self, *batch)
         if self.carried:
-            self.carried.commit()
+            self.carried.commit(len(input_ids))
         total_norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf)
         loss, norm = torch.stack([total, total_norm.to(total.dtype)]).tolist()  # the only wait for a GPU in a step
+        loss, norm = self.team.agree(loss, norm)[0]
         self.step += 1
         why = self.guard.judge(loss, norm, share=float((targets != IGNORE).float().mean()))
         if why:
@@ -177,43 +183,20 @@ class Trainer:
         self._to_compile = self.settings.compile  # for the new sizes, at the next step
         self.report("memory", {"step": self.step + 1, "micro_batch": self.micro_batch})
 
-    def backward(
-        self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None = None, fresh: Tensor | None = None
-    ) -> Tensor:
-        """Adds the gradients of a batch's mean loss, micro-batch by micro-batch, and returns that loss.
-
-        The mean is over the targets of the whole batch, however they are spread over the micro-batches.
-        """
-        size, everything = self.micro_batch, max(1, int((targets != IGNORE).sum()))
-        total = torch.zeros((), dtype=widest(self.device), device=self.device)
-        for start in range(0, len(input_ids), size):
-            part = slice(start, start + size)
-            ids, wanted = input_ids[part].to(self.device), targets[part].to(self.device)
-            more = {} if seq_idx is None else {"seq_idx": seq_idx[part].to(self.device)}
-            with self.autocast:
-                if self.carried and fresh is not None:
-                    loss, state = self.model.loss_and_state(ids, wanted, self.carried.before(part, fresh), **more)
-                    self.carried.after(state)
-                else:
-                    loss = self.model.loss(ids, wanted, **more)
-            loss = loss * (int((targets[part] != IGNORE).sum()) / everything)
-            loss.backward()
-            total += loss.detach()
-        return total
-
     def _evaluate(self) -> bool:
         """The exact validation loss, and whether it is the best so far: then the model goes to model.pt at once."""
         with self.average.in_place():
             score = self.task.evaluate(self.model, self.autocast)
         limit = self.best.loss - self.settings.min_delta if self.best else math.inf
-        better = math.isfinite(score.loss) and score.loss < limit
+        better = bool(self.team.agree(math.isfinite(score.loss) and score.loss < limit)[0][0])
         self.evaluated_step, self.stale = self.step, 0 if better else self.stale + 1
         self.log.append(step=self.step, split="validation", **score.measures(), best=better)
         if better:
             self.best, self.best_step = score, self.step
             self.save()  # before model.pt, which is then never ahead of last.pt
             with self.average.in_place():
-                self.task.files.save(self.out, self.model)
+                if self.team.leads:
+                    self.task.files.save(self.out, self.model)
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_PLOTS:
             self._draw()
         with self.average.in_place():  # for a screen that has the model write
@@ -231,16 +214,27 @@ class Trainer:
             return "max_steps"
         return "max_minutes" if s.max_minutes and self.seconds >= 60 * s.max_minutes else ""
 
+    def _agreed_end(self, signals: list[int]) -> str:
+        """Why the run is over, or "": by the leader's clock, and by a signal that reached any process."""
+        every = self.team.agree(self.seconds, signals[0] if signals else 0)
+        self.seconds = every[0][0]
+        if not signals and (caught := max(signal for _, signal in every)):
+            signals.append(int(caught))
+        return self.ended() or ("signal" if signals else "")
+
     def save(self) -> None:
         """Writes last.pt: everything that the next step depends on. The lines of metrics.jsonl are on disk before."""
         self._count_time()
-        self.log.flush()
-        checkpoint.save_tensors(self.out / checkpoint.RESUME, capture(self))
+        if self.carried:
+            self.carried.gather(self.team, own_rows(self))
+        if self.team.leads:
+            self.log.flush()
+            checkpoint.save_tensors(self.out / checkpoint.RESUME, capture(self))
 
     def _finish(self, reason: str, signal: int = 0) -> Result:
         """Puts the best weights into the model, unless the run is to be resumed."""
         if reason != "signal":
-            if self.best is not None:
+            if self.best is not None and self.team.leads:
                 self.task.files.load(self.out, self.model)
             self.model.eval()
         return Result(reason, self.step, self.best_step, self.best, signal)
@@ -257,15 +251,21 @@ class Trainer:
         self._clock = now
 
     def _draw(self) -> None:
-        plot_run(self.out, self.seconds)
+        if self.team.leads:
+            plot_run(self.out, self.seconds)
         self._drawn = time.perf_counter()
 
 
 def _compile(trainer: Trainer, batch: tuple[Tensor, ...]) -> None:
     """Compiles the model, if that works with the first rows of a batch: enough for each size of part in a step."""
     rows = trainer.micro_batch + len(batch[0]) % trainer.micro_batch
-    backward = partial(trainer.backward, *(t[:rows] for t in batch))
+    backward = partial(batch_gradients, trainer, Team(), *(t[:rows] for t in batch))
     why_not = compile_checked(trainer.model, backward, trainer.device)
+    if any(failed for (failed,) in trainer.team.agree(bool(why_not))):
+        trainer.model.compile_blocks(False)
+        why_not = why_not or "another process could not"
+    if trainer.carried:
+        trainer.carried.forget()
     trainer.report("compiled", {"step": trainer.step + 1, "why_not": why_not})
 
 
@@ -274,7 +274,7 @@ def _adamw(model: LanguageModel, s: Settings, fused: bool) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=fused)
 
 
-def _batches(task: Task, settings: Settings, model: nn.Module) -> Batches:
+def _batches(task: Task, settings: Settings, model: nn.Module) -> Epochs:
     """The task's batches. Only a state of constant size can be carried from one to the next."""
     if isinstance(model, Mamba2LM):
         return task.batches(settings)
@@ -283,7 +283,7 @@ def _batches(task: Task, settings: Settings, model: nn.Module) -> Batches:
     return task.batches(dataclasses.replace(settings, carry_state=False))
 
 
-def _resolved(settings: Settings, task: Task, batches: Batches) -> Settings:
+def _resolved(settings: Settings, task: Task, batches: Epochs) -> Settings:
     """The settings with what depends on the data filled in, and a warm-up that a short run has time for."""
     max_steps = settings.max_steps or max(200, round(10 * task.steps_per_epoch(batches, settings)))
     return dataclasses.replace(settings, max_steps=max_steps, warmup_steps=min(settings.warmup_steps, max_steps // 5))

@@ -1,0 +1,69 @@
+"""What every iterator over training batches shares: endless epochs, each in a new order, resumed to the batch."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from mamba2_min.errors import UserError
+
+
+class Epochs(ABC):
+    """An endless iterator of batches. Its order depends on `seed`, the epoch and the sizes of the data alone.
+
+    So `state_dict` is a few integers, and `load_state_dict` goes on with the very next batch. A subclass sets `sizes`,
+    what the saved place belongs to by name; implements `_shuffle` and `__next__`, which counts `position` up to
+    `length`; and calls `_begin(0)` when it has what these need.
+    """
+
+    context: int  # tokens per window
+    note: str | None = None  # a line for the user
+    targets_per_epoch: int
+    seed: int
+    sizes: dict[str, int]
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Where `position` ends in the present epoch."""
+
+    @abstractmethod
+    def _shuffle(self, generator: torch.Generator) -> None:
+        """Draws the order of an epoch."""
+
+    @abstractmethod
+    def __next__(self) -> tuple[Tensor, ...]: ...
+
+    def __iter__(self) -> Epochs:
+        return self
+
+    @property
+    def epochs(self) -> float:
+        """How often the data has been gone through so far, such as 2.25."""
+        return self.epoch + self.position / self.length
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the data, after the last batch that was taken."""
+        return {"seed": self.seed, "epoch": self.epoch, "position": self.position, **self.sizes}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to the place that `state_dict` gave. Raises UserError where it is damaged, or of other data."""
+        damaged = UserError("cannot go on: the saved place in the data is damaged")
+        if state.keys() != self.state_dict().keys() or any(type(value) is not int for value in state.values()):
+            raise damaged
+        for name, here in self.sizes.items():
+            if state[name] != here:
+                raise UserError(f"cannot go on at the saved place in the data: {name} {state[name]} then, {here} now")
+        self.seed = state["seed"]
+        self._begin(state["epoch"])
+        if not 0 <= state["position"] <= self.length:
+            raise damaged
+        self.position = state["position"]
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch, self.position = epoch, 0
+        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+        self._shuffle(torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))

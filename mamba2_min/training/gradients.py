@@ -1,0 +1,98 @@
+"""The gradient of a batch's mean loss: micro-batch by micro-batch, shared out among the processes of a training."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mamba2_min.errors import UserError
+from mamba2_min.ops.autograd import widest
+from mamba2_min.ops.loss import IGNORE
+from mamba2_min.training.distributed import Team, tree_sum
+
+if TYPE_CHECKING:
+    from mamba2_min.training.trainer import Trainer
+
+
+def parts_of(rows: int, micro_batch: int) -> list[slice]:
+    """The micro-batches of a batch of so many rows; the last may be smaller."""
+    return [slice(start, start + micro_batch) for start in range(0, rows, micro_batch)]
+
+
+def own_rows(trainer: Trainer) -> slice:
+    """The rows of a batch that this process computes."""
+    parts = parts_of(trainer.settings.batch_size, trainer.micro_batch)
+    mine = trainer.team.share(len(parts))
+    return slice(parts[mine.start].start, parts[mine.stop - 1].stop)
+
+
+def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor) -> Tensor:
+    """Leaves a batch's gradients in the parameters, whose own must be None, and returns its mean loss, a scalar.
+
+    batch: input_ids, targets and, where there are, seq_idx and fresh (`Task.batches`). The mean is over the targets of
+    the whole batch, however they are spread. Several micro-batches are added up as a tree (distributed.py), and each
+    draws its dropout from the step and its number alone: so it does not matter which process computes it.
+    """
+    parts = parts_of(len(batch[0]), trainer.micro_batch)
+    if trainer.settings.rules == 1 or len(parts) == 1 == team.size:
+        return sum((_add(trainer, team, part, *batch) for part in parts), torch.zeros((), device=trainer.device))
+    mine = team.share(len(parts))
+    if not mine:
+        raise UserError(f"{team.size} processes share {len(parts)} micro-batch(es): lower --micro-batch")
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+
+    def leaf(k: int) -> list[Tensor]:
+        with _drawing(trainer, k):
+            loss = _add(trainer, team, parts[k], *batch)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for p in parameters:
+            reached[p] = p.grad is not None
+            p.grad = None
+        return [loss, *gradients]
+
+    reached: dict[Tensor, bool] = {}
+    loss, *gradients = tree_sum(leaf, mine.start, mine.stop)
+    team.total([loss])
+    team.total(gradients)
+    for p, gradient in zip((p for p in parameters if reached[p]), gradients, strict=True):
+        p.grad = gradient
+    return loss
+
+
+def _add(
+    trainer: Trainer,
+    team: Team,
+    part: slice,
+    input_ids: Tensor,
+    targets: Tensor,
+    seq_idx: Tensor | None = None,
+    fresh: Tensor | None = None,
+) -> Tensor:
+    """Adds the gradients of one micro-batch, or of this process's stretch of it; returns its share of the mean loss."""
+    device, everything = trainer.device, max(1, int((targets != IGNORE).sum()))
+    here = part, team.stretch(input_ids.shape[1])
+    ids, wanted = input_ids[here].to(device), targets[here].to(device)
+    more = {} if seq_idx is None else {"seq_idx": seq_idx[here].to(device)}
+    with trainer.autocast, team.spread():
+        if trainer.carried and fresh is not None:
+            loss, state = trainer.model.loss_and_state(ids, wanted, trainer.carried.before(part, fresh), **more)
+            trainer.carried.after(part, state)
+        else:
+            loss = trainer.model.loss(ids, wanted, **more)
+    loss = loss * (int((targets[here] != IGNORE).sum()) / everything)
+    loss.backward()
+    return loss.detach().to(widest(device))
+
+
+@contextlib.contextmanager
+def _drawing(trainer: Trainer, k: int) -> Iterator[None]:
+    """Within, random numbers are those of micro-batch k of this step; afterwards, as if none had been drawn."""
+    digest = hashlib.sha256(f"{trainer.settings.seed} {trainer.step} {k}".encode()).digest()
+    with torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest[:7], "little"))
+        yield
