@@ -111,7 +111,7 @@ def show_settings(job: Job, clients: Sequence[OllamaClient], out: Path, topics: 
         ("options", options),
         ("writes", f"{job.documents} {job.kind.name} in {out}, seed {job.seed}{about}{requests}"),
         ("keeps", f"{rules.min_words} to {rules.max_words} words, less than {job.similarity:.0%} alike{language}"),
-        ("waits", f"{waits}, {request.max_seconds:g} s for an answer, {request.retries} retries"),
+        ("waits", f"{waits}, {request.max_seconds:g} s in all, {request.retries} retries"),
     )
 
 
