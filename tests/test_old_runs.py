@@ -1,7 +1,8 @@
 """A run of an earlier version loads, completes text, and resumes to what that version reached when it resumed it.
 
 fixtures/run_before is a run of commit dd0c608, stopped by SIGTERM at step 53 of 140. afterwards.json holds the losses
-that this version had when it went on, and the texts that it completed with the stopped run's model.pt.
+that this version had when it went on, and the texts that it completed with the stopped run's model.pt. Known words
+are no longer glued together ("theThere"), so that text is of a later version.
 """
 
 import json
