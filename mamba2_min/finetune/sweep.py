@@ -67,7 +67,7 @@ def table(results: list[dict[str, Any]]) -> str:
             there = [v for (m, _), v in losses.items() if m == method and v is not None]
             mark = "*" if loss is not None and loss == min(there) else " "
             line += f"{'-' if loss is None else f'{loss:.4f}':>11}{mark}"
-        lines.append(line)
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -83,7 +83,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             points = [(r["lr"], r["loss"]) for r in results if r["method"] == method and r["loss"] is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, label=method)
+                axis.plot(*min(points, key=lambda point: point[1]), "*", color=colour, markersize=14)
         axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(rates := sorted({r["lr"] for r in results}), [f"{rate:g}" for rate in rates])
         axis.set_xlabel("learning rate")
         axis.set_ylabel("best validation loss, nats")
         axis.legend()
