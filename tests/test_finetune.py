@@ -24,6 +24,7 @@ from mamba2_min.finetune.lora import LoRAConfig
 from mamba2_min.finetune.packing import batches_of, lay_out
 from mamba2_min.finetune.sorting import SortingScore, make_classifier, pad, score
 from mamba2_min.finetune.spec import FinetuneSettings, plan
+from mamba2_min.finetune.sweep import sweep
 from mamba2_min.finetune.talk import Chat
 from mamba2_min.finetune.talk import load as load_talk
 from mamba2_min.finetune.talk import save as save_talk
@@ -502,3 +503,17 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(base, tmp_path, monkeypat
         signal.signal(signal.SIGXFSZ, ignored)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "lora" / adapter.WEIGHTS).read_bytes() == before
+
+
+def test_a_sweep_leaves_a_table_and_a_picture(base, tmp_path, capsys):
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    spec = spec_of(base, data, tmp_path / "sweep", val_fraction=0.0, max_steps=2, eval_every=2)
+    assert sweep(spec, [1e-3, 1e-2, 1e-2], tmp_path / "sweep", CPU) == 0
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [(r["method"], r["lr"]) for r in found] == [(m, lr) for m in ("full", "lora") for lr in (1e-3, 1e-2)]
+    assert all(r["loss"] > 0 and r["best_step"] == 2 for r in found)
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    lines = capsys.readouterr().out.splitlines()
+    header = next(k for k, line in enumerate(lines) if line.split() == ["learning", "rate", "full", "lora"])
+    assert [line.split()[0] for line in lines[header + 1 : header + 3]] == ["0.001", "0.01"]
+    assert "".join(lines[header + 1 : header + 3]).count("*") == 2  # the best of each method
