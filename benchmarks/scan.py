@@ -7,7 +7,7 @@
     mamba_ssm-q128   mamba_chunk_scan_combined of the `mamba_ssm` package, where it can be imported; -q256 likewise
     floor            the matrix products of the chunked scan alone, once forward and twice backward
 
-"forward" settings run without gradients; "both" settings run forward and backward.
+"forward" settings run without gradients; "both" settings run forward and backward. On a GPU the work is a CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mamba2_min.ssd import ssd_chunked, ssd_plain, ssd_quadratic
 
 PEERS = ("mamba2_min", "plain-autograd", "quadratic", "attention", "mamba_ssm-q128", "mamba_ssm-q256")
 LONGEST_QUADRATIC = 2048
+REPEATED = {"cpu": 1, "cuda": 20}  # how often a round does the work
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,27 @@ def peak_memory(name: str, setting: Setting, options: Options) -> int:
 def prepare(name: str, setting: Setting, options: Options) -> tuple[Callable[[], None], dict[str, Any]]:
     """A peer's work and, where there is a backward, the bytes kept for it."""
     if name == FLOOR:
-        return floor_of(setting, options), {}
+        floor = floor_of(setting, options)
+        return (as_graph(floor, options) if options.device == "cuda" else floor), {}
     run, forward, inputs = run_of(name, setting, options)
+    if options.device == "cuda":
+        run = as_graph(run, options)
     return run, {"kept_bytes": kept_bytes(forward, inputs)} if setting.backward else {}
+
+
+def as_graph(run: Callable[[], None], options: Options) -> Callable[[], None]:
+    """The work as one CUDA graph, REPEATED times: launching its kernels from Python would take longer than they do."""
+    with options.products():
+        aside = torch.cuda.Stream()
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(REPEATED["cuda"]):
+                run()
+    return graph.replay
 
 
 def main() -> None:
@@ -187,7 +206,8 @@ def main() -> None:
     options.prepare()
     for name, setting in harness.choose(QUICK if args.quick else SETTINGS[args.device], args).items():
         tokens = setting.b * setting.l
-        entries = harness.compare([*args.peers, FLOOR], setting, options, peak_memory, prepare, tokens=tokens)
+        things = REPEATED[args.device]
+        entries = harness.compare([*args.peers, FLOOR], setting, options, peak_memory, prepare, things, tokens)
         harness.finish(harness.measurement("scan", name, asdict(setting), options, entries), args)
 
 

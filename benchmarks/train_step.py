@@ -44,7 +44,12 @@ SETTINGS = {
         "small-b2-l1024": Setting(peers.SMALL, 2, 1024),
         "small-b1-l4096": Setting(peers.SMALL, 1, 4096),
     },
-    "cuda": {"base-b8-l2048": Setting(peers.BASE, 8, 2048), "small-b64-l768": Setting(peers.SMALL, 64, 768)},
+    "cuda": {
+        "base-b8-l2048": Setting(peers.BASE, 8, 2048),
+        "small-b64-l768": Setting(peers.SMALL, 64, 768),
+        # The same number of tokens in texts of every length: where the cost of attention outgrows that of a scan.
+        **{f"base-b{32768 // l}-l{l}": Setting(peers.BASE, 32768 // l, l) for l in (512, 4096, 8192, 16384, 32768)},
+    },
 }
 QUICK = {"tiny-b2-l48": Setting(peers.TINY, 2, 48)}
 STEPS = {"cpu": 1, "cuda": 5}  # in a round, one after another: a GPU that has been waited for begins late

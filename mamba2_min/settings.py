@@ -97,6 +97,9 @@ class Settings:
     compile: bool = setting(  # where that fails, the run goes on without it and says so
         False, "torch.compile the blocks: much faster on a GPU", group="machine", acceptable=True
     )
+    graph: bool = setting(  # where that fails, the run goes on without it and says so
+        False, "launch a step's kernels as one CUDA graph: faster on a GPU, at once", group="machine", acceptable=True
+    )
     recompute: bool = setting(
         False, "compute blocks again in the backward pass: less memory", group="machine", acceptable=True
     )

@@ -18,7 +18,6 @@ from mamba2_min.devices import size
 from mamba2_min.errors import UserError
 from mamba2_min.ops.loss import slice_elements
 from mamba2_min.settings import Settings
-from mamba2_min.training.gradients import batch_gradients
 
 if TYPE_CHECKING:
     from mamba2_min.training.trainer import Trainer
@@ -127,7 +126,7 @@ def backward(trainer: Trainer, *batch: Tensor) -> Tensor:
     allowed."""
     while True:
         try:
-            return batch_gradients(trainer, trainer.team, *batch)
+            return trainer.gradients(*batch)
         except (RuntimeError, MemoryError) as error:
             allowed = trainer.settings.adapt_micro_batch and trainer.micro_batch > 1 and trainer.team.size == 1
             if not (devices.is_out_of_memory(error) and allowed):

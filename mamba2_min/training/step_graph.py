@@ -7,9 +7,17 @@ takes longer than they do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from mamba2_min import devices
+from mamba2_min.ops.autograd import widest
+from mamba2_min.training.gradients import batch_gradients
+
+if TYPE_CHECKING:
+    from mamba2_min.training.trainer import Trainer
 
 _WARM_UP = 3  # passes before the recording: kernels are compiled, libraries choose theirs
 
@@ -63,3 +71,48 @@ class StepGraph:
     def _forget(self) -> None:
         for p in self._parameters:
             p.grad = None
+
+
+class GraphedGradients:
+    """`batch_gradients` of a trainer whose batches are in one part, by a graph of the first one's shape."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._graph: StepGraph | None = None
+        self._wanted = trainer.settings.graph and trainer.device.type == "cuda"
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """The gradients and the mean loss of a batch, by a graph where one can give them."""
+        trainer = self._trainer
+        if not self._wanted or trainer.carried or trainer.team.size > 1 or len(batch[0]) > trainer.micro_batch:
+            return batch_gradients(trainer, trainer.team, *batch)
+        if self._graph is None or not self._graph.fits(batch):
+            self._graph = None  # before the next one is recorded: there may be no memory for both
+            why_not = self._record(batch)
+            trainer.report("graph", {"step": trainer.step + 1, "why_not": why_not})
+            if why_not:
+                self._wanted = False
+                return batch_gradients(trainer, trainer.team, *batch)
+        assert self._graph is not None
+        return self._graph(batch).to(widest(trainer.device))
+
+    def _record(self, batch: Sequence[Tensor]) -> str:
+        """An empty string, or the reason why there is no graph. Raises where memory runs out."""
+        trainer = self._trainer
+        try:
+            on_device = [t.to(trainer.device) for t in batch]
+            self._graph = StepGraph(list(trainer.model.parameters()), self._backward, on_device)
+            return ""
+        except Exception as error:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            if devices.is_out_of_memory(error):
+                raise
+            return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+    def _backward(self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """Nothing here waits for the device, or asks it for a value."""
+        packed = {} if seq_idx is None else {"seq_idx": seq_idx}
+        with self._trainer.autocast:
+            loss = self._trainer.model.loss(input_ids, targets, **packed)
+        loss.backward()
+        return loss.detach()

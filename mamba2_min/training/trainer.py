@@ -45,6 +45,7 @@ from mamba2_min.training.gradients import batch_gradients, own_rows
 from mamba2_min.training.guards import LossGuard, deferred_signals
 from mamba2_min.training.metrics import MetricsLog, NoLog, plot_run
 from mamba2_min.training.resume import capture, prepare_folder, repair_ended, restore
+from mamba2_min.training.step_graph import GraphedGradients
 from mamba2_min.training.task import Pretraining, Task
 
 _SECONDS_BETWEEN_PLOTS = 30  # drawing takes most of a second, too much for every evaluation of a small model
@@ -68,8 +69,8 @@ class Trainer:
     from the start of the new ones, and with a new best. Of the settings only ACCEPTABLE may differ.
 
     `report(event, values)` is called after every step ("step"), evaluation ("evaluation"), skipped step ("skipped"),
-    halved micro-batch ("memory") and attempt to compile ("compiled"): it is what a screen shows. `notes` holds lines
-    that a user should read before the start. Raises UserError where the run cannot begin or resume.
+    halved micro-batch ("memory") and attempt to compile ("compiled") or to record ("graph"): it is what a screen shows.
+    `notes` holds lines that a user should read before the start. Raises UserError where the run cannot begin or resume.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Trainer:
         if self.carried and settings.carry_state is None:
             self.notes.append(f"the state is carried on: most of the text is in documents longer than {LONG} windows")
         self._to_compile = settings.compile
+        self.gradients = GraphedGradients(self)
         self._clock = self._drawn = 0.0  # when `seconds` was last counted, and when loss.png was drawn
         torch.manual_seed(settings.seed)
         self.resumed = resume and files.is_file(self.out / checkpoint.RESUME)
