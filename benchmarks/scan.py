@@ -189,6 +189,7 @@ def as_graph(run: Callable[[], None], options: Options) -> Callable[[], None]:
     """The work as one CUDA graph, REPEATED times: launching its kernels from Python would take longer than they do."""
     with options.products():
         aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
                 run()
@@ -197,7 +198,11 @@ def as_graph(run: Callable[[], None], options: Options) -> Callable[[], None]:
         with torch.cuda.graph(graph):
             for _ in range(REPEATED["cuda"]):
                 run()
-    return graph.replay
+
+    def replay(keeps: Callable[[], None] = run) -> None:  # the tensors of `run` must live as long as the graph
+        graph.replay()
+
+    return replay
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ LABELS = {
     "plain-autograd": "plain autograd",
     FLOOR: "matrix products alone",
 }
-_SUFFIXES = {"compile": "compiled", "recompute": "recomputed", "bf16state": "state in bf16"}
+_SUFFIXES = {"compile": "compiled", "recompute": "recomputed", "bf16state": "state in bf16", "graph": "one CUDA graph"}
 
 
 def label(peer: str) -> str:

@@ -1,0 +1,90 @@
+"""A step as one CUDA graph: what the trainer does with one, on a CPU; and on a GPU, the same bits as without."""
+
+import pytest
+import torch
+from small_runs import assert_same_run, make_trainer, write_documents
+
+from mamba2_min.config import Mamba2Config
+from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.training import step_graph
+from mamba2_min.training.step_graph import StepGraph
+from mamba2_min.training.trainer import Trainer
+
+
+class Unrecorded:
+    """Stands for a StepGraph: it computes at each call what a graph would launch."""
+
+    def __init__(self, parameters, backward, batch):
+        self.backward, self.shapes = backward, [t.shape for t in batch]
+
+    def fits(self, batch):
+        return [t.shape for t in batch] == self.shapes
+
+    def __call__(self, batch):
+        return self.backward(*batch)
+
+
+class Unrecordable:
+    def __init__(self, parameters, backward, batch):
+        backward(*batch)
+        raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
+
+
+def trained(folder, data, **settings):
+    """A run with a graph, as on a GPU; and the reports about it."""
+    trainer = make_trainer(folder, data, max_steps=4, graph=True, **settings)
+    trainer.gradients._wanted = True
+    reports = []
+    trainer.report = lambda event, values: reports.append(values) if event == "graph" else None
+    trainer.train()
+    return reports
+
+
+@pytest.mark.parametrize("stand_in, why", [(Unrecorded, ""), (Unrecordable, "operation not permitted when stream")])
+def test_a_run_is_the_same_with_a_graph_and_where_there_can_be_none(monkeypatch, tmp_path, data, stand_in, why):
+    monkeypatch.setattr(step_graph, "StepGraph", stand_in)
+    make_trainer(tmp_path / "without", data, max_steps=4, dropout=0.0, graph=True).train()  # a CPU has none
+    reports = trained(tmp_path / "with", data, dropout=0.0)
+    assert len(reports) == 1 and reports[0]["step"] == 1 and reports[0]["why_not"].startswith(why)
+    assert "\n" not in reports[0]["why_not"] and bool(reports[0]["why_not"]) == bool(why)
+    assert_same_run(tmp_path / "without", tmp_path / "with")
+
+
+def test_a_batch_in_parts_has_no_graph(monkeypatch, tmp_path, data):
+    monkeypatch.setattr(step_graph, "StepGraph", Unrecorded)
+    assert trained(tmp_path, data, micro_batch=2) == []
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_the_same_bits():
+    config = Mamba2Config(vocab_size=300, d_model=128, n_layer=2, d_state=64)
+    model = Mamba2LM(config, seed=0).cuda().train()
+    batches = [[torch.randint(300, (4, 200), device="cuda") for _ in range(2)] for _ in range(3)]
+
+    def backward(ids, targets):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model.loss(ids, targets)
+        loss.backward()
+        return loss.detach()
+
+    graph = StepGraph(list(model.parameters()), backward, batches[0])
+    assert all(p.grad is None for p in model.parameters())
+    for batch in batches:
+        assert graph.fits(batch)
+        loss = graph(batch)
+        got = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        assert torch.equal(loss, backward(*batch))
+        assert all(torch.equal(a, p.grad) for a, p in zip(got, model.parameters(), strict=True))
+        model.zero_grad(set_to_none=True)
+    assert not graph.fits([t[:2] for t in batches[0]])
