@@ -148,7 +148,9 @@ def test_compiled_for_an_h100(monkeypatch):
     found = compiled(monkeypatch, "sm_90", tiles, dtype)
     assert len(found) == 10
     for kernel in found:
-        assert kernel["shared"] <= tiles.shared and kernel["registers"] <= 255 and kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= tiles.shared and kernel["registers"] <= 255, kernel
+        # With four warps `pair_gradients` spills 30 registers or fewer; with eight it does not, and is slower.
+        assert kernel["stack"] <= (128 if kernel["kernel"] == "pair_gradients" else 0), kernel
 
 
 @needs_triton
