@@ -157,7 +157,7 @@ def test_a_reader_who_leaves_is_no_error(folder):
 def test_arguments_that_are_not_utf_8_are_answered_in_one_line(folder):
     done = process(folder, "--prompt", b"caf\xe9")
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr == b"error: argument --prompt: character 4 is not UTF-8\n"
+    assert done.stderr == b"error: argument --prompt: character 4 is not UTF-8 (--help lists the arguments)\n"
 
 
 @pytest.mark.parametrize(
@@ -588,7 +588,7 @@ def test_a_form_feed_goes_to_a_file_as_it_is(call, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_answered_in_one_line(folder):
-    command = [sys.executable, str(SCRIPT), "--model", str(folder), "--prompt", "The owl", "--max-tokens", "5"]
+    command = [sys.executable, str(SCRIPT), "--model", str(folder), "--prompt", "The owl", "--temperature", "0"]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120)
     assert done.returncode == 2
