@@ -155,7 +155,7 @@ def test_batches_go_on_where_they_stopped():
     again.load_state_dict(windows.state_dict())
     for _ in range(40):
         assert all(torch.equal(a, b) for a, b in zip(next(windows), next(again), strict=True))
-    with pytest.raises(UserError, match="examples was 50, now 2"):
+    with pytest.raises(UserError, match="examples 50 then, 2 now"):
         PackedWindows([example(3)] * 2, 64, 2).load_state_dict(windows.state_dict())
     with pytest.raises(UserError, match="damaged"):
         again.load_state_dict({**windows.state_dict(), "position": 10**6})
