@@ -22,7 +22,7 @@ from mamba2_min.datagen.judging import Rules, judge
 from mamba2_min.datagen.kinds import compose
 from mamba2_min.datagen.store import Store
 
-DOCUMENTS = Path(__file__).parent.parent / "training_data"
+DOCUMENTS = Path(__file__).parent.parent / "training_data" / "varied"
 SETTINGS = {"bundled": 220}  # documents
 QUICK = {"bundled": 20}
 

@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama3.1", help="the Ollama server's model (%(default)s)")
     parser.add_argument("--without-generator", action="store_true", help="record train.py and run.py alone")
     parser.add_argument(
-        "--train", default="--data stories --max-minutes 4", metavar="FLAGS", help="of train.py (%(default)s)"
+        "--train", default="--data training_data/stories --max-minutes 4", metavar="FLAGS", help="of train.py (%(default)s)"
     )
     parser.add_argument("--out", default="docs/images/session.svg", metavar="FILE", help="(%(default)s)")
     args = parser.parse_args()
@@ -271,8 +271,7 @@ def main() -> None:
         folder = Path(name)
         for script in ("data_generator.py", "train.py", "run.py"):
             (folder / script).symlink_to(ROOT / script)
-        for documents in ("training_data", "stories"):
-            shutil.copytree(ROOT / documents, folder / documents)
+        shutil.copytree(ROOT / "training_data", folder / "training_data")
         picture = to_svg(record(commands, folder, environment | {"XDG_STATE_HOME": name, "PYTHONPATH": str(ROOT)}))
     write_atomically(Path(args.out), lambda file: file.write(picture.encode()))
     print(f"written: {args.out}, {len(picture) / 1000:,.0f} kB")

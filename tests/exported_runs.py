@@ -10,7 +10,7 @@ from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.training.runs import plan_run
 
-DOCUMENTS = Path(__file__).resolve().parent.parent / "training_data"
+DOCUMENTS = Path(__file__).resolve().parent.parent / "training_data" / "varied"
 SHAPE = {"d_model": 32, "n_layer": 2, "d_state": 16, "headdim": 16}
 TEXTS = [
     "The cat didn't see the cat. “It's 1984,” said the old cat…\r\n\r\n\tThe dog<start>naïve café",

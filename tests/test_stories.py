@@ -11,7 +11,7 @@ import pytest
 from mamba2_min.data.documents import read_documents
 
 ROOT = Path(__file__).parent.parent
-STORIES = ROOT / "stories"
+STORIES = ROOT / "training_data" / "stories"
 TABLE = ROOT / "training_data" / "README.md"
 
 # Words that have a capital in the middle of a sentence and are no names.

@@ -103,6 +103,7 @@ def _chunk(kind: str, index: int | None, dtype: torch.dtype, p: int, n: int) -> 
     return tiles.q
 
 
+@torch.inference_mode(False)  # the first scan of a process may be that of a prompt
 def self_check(device: torch.device, dtype: torch.dtype, p: int, n: int) -> float:
     """The largest relative error of y, the state and all gradients but A's, against `ssd_plain` in float32."""
     random = torch.Generator().manual_seed(0)
