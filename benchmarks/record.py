@@ -255,7 +255,10 @@ def main() -> None:
     parser.add_argument("--model", default="llama3.1", help="the Ollama server's model (%(default)s)")
     parser.add_argument("--without-generator", action="store_true", help="record train.py and run.py alone")
     parser.add_argument(
-        "--train", default="--data training_data/stories --max-minutes 4", metavar="FLAGS", help="of train.py (%(default)s)"
+        "--train",
+        default="--data training_data/stories --max-minutes 4",
+        metavar="FLAGS",
+        help="of train.py (%(default)s)",
     )
     parser.add_argument("--out", default="docs/images/session.svg", metavar="FILE", help="(%(default)s)")
     args = parser.parse_args()

@@ -325,7 +325,7 @@ def main() -> int:
         return 1 if stale else 0
     for path in sorted(args.results.glob("*.json")):
         results = harness.load(path)
-        if results and TABLES.get(results[0]["benchmark"]) is length_table:
+        if isinstance(results, list) and results and TABLES.get(results[0]["benchmark"]) is length_table:
             image = args.images / f"{path.stem}.png"
             if image.name in shown and plot(results, image):
                 print(f"drawn: {image.name}")
