@@ -51,7 +51,9 @@ def run(form, case, seq_idx, kept):
 
 
 @pytest.mark.parametrize("name", ["x", "dt", "B", "C"])
-@pytest.mark.parametrize("scan", [*FORMS, *ssd.SCANS])
+@pytest.mark.parametrize(
+    "scan", [*FORMS, *(name for name in ssd.SCANS if name != "triton")]
+)  # bf16 on a GPU: test_triton
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 def test_a_scan_keeps_it_where_it_is(name, scan, bad):
     case = make(torch.bfloat16 if scan == "cuda" else torch.float64)

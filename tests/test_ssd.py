@@ -747,7 +747,9 @@ def test_decays_are_separated_only_where_that_is_safe(decays, chunk):
     size, heads = cpu.separable(case["dt"], case["A"], 2, 64)
     assert heads.tolist() == [True, True, chunk is not None, chunk is not None]  # a group at a time
     assert size == (chunk or 64)
-    y, y_plain = (form(**case)[0].nan_to_num() for form in (chunked(64, "cpu"), chunked(64, "plain")))
+    if math.isnan(decays[0]):  # test_nonfinite says what becomes of it
+        return
+    y, y_plain = (form(**case)[0] for form in (chunked(64, "cpu"), chunked(64, "plain")))
     for head in range(4):
         assert torch.equal(y[:, :, head], y_plain[:, :, head]) == (chunk is None and head > 1)
 

@@ -140,3 +140,12 @@ def test_help_is_free_of_torch(command):
     assert run.returncode == 0 and "usage:" in run.stdout
     loaded = {line.split("|")[-1].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
     assert not loaded & {"torch", "matplotlib", "ollama", "transformers"}
+
+
+def test_no_import_of_ours_imports_the_compiler():
+    """torch._dynamo takes over a second, and brings Triton: `run.py` would wait for it at each start."""
+    program = (
+        "import sys, mamba2_min.training.trainer, mamba2_min.inference.completer; print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"

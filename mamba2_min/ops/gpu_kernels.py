@@ -27,7 +27,16 @@ def _triton_is_new_enough() -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Has a compiler call `function` while it compiles, and take the result for a constant.
+
+    This is `torch.compiler.assume_constant_result`, which would import the compiler here: over a second at each start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def has_triton() -> bool:
     """Whether there is a Triton that is new enough."""
     return _triton_is_new_enough()

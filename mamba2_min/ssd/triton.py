@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba2_min.ops.autograd import handwritten_backward
-from mamba2_min.ops.gpu_kernels import has_triton, on, operator
+from mamba2_min.ops.gpu_kernels import constant_when_compiled, has_triton, on, operator
 from mamba2_min.ops.seq_idx import document_numbers
 from mamba2_min.ssd.arguments import Shape
 from mamba2_min.ssd.plain import ssd_plain
@@ -57,7 +57,7 @@ def supports(device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
     return _works(device.index, dtype, int(shape.p), int(shape.n))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _works(index: int | None, dtype: torch.dtype, p: int, n: int) -> bool:
     return _checked(torch.cuda.current_device() if index is None else index, dtype, p, n)
 
@@ -96,7 +96,7 @@ def _q(device: torch.device, dtype: torch.dtype, p: int, n: int) -> int:
     return _chunk(device.type, device.index, dtype, int(p), int(n))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _chunk(kind: str, index: int | None, dtype: torch.dtype, p: int, n: int) -> int:
     tiles = _tiles(torch.device(kind if index is None else f"{kind}:{index}"), dtype, p, n)
     assert tiles is not None, "supports() was asked before"
