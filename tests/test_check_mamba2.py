@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from mamba2_min.config import Mamba2Config
 from mamba2_min.evaluation import check
-from mamba2_min.evaluation.check import MISTAKES, check_mamba2
+from mamba2_min.evaluation.check import check_mamba2
+from mamba2_min.evaluation.mistakes import MISTAKES, forward_with
 from mamba2_min.models.mamba2 import Mamba2LM
 
 nbformat = pytest.importorskip("nbformat", reason="the extra [notebooks] is not installed")
@@ -60,11 +61,15 @@ def test_the_packages_own_model_is_right():
     check_mamba2(lambda config: Mamba2LM(config, seed=0))
 
 
+def test_the_official_rates_are_right():
+    check_mamba2(made((RATES, "torch.empty(c.nheads).uniform_(1, 16).log()")))
+
+
 def test_made_without_a_mistake_the_logits_are_the_models():
     config = Mamba2Config(**check._SHAPE, ngroups=2)
     model, _ = check._pair(lambda c: Mamba2LM(c, seed=1), config)
     ids = torch.randint(50, (2, 40))
-    torch.testing.assert_close(check._forward(model, ids, ""), model(ids)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(forward_with("", model, ids), model(ids)[0], rtol=1e-4, atol=1e-5)
 
 
 # What is changed in the solution to make each of MISTAKES.
@@ -77,6 +82,39 @@ IN_TEXT = {
               "F.conv1d(xBC.mT, self.conv1d.weight.flip(-1), self.conv1d.bias, 1, 3, 1, xBC.shape[-1])")],
     "centred": [("(xBC.mT)[..., : normed.shape[1]]", "(xBC.mT)[..., 2 : 2 + normed.shape[1]]")],
     "no SiLU": [("F.silu(self.conv1d", "(self.conv1d")],
+    "dt first": [("z, xBC, dt = self", "dt, z, xBC = self"),
+                 ("[c.d_inner, c.d_inner + 2 * groups, c.nheads]", "[c.nheads, c.d_inner, c.d_inner + 2 * groups]")],
+    "x only": [("        xBC = F.silu(", "        raw = xBC\n        xBC = F.silu("),
+               ("x, B, C = xBC.split",
+                "x, B, C = torch.cat([xBC[..., : c.d_inner], raw[..., c.d_inner :]], -1).split")],
+    "x only, SiLU": [("        xBC = F.silu(", "        raw = F.silu(xBC)\n        xBC = F.silu("),
+                     ("x, B, C = xBC.split",
+                      "x, B, C = torch.cat([xBC[..., : c.d_inner], raw[..., c.d_inner :]], -1).split")],
+    "heads": [("x.unflatten(-1, (c.nheads, c.headdim))", "x.unflatten(-1, (c.headdim, c.nheads)).mT")],
+    "heads, and back": [("x.unflatten(-1, (c.nheads, c.headdim))", "x.unflatten(-1, (c.headdim, c.nheads)).mT"),
+                        ("y.flatten(-2)", "y.mT.flatten(-2)")],
+    "exp": [("F.softplus(dt.float() + self.dt_bias)", "torch.exp(dt.float() + self.dt_bias)")],
+    "clamped": [("F.softplus(dt.float() + self.dt_bias)",
+                 "F.softplus(dt.float() + self.dt_bias).clamp(c.dt_min, c.dt_max)")],
+    "sign of A": [("-self.A_log.exp()", "self.A_log.exp()")],
+    "dt twice": [("X = dt[..., None] * x", "X = dt[..., None] ** 2 * x")],
+    "zero before exp": [("masked_fill(~below, -torch.inf)", "masked_fill(~below, 0)")],
+    "own state": [("        entering.append(H)\n", ""),
+                  ("+ added[:, k]\n", "+ added[:, k]\n        entering.append(H)\n")],
+    "not handed on": [("s[:, k, :, -1].exp()[..., None, None] * H + added", "added")],
+    "not decayed": [("s[:, k, :, -1].exp()[..., None, None] * H", "H")],
+    "added": [("((s[..., -1:] - s).exp()[..., None] * X)", "X")],
+    "read": [("(s.exp()[..., None] * C)", "C")],
+    "read late": [("(s.exp()[..., None] * C)", "((s - dt * A[:, None]).exp()[..., None] * C)")],
+    "in front": [("(0, -l % q))", "(-l % q, 0))")],
+    "D dt x": [("self.D[:, None] * x", "self.D[:, None] * dt[..., None] * x")],
+    "D z": [("self.D[:, None] * x", "self.D[:, None] * z.unflatten(-1, (c.nheads, c.headdim))")],
+    "eps outside": [("(parts.square().mean(-1, keepdim=True) + self.eps).rsqrt()",
+                     "1 / (parts.square().mean(-1, keepdim=True).sqrt() + self.eps)")],
+    "no root": [("rsqrt()", "reciprocal()")],
+    "LayerNorm": [("parts = v.unflatten(-1, (self.groups, -1))",
+                   "parts = v.unflatten(-1, (self.groups, -1))\n        parts = parts - parts.mean(-1, keepdim=True)")],
+    "scaled embedding": [("stream = self.embedding(ids)", "stream = 8 * self.embedding(ids)")],
     "no dt_bias": [("dt.float() + self.dt_bias", "dt.float()")],
     "softplus first": [("F.softplus(dt.float() + self.dt_bias)", "F.softplus(dt.float()) + self.dt_bias")],
     "A": [("-self.A_log.exp()", "-self.A_log")],
@@ -106,17 +144,34 @@ def test_a_mistake_in_the_logits_is_named(name):
     assert MISTAKES[name] in hint(*IN_TEXT[name])
 
 
+RATES = "torch.arange(1.0, c.nheads + 1).log()"
+NEW_DT = "torch.exp(torch.empty(c.nheads).uniform_(math.log(c.dt_min), math.log(c.dt_max)))"
+DIFFERENCE = "(s[..., :, None] - s[..., None, :]).masked_fill(~below, -torch.inf).exp()"
+ROUNDED = "not bf16"
+
 OTHERS = {
     "mask after exp": ("masked_fill(~below, -torch.inf).exp()", "exp().tril()", "fill in -inf before exp"),
+    "times the mask": ("masked_fill(~below, -torch.inf).exp()", "exp() * below", "fill in -inf before exp"),
+    "two exps": (DIFFERENCE, "(s.exp()[..., :, None] * (-s).exp()[..., None, :]).tril()", "do not split it"),
+    "dt in bf16": ("F.softplus(dt.float() + self.dt_bias)", "F.softplus(dt + self.dt_bias).bfloat16()", ROUNDED),
+    "decay in bf16": (".cumsum(-1)", ".bfloat16().float().cumsum(-1)", ROUNDED),
+    "state in bf16": ("* H + added[:, k]", "* H + added[:, k].bfloat16().float()", ROUNDED),
+    "rates without log": (RATES, "torch.arange(1.0, c.nheads + 1)", "Your -A begins with 2.72, 7.39"),
+    "rates from 0": (RATES, "torch.arange(0.0, c.nheads)", "a time scale for each"),
+    "rates twice": (RATES, "2 * " + RATES, "Your -A begins with 1, 4, 9"),
+    "rates in reverse": (RATES, RATES + ".flip(0)", "over the heads"),
+    "one dt": (NEW_DT, "torch.full((c.nheads,), math.sqrt(c.dt_min * c.dt_max))", "a dt of its own"),
+    "log of dt": ("dt + torch.log(-torch.expm1(-dt))", "dt.log()", "only where dt is small"),
+    "bias 0": ("self.A_log = nn", "self.conv1d.bias.data.zero_(); self.A_log = nn", "conv1d.bias starts"),
     "no padding": ("(0, -l % q)", "(0, 0)", "33 tokens, chunks of 32: it fails"),
-    "state is not decayed": ("s[:, k, :, -1].exp()[..., None, None] * H", "H", "is the state handed on"),
-    "the future": ("masked_fill(~below, -torch.inf)", "clamp(max=0)", "lets the future in"),
+    "state fades twice": ("s[:, k, :, -1].exp()[..., None, None] * H", "s[:, k, :, -1, None, None].exp() ** 2 * H",
+                          "between chunks"),
+    "the future": ("masked_fill(~below, -torch.inf)", "masked_fill(~below, -1)", "lets the future in"),
     "N(0, 1)": ("nn.init.normal_(self.embedding.weight, std=0.02)", "pass", "N(0, 0.02)"),
-    "dt uniform": ("torch.exp(torch.empty(c.nheads).uniform_(math.log(c.dt_min), math.log(c.dt_max)))",
-                   "torch.empty(c.nheads).uniform_(c.dt_min, c.dt_max)", "Draw log(dt) uniformly"),
+    "dt uniform": (NEW_DT, "torch.empty(c.nheads).uniform_(c.dt_min, c.dt_max)", "Draw log(dt) uniformly"),
     "no inverse": ("dt + torch.log(-torch.expm1(-dt))", "dt", "inverse of softplus"),
     "D starts at 0": ("torch.ones(c.nheads)", "torch.zeros(c.nheads)", "mixer.D starts at 1"),
-    "one time scale": ("torch.arange(1.0, c.nheads + 1).log()", "torch.zeros(c.nheads)", "a time scale for each"),
+    "one time scale": (RATES, "torch.zeros(c.nheads)", "a time scale for each"),
     "depth": ("/= math.sqrt(c.n_layer)", "/= 1", "divided by sqrt(n_layer); yours is 2.0"),
     "a wrong name": ("self.norm_f", "self.norm_last", "parameters are missing: backbone.norm_f.weight"),
     "a buffer": ("self.embedding = nn", "self.register_buffer('mask', torch.ones(3)); self.embedding = nn",
@@ -128,7 +183,7 @@ OTHERS = {
     "dt detached": ("X = dt[..., None] * x", "X = dt.detach()[..., None] * x", "though the logits are right"),
     "the last logits": ("self.lm_head(self.backbone(ids))", "self.lm_head(self.backbone(ids))[:, -1]",
                                  "logits must be (2, 96, 50), not (2, 50)"),
-    "unusual": ("F.silu(z)", "F.gelu(z)", "none of the usual mistakes"),
+    "unusual": ("F.silu(z)", "F.gelu(z)", "none of the mistakes that are known"),
 }  # fmt: skip
 
 
