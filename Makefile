@@ -5,11 +5,11 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 
 .PHONY: demo test test-all test-llama notebooks lint clean
 
-demo: .venv/installed            ## train on the bundled documents for four minutes, then complete a sentence
-	$(BIN)/python train.py --data training_data --out runs/demo --resume --max-minutes 4 --max-steps 240 --eval-every 30 \
-		--weight-decay 2
-	$(BIN)/python run.py --model runs/demo --prompt "The old man looked at the sea and" --max-tokens 80 --seed 2 \
-		--temperature 0.6 --known-words
+demo: .venv/installed            ## train on the bundled stories for four minutes at most, then continue a sentence
+	$(BIN)/python train.py --data training_data/stories --out runs/demo --resume --max-minutes 4 --max-steps 900 \
+		--preset tiny --d-model 160 --dropout 0.2 --ema-decay 0.99 --lr 8e-3 --vocab-size 2000 --min-count 3 \
+		--eval-every 100 --patience 0
+	$(BIN)/python run.py --model runs/demo --prompt "One morning" --max-tokens 120 --seed 3
 
 test: .venv/installed-dev        ## lint and the default tests: under six minutes on two cores
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mamba2_min
