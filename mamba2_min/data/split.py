@@ -36,29 +36,33 @@ class Sides(NamedTuple):
     cut: set[str]  # the first part of the text is for training, the last for validation
 
 
-def split_documents(documents: Sequence[Document], val_fraction: float = 0.1) -> Split:
+def split_documents(
+    documents: Sequence[Document], val_fraction: float = 0.1, rules: int = RULES, keys: Sequence[str] | None = None
+) -> Split:
     """Splits by a hash of each document's text: about `val_fraction` of the text goes to validation.
 
     A document's side depends only on its text. So adding, renaming or moving a document moves no other, a resumed run
     has the same split, and identical documents are on the same side. `choose_sides` says what happens where that would
-    be a bad split, with few documents or very different sizes.
+    be a bad split, with few documents or very different sizes. `rules` are those of `choose_sides`; `keys` replace the
+    keys of documents of which something was left out, so that this moves none.
     Raises UserError for a fraction that is not between 0 and 1, and for a text too short to be cut.
     """
     if not documents:
         raise UserError("no documents to split")
-    sizes = {document.key: len(document.text.encode()) for document in documents}
-    sides, notes = choose_sides(sizes, Counter(document.key for document in documents), val_fraction)
+    keys = [document.key for document in documents] if keys is None else keys
+    sizes = {key: len(document.text.encode()) for key, document in zip(keys, documents, strict=True)}
+    sides, notes = choose_sides(sizes, Counter(keys), val_fraction, rules)
     if len(sizes) == 1:
-        documents = documents[:1]  # copies of a single document are one
+        documents, keys = documents[:1], keys[:1]  # copies of a single document are one
     train, validation, cuts = [], [], []
-    for document in documents:
-        if document.key in sides.cut:
+    for key, document in zip(keys, documents, strict=True):
+        if key in sides.cut:
             head, tail = cut(document, val_fraction)
             train.append(head)
             validation.append(tail)
             cuts.append((document.file, len(tail.text), len(document.text)))
         else:
-            (validation if document.key in sides.validation else train).append(document)
+            (validation if key in sides.validation else train).append(document)
     return Split(train, validation, notes + cut_note(cuts, len(sizes)))
 
 

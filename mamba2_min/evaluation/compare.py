@@ -11,8 +11,8 @@
     association     pairs of words, then the first of each: which was the second?
     speed, memory   words are written one by one; the weights and the state
 
-The documents are the validation part of --data, as train.py splits it; --all takes all of them. A run that was trained
-on them gets figures that mean nothing.
+The documents are those of --data that each run kept for validation, by the settings in its folder; --all takes all. A
+run that was trained on them gets figures that mean nothing.
 
 In the radar an axis runs from chance (the centre) to the best of the runs (the rim); what is within three standard
 errors of chance counts as chance. A radar misleads: its area depends on the order of the axes, and the rim says nothing
@@ -38,15 +38,6 @@ if TYPE_CHECKING:
     from mamba2_min.models.base import LanguageModel
 
 GAME_WORDS = 64  # the games of recall are played with so many of the words that all runs know
-
-
-def held_out(source: str, limit: int, everything: bool = False) -> list[Document]:
-    """The documents to be predicted, at most `limit`. Raises UserError where there are none."""
-    from mamba2_min.data.documents import read_documents
-    from mamba2_min.data.split import split_documents
-
-    documents = read_documents(source)
-    return (documents if everything else split_documents(documents).validation)[:limit]
 
 
 def bits_per_byte(model: LanguageModel, tokenizer: WordTokenizer, documents: Sequence[Document]) -> dict[str, float]:
@@ -201,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--texts", type=int, default=10, metavar="N", help="texts that each run writes, twice (%(default)s)")
     add("--max-tokens", type=int, default=800, metavar="N", help="of a text (%(default)s)")
     add("--temperature", type=float, default=0.7, metavar="X", help="of the sampled texts (%(default)s)")
-    add("--prompts", type=Path, metavar="FILE", help="beginnings of texts, one a line (20 bundled ones)")
+    add("--prompts", type=Path, metavar="FILE", help="beginnings of texts, one per line (20 bundled ones)")
     add("--out", default="comparison", metavar="DIR", help="for compare.json, radar.png, bars.png (%(default)s)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
     return parser
@@ -217,11 +208,13 @@ def main() -> int:
     names = [shown(run) for run in args.runs]
     if len(set(names)) < len(names):
         raise UserError("two of the runs have the same name; the last part of each path must differ")
+    from mamba2_min.data.documents import read_documents
     from mamba2_min.evaluation import compare_plots
+    from mamba2_min.evaluation.held_out import held_out
     from mamba2_min.files import make_folder, save_json
 
     out = make_folder(args.out)
-    documents = held_out(args.data, args.limit, args.all)
+    documents = (read_documents(args.data) if args.all else held_out(args.runs, args.data))[: args.limit]
     found = measure(args.runs, documents, args)
     axes = axes_for(byte_entropy(documents))
     print(f"\n{len(documents)} documents of {args.data}; {args.texts} texts of at most {args.max_tokens} tokens\n")

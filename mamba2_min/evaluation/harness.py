@@ -20,12 +20,16 @@ import argparse
 import difflib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mamba2_min import files
 from mamba2_min.errors import UserError, run_script
 from mamba2_min.printable import one_line
+
+if TYPE_CHECKING:
+    from mamba2_min.data.documents import Document
 
 TASKS = Path(__file__).parent / "tasks"
 KINDS = ("cloze", "choice", "perplexity")
@@ -40,19 +44,14 @@ def task_config(kind: str, name: str, data: Path) -> dict[str, Any]:
     return {**config, "task": f"{name}_{kind}", "dataset_kwargs": {"data_files": {"test": str(data.resolve())}}}
 
 
-def make_items(
-    source: str | Path, folder: Path, limit: int, seed: int = 0, encoding: str | None = None
-) -> dict[str, Path]:
-    """Writes the items of each of KINDS, made from the validation part of `source`, and returns their files."""
-    from mamba2_min.data.documents import read_documents
-    from mamba2_min.data.split import split_documents
+def make_items(documents: Sequence[Document], source: str | Path, folder: Path, limit: int) -> dict[str, Path]:
+    """Writes the items of each of KINDS, made from the held-out `documents` of `source`, and returns their files."""
     from mamba2_min.evaluation import task_files
 
-    held_out = split_documents(read_documents(source, encoding=encoding)).validation
     made = {
-        "cloze": task_files.cloze(held_out, limit, seed),
-        "choice": task_files.multiple_choice(held_out, limit, seed),
-        "perplexity": [{"text": d.text} for d in held_out][:limit],
+        "cloze": task_files.cloze(documents, limit),
+        "choice": task_files.multiple_choice(documents, limit),
+        "perplexity": [{"text": d.text} for d in documents][:limit],
     }
     for kind, items in made.items():
         if not items:
@@ -134,6 +133,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from mamba2_min import devices
     from mamba2_min.checkpoints import checkpoint
     from mamba2_min.data.tokenizer import WordTokenizer
+    from mamba2_min.evaluation.held_out import held_out
     from mamba2_min.evaluation.lm_eval_model import Mamba2Eval
     from mamba2_min.models.mamba2 import Mamba2LM
 
@@ -142,7 +142,8 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if args.include is not None and not files.is_folder(args.include):
         raise UserError(f"--include: {args.include} is not a folder")
     if args.data:
-        made = make_items(args.data, scratch / "items", args.limit or 200, encoding=args.encoding)
+        documents = held_out([args.model], args.data, args.encoding)
+        made = make_items(documents, args.data, scratch / "items", args.limit or 200)
         tasks: list[Any] = [task_config(kind, "documents", path) for kind, path in made.items()]
     elif args.include:
         tasks = args.tasks or []
