@@ -11,7 +11,7 @@ heart         32 instructions, to below 0.05 nats: how many answers come back wo
 instructions  1,100 instructions: loss on the held-out answers before and after, and how many of them end
 ultrachat     1,000 conversations: loss on the held-out answers before and after
 gsm8k         7,473 school problems: exact answers of the test part, whatever they are
-speed         tokens a second of fine-tuning and of pretraining, in equal steps, by turns
+speed         tokens per second of fine-tuning and of pretraining, in equal steps, by turns
 large         the same at 130 million parameters, and peak memory
 """
 
@@ -238,7 +238,7 @@ def trainers(config: Mamba2Config, rows: int, context: int, o: Options) -> dict[
 
 
 def speed(row: str, o: Options) -> dict[str, Any]:
-    """Tokens a second of steps by turns in one process; on a GPU the peak memory of a step of each, alone."""
+    """Tokens per second of steps by turns in one process; on a GPU the peak memory of a step of each, alone."""
     if row.startswith("large"):
         config, rows, context = (LARGE, 8, 2048) if not o.quick else (SMALL, 2, 128)
     else:

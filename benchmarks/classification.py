@@ -265,7 +265,7 @@ def prepared(o: Options) -> tuple[WordTokenizer, Tensor, Tensor]:
 
 
 def train(model: nn.Module, task: Task, o: Options, **settings: Any) -> tuple[Score, float, float]:
-    """Trains with the trainer of this package; the best loss, its seconds and tokens a second."""
+    """Trains with the trainer of this package; the best loss, its seconds and tokens per second."""
     asked = {"patience": 0, "warmup_steps": 100, "save_every": 10**6, "log_every": 10**6, "precision": o.precision}
     tokens = [0, 0.0]
 

@@ -173,7 +173,7 @@ class Frame:
 
 
 def record(commands: Sequence[Command], folder: Path, environment: dict[str, str]) -> list[Frame]:
-    """Runs the commands in a folder, one after the other on one screen. At most eight frames a second are kept."""
+    """Runs the commands in a folder, one after the other on one screen. At most eight frames per second are kept."""
     cells, offset = Cells(), 0.0
     frames: list[Frame] = []
 

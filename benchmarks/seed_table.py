@@ -93,7 +93,7 @@ def length_table(results: list[Measurement]) -> str:
     if results[0]["benchmark"] == "scan":
         meaning = "Each cell: time; where there is a backward also what is kept for it; and peak memory."
     else:
-        meaning = "Each cell: tokens a second; peak memory."
+        meaning = "Each cell: tokens per second; peak memory."
     return f"{markdown(['', *map(label, names)], rows)}\n{meaning}\n"
 
 

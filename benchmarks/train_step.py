@@ -1,4 +1,4 @@
-"""One training step: forward, loss, backward, gradient clipping, AdamW. Tokens a second and peak memory.
+"""One training step: forward, loss, backward, gradient clipping, AdamW. Tokens per second and peak memory.
 
 Beside the peers runs the floor: the matrix products of the Mamba-2's projections and head alone, forward and backward,
 in the same dtype. No step can be faster than they are; the floor's share says how much of the time they take.

@@ -86,5 +86,5 @@ def test_a_folder_that_the_run_does_not_know_is_named(folder, capsys):
 def test_settings_that_cannot_be_understood(folder, data):
     (folder / "run").mkdir()
     (folder / "run" / "settings.json").write_text(json.dumps({"data": data}))
-    with pytest.raises(UserError, match="settings.json cannot be understood"):
+    with pytest.raises(UserError, match="cannot be understood"):
         held_out(["run"], "stories")

@@ -35,7 +35,7 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
     kinds = f"{', '.join(KINDS)}, or a .toml or .json file of your own"
     what("--kind", default="stories", metavar="KIND", help=f"{kinds} (stories)")
     what("--documents", type=int, default=100, metavar="N", help="good documents in the folder at the end (100)")
-    what("--topics", type=Path, metavar="FILE", help="subjects, one a line: each document is about one")
+    what("--topics", type=Path, metavar="FILE", help="subjects, one per line: each document is about one")
     what("--with-prompts", action="store_true", help="also have the request written that the text answers")
     what("--language", metavar="CODE", help=f"ask for it and keep nothing else: {' '.join(LANGUAGES)}")
     what("--seed", type=int, default=0, metavar="N", help="attempt i uses seed N + i (0)")

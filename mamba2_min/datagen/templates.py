@@ -36,10 +36,10 @@ def find_kind(name_or_file: str) -> Kind:
 
 
 def load_topics(path: Path) -> tuple[str, ...]:
-    """The subjects in a text file, one a line; empty lines and lines that start with `#` do not count."""
+    """The subjects in a text file, one per line; empty lines and lines that start with `#` do not count."""
     topics = _items(files.read_text(path, LIST_BYTES))
     if not topics:
-        raise UserError(f"--topics {path}: the file names no subject (one a line is wanted)")
+        raise UserError(f"--topics {path}: the file names no subject (one per line is wanted)")
     return topics
 
 
@@ -105,7 +105,7 @@ def _strings(path: Path, name: str, value: object) -> tuple[str, ...]:
 
 
 def _list(path: Path, name: str, value: object) -> tuple[str, ...]:
-    """A list of the template: written out, or the name of a file beside the template with one item a line."""
+    """A list of the template: written out, or the name of a file beside the template with one item per line."""
     if name == "request" or not re.fullmatch(r"[a-z](?:[a-z_]*[a-z])?", name):
         raise UserError(f"{path}: a list cannot be called {name!r} (small letters and _, not `request`)")
     if not isinstance(value, str):

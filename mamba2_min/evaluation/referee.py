@@ -250,7 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--b", metavar="MODEL", help="the model to compare it with")
     add("--elo", nargs="+", metavar="MODEL", help="several models: each against each, and a table of ratings")
     add("--judge", default="llama3.1", metavar="NAME", help="a model of the Ollama server (%(default)s)")
-    add("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="one a line, or JSONL (20 bundled openings)")
+    add("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="one per line, or JSONL (20 bundled openings)")
     add("--requests", action="store_true", help="prompts are requests to answer, not beginnings to continue")
     add("--limit", type=int, default=MOST_PROMPTS, metavar="N", help="only the first N prompts")
     add("--max-tokens", type=int, default=150, metavar="N", help="of each text (%(default)s)")

@@ -1,4 +1,4 @@
-"""The norms of ops/norm.py on a GPU: one kernel forward and one backward, which keep their inputs and one number a row.
+"""The norms of ops/norm.py on a GPU: one kernel forward, one backward, which keep their inputs and one number per row.
 
 A row is a part of the last axis over which the mean is taken: with groups, a token has several.
 """

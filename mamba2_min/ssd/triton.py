@@ -23,7 +23,7 @@ in every exponent a_{j+1} + ... + a_i with j < k <= i. Let E_ij = m_ij (C_i . B_
 such an exponent. Then da_k is the sum of E over rows from k on, less the sum over columns from k on; for pairs in
 different chunks the state takes the place of one token or both (`step_gradients`).
 
-Between forward and backward are kept: the inputs, the state that enters each chunk (in x's dtype), dt and its sums.
+Between the passes we keep the inputs, the state that enters each chunk (in x's dtype), dt and its sums.
 Everything is added up in float32 and in one order, without atomics, so that equal arguments give equal bits.
 """
 

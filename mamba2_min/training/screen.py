@@ -73,7 +73,7 @@ class Screen:
             self._write(step + (f"not compiled: {printable(why)}" if why else "compiled"))
         elif event == "graph":
             why = values["why_not"]
-            self._write(step + (f"no CUDA graph: {printable(why)}" if why else "one CUDA graph a step"))
+            self._write(step + (f"no CUDA graph: {printable(why)}" if why else "one CUDA graph per step"))
         elif event == "memory":
             self._write(f"{step}out of memory: now {values['micro_batch']} windows at a time, the same batch")
         elif event == "evaluation":
