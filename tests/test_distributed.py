@@ -106,10 +106,11 @@ def test_whatever_their_number_the_files_are_the_same(tmp_path, data, alone, cou
     assert "all 12 steps done" in said[0] and not any(said[1:])  # one screen
 
 
-def test_processes_that_share_each_text_train_the_same_model(tmp_path, data):
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])  # four: two groups of two
+def test_processes_that_share_each_text_train_the_same_model(tmp_path, data, count):
     flags = ("--context", "33", "--dropout", "0", "--variational-dropout", "0.2", "--embedding-dropout", "0.1")
     assert Processes(1, data, tmp_path / "alone", *flags).wait() == [0]
-    assert Processes(2, data, tmp_path / "run", *flags, "--context-parallel", "2").wait() == [0, 0]
+    assert Processes(count, data, tmp_path / "run", *flags, "--context-parallel", "2").wait() == [0] * count
     a, b = (checkpoint.load_tensors(tmp_path / name / checkpoint.RESUME) for name in ("alone", "run"))
     for name, tensor in a["model"].items():
         torch.testing.assert_close(b["model"][name], tensor, rtol=1e-3, atol=1e-4)
