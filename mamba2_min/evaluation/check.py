@@ -147,7 +147,7 @@ def _check_logits(make: Callable[[Mamba2Config], nn.Module], config: Mamba2Confi
                     "handed on and fades, and how it is read."
                 )
         hint = hint or "It is none of the mistakes that are known here. Compare wire by wire with notebook 3, 3.2."
-        if gap < 0.02 and hint not in MISTAKES.values():
+        if gap < 0.05 and hint not in MISTAKES.values():
             hint += " It is close: is something rounded? dt, A, sums, decays and states stay float32, not bf16."
     raise AssertionError(f"{case}: logits differ by {gap:.2g} of the largest. {hint}")
 
@@ -192,6 +192,8 @@ def _pair(make: Callable[[Mamba2Config], nn.Module], config: Mamba2Config) -> tu
         for name, parameter in theirs.named_parameters():
             if name.endswith(("mixer.D", "norm.weight", "norm_f.weight")):
                 parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+                if name.endswith("D"):
+                    parameter.mul_(0.1)  # a loud skip would drown small errors of the scan
             elif name.endswith("dt_bias"):
                 parameter.add_(3)  # steps of about 0.2, so that every mistake in them shows
     yours.load_state_dict(theirs.state_dict())
@@ -204,4 +206,5 @@ def _call(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() < 1e-4 * b.abs().max())
+    """Two right models in float32 differ by 1e-6 of the largest, one with a rounding to bf16 by 1e-4 or more."""
+    return bool((a - b).abs().max() < 3e-5 * b.abs().max())

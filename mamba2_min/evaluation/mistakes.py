@@ -15,6 +15,7 @@ from mamba2_min.ops.norm import rms_norm_plain
 
 _X_ONLY = "the convolution and SiLU run over x, B and C together, not over x alone."
 _HEADS = "channels of a head are neighbours: unflatten to (nheads, headdim), not (headdim, nheads)."
+_ZEROS = "the convolution sees the future: put d_conv - 1 zeros before the first token, none after the last."
 _EPS = "eps is 1e-5, added to the mean square inside of the root."
 
 MISTAKES = {
@@ -23,7 +24,9 @@ MISTAKES = {
     "B and C": "B and C are swapped: after the convolution come x, B, C, in this order.",
     "no convolution bias": "conv1d has a bias, and it is not added.",
     "taps": "the taps are in reverse: the last one, weight[:, 0, 3], belongs to the token itself.",
-    "centred": "the convolution sees the future: put d_conv - 1 zeros before the first token, none after the last.",
+    "zeros after": _ZEROS,
+    "centred": _ZEROS,
+    "one zero after": _ZEROS,
     "no SiLU": "x, B and C pass through SiLU after the convolution.",
     "x only": _X_ONLY,
     "x only, SiLU": _X_ONLY,
@@ -43,6 +46,7 @@ MISTAKES = {
     "own state": "a chunk reads the state that enters it: note H down before the loop updates it, not after.",
     "not handed on": "the state is not handed on: H = exp(s_last) H + added, from chunk to chunk.",
     "not decayed": "on its way through a chunk the state fades: H = exp(s_last) H + added, not H + added.",
+    "not read": "what the chunks before left in the state is not read: add C_i exp(s_i) H to y.",
     "added": "what a token adds to the state fades until the chunk's end: exp(s_last - s_j) is missing.",
     "read": "a token reads the entering state after it has faded to it: C_i exp(s_i) H; exp(s_i) is missing.",
     "read late": "a token reads the entering state after its own decay, too: C_i exp(s_i) H, not exp(s_i - a_i).",
@@ -128,7 +132,7 @@ def _mixed(m: Mamba2Mixer, u: Tensor, mistake: str) -> Tensor:
 def _convolved(m: Mamba2Mixer, xBC: Tensor, mistake: str) -> Tensor:
     """x, B and C after convolution and SiLU, (b, l, conv_dim)."""
     c = m.config
-    before = 1 if mistake == "centred" else c.d_conv - 1
+    before = {"zeros after": 0, "centred": 1, "one zero after": c.d_conv - 2}.get(mistake, c.d_conv - 1)
     taps = m.conv1d.weight.flip(-1) if mistake == "taps" else m.conv1d.weight
     bias = None if mistake == "no convolution bias" else m.conv1d.bias
     padded = F.pad(xBC.transpose(1, 2), (before, c.d_conv - 1 - before))
@@ -185,4 +189,4 @@ def _chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, H: Tensor, mi
     left = added if mistake == "not handed on" else kept + added
     share = {"read": torch.zeros_like(s), "read late": s - dt * A}.get(mistake, s).exp()
     read = torch.einsum("bihn,bhpn->bihp", C, left if mistake == "own state" else H)
-    return y + share[..., None] * read, left
+    return (y if mistake == "not read" else y + share[..., None] * read), left
