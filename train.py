@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mamba2_min import console
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError, run_script
-from mamba2_min.flags import add_flags, asked_for
+from mamba2_min.flags import add_flags, asked_for, check_threads
 from mamba2_min.settings import MODEL_FLAGS, PRESETS, DataSettings, Settings
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    if args.threads < 0:
-        raise UserError("--threads must be at least 1")
+    check_threads(args)
     if args.context_parallel < 1:
         raise UserError("--context-parallel must be at least 1")
     if not args.out:

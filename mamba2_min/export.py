@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba2_min import flags
 from mamba2_min.errors import UserError, printable, run_script
 from mamba2_min.inference.writing import TEMPERATURE, WRITING
 
@@ -28,7 +29,9 @@ TEMPLATES = {"text": "{{ .Prompt }}", "request": "{{ .Prompt }}<start>"}
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="the run's folder")
-    parser.add_argument("--out", required=True, metavar="DIR", help=f"folder for {GGUF} and {MODELFILE}")
+    parser.add_argument(
+        "--out", type=flags.folder, required=True, metavar="DIR", help=f"folder for {GGUF} and {MODELFILE}"
+    )
     parser.add_argument(
         "--type",
         choices=TYPES,

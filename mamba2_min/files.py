@@ -13,7 +13,8 @@ What is guaranteed, on a folder of this user's own or on one that a stranger mad
     lock    locked                                one process at a time, without a lock file; ends with the process
     ask     is_file, is_folder, exists, names_in  an answer for every string that can be a path
 
-A folder that the user names may itself be a link, and so may any folder above it: the rule is for the links inside.
+A folder that the user names may itself be a link, and so may any folder above it: the rule is for the links inside,
+to files and to folders.
 What fails is a UserError of one line that names the path. What a drive cannot guarantee (CIFS, NFS and FUSE may not
 flush a folder, or not lock one) is done as far as possible and reported once, on standard error.
 """
@@ -74,9 +75,7 @@ def read_bytes(path: str | Path, max_bytes: int, follow: bool = True) -> bytes:
     """The content of a regular file of at most `max_bytes`. Raises UserError."""
     with open_regular(path, max_bytes, follow) as file, _explained("read", path):
         content = file.read(os.fstat(file.fileno()).st_size + 1)
-        while len(content) <= max_bytes and (
-            more := file.read(1 << 16)
-        ):  # the system's own files say 0, some never end
+        while len(content) <= max_bytes and (more := file.read(1 << 16)):  # the system's own say 0, some never end
             content += more
     if len(content) > max_bytes:
         raise UserError(f"{path} has more than the {max_bytes:,} bytes that are read")
@@ -295,8 +294,10 @@ def locked(folder: str | Path, names: Iterable[str] = (), holder: str = "trainin
         os.close(handle)
 
 
-def make_folder(folder: str | Path) -> Path:
-    """The folder, created with its parents if needed. Raises UserError if that fails."""
+def make_folder(folder: str | Path, follow: bool = True) -> Path:
+    """The folder, created with its parents if needed; a link only with `follow`. Raises UserError if that fails."""
+    if not follow and os.path.islink(folder):
+        raise UserError(f"{folder} is a link, and links are not written through: take it away")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

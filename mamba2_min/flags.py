@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mamba2_min.errors import UserError
@@ -56,6 +57,26 @@ def asked_for(args: argparse.Namespace, *classes: type) -> dict[str, Any]:
         elif value is not None:
             asked[field.name] = value
     return asked
+
+
+def folder(text: str) -> Path:
+    """The type of a flag that names a folder to write into. "" is no name, though a path would take it for this one."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder is wanted, and it is empty")
+    return Path(text)
+
+
+def check_integers(args: argparse.Namespace, most: int = 2**31 - 1, **least: int) -> None:
+    """Raises UserError for an integer, by the name of its flag, below its `least` or above `most`; None is fine."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= most:
+            raise UserError(f"{flag(name)} must be at least {low} and at most {most:,}")
+
+
+def check_threads(args: argparse.Namespace) -> None:
+    """Raises UserError for a --threads that no machine can start; 0 stands for the default."""
+    check_integers(args, most=1024, threads=1 if args.threads else 0)
 
 
 def flag(name: str) -> str:

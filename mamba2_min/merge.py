@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mamba2_min import console
+from mamba2_min import console, flags
 from mamba2_min.errors import UserError, run_script
 
 _LARGEST = 1e-4  # relative difference of the logits
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the folder of a fine-tuning with lora")
     parser.add_argument("--model", metavar="DIR", help="the base, where it has moved (the one that the adapter names)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    parser.add_argument("--out", type=flags.folder, required=True, metavar="DIR", help="the new folder")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from mamba2_min.errors import printable
 from mamba2_min.files import write_atomically
 
 # Neutral grey on a transparent page: text stays readable whatever lies behind it.
@@ -104,7 +106,7 @@ def plot_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: 
     n = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(3 + 0.3 * n, 14)
-    short = [(name if len(name) <= 28 else name[:27] + "…").replace("$", r"\$") for name in names]
+    short = [plain(name if len(name) <= 28 else name[:27] + "…") for name in names]
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
         axis.imshow(shares, cmap=SHARE, vmin=0, vmax=1, interpolation="nearest")
@@ -124,8 +126,15 @@ def plot_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a picture as PNG, atomically, and closes it. Raises UserError where it cannot be written."""
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name may have letters that the font lacks, or be longer than its panel
+        write_atomically(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
+
+
+def plain(name: str) -> str:
+    """Somebody's words as text for Matplotlib: a dollar sign begins no formula in it, and no character is invisible."""
+    return printable(name).replace("$", r"\$")
 
 
 def _describe(best: dict[str, Any]) -> str:

@@ -196,6 +196,14 @@ def test_the_command_compares_both_architectures(command, tokenizer, model, tmp_
         assert status == 2 and message in err and err.count("\n") == 1
 
 
+def test_a_run_may_be_called_anything(tmp_path, recwarn):
+    """A dollar sign begins no formula, and a letter that the font lacks is no warning."""
+    found = {name: {"x": 1.0} for name in (r"$\frac$", "a$b_{$", r"\$", "a\x1b[31m", "\u202e", "x" * 300)}
+    compare_plots.radar(found, [Axis(key, "x", 0.0) for key in "xyz"], tmp_path / "radar.png")
+    compare_plots.bars(found, [Axis("x", "x", 0.0)], tmp_path / "bars.png")
+    assert not recwarn.list and (tmp_path / "radar.png").stat().st_size > 5000 < (tmp_path / "bars.png").stat().st_size
+
+
 def test_shares_go_run_by_run():
     found = {"a": {"x": 1.0, "y": 3.0}, "b": {"x": 2.0}}
     axes = (Axis("x", "x", 0.0), Axis("y", "y", 1.0))

@@ -505,6 +505,16 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(base, tmp_path, monkeypat
     assert (tmp_path / "lora" / adapter.WEIGHTS).read_bytes() == before
 
 
+def test_a_sweep_writes_through_no_link(base, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", PAIRS)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "full-0.01").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=r"full-0\.01 is a link, and links are not written through"):
+        sweep(spec_of(base, data, tmp_path / "sweep", val_fraction=0.0, max_steps=1), [1e-2], tmp_path / "sweep", CPU)
+    assert not any((tmp_path / "outside").iterdir())
+
+
 def test_a_sweep_leaves_a_table_and_a_picture(base, tmp_path, capsys):
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     spec = spec_of(base, data, tmp_path / "sweep", val_fraction=0.0, max_steps=2, eval_every=2)

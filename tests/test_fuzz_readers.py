@@ -707,6 +707,16 @@ def test_what_torch_saves_is_read(tmp_path):
         assert read["plain"] == value["plain"]
 
 
+def test_what_is_loaded_wants_no_gradient(tmp_path):
+    """A stranger's carried state that did would end the first step."""
+    wanting = torch.zeros(2, requires_grad=True)
+    tree = {"a": [wanting, torch.nn.Parameter(torch.ones(3))], "b": {"c": torch.ones(1, requires_grad=True)}}
+    torch.save(tree, tmp_path / "x.pt")
+    found = checkpoint.load_tensors(tmp_path / "x.pt")
+    assert not any(t.requires_grad for t in [*found["a"], found["b"]["c"]])
+    assert same(found["a"][0], torch.zeros(2)) and torch.equal(found["a"][1], torch.ones(3))
+
+
 @pytest.mark.parametrize(
     "value", [{"a": {1, 2}}, {"a": 1 << 64}, {"a": b"x"}, [(one := [1]), one], {"a": torch.float32}]
 )

@@ -207,6 +207,8 @@ class TestFiles:
             lambda c, t: c.update(target_modules=[3]),
             lambda c, t: c.update(peft_type="IA3"),
             lambda c, t: c.update(lora_alpha=None),
+            lambda c, t: c.update(lora_alpha=10**400),
+            lambda c, t: c.update(r=10**400, use_rslora=True),
         ],
     )
     def test_damage_is_one_line(self, tmp_path, change):

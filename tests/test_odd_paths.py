@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and dev
 
 SMALL = [word for name, value in SHAPE.items() for word in ("--" + name.replace("_", "-"), str(value))]
 TRAIN = ["--max-steps", "1", "--device", "cpu", "--min-count", "1", "--context", "8", *SMALL]
+FINETUNE = "mamba2_min.finetune.__main__"
 # (module, the flags before the odd path, the flags behind it, whether a file of any name is right there, or a folder)
 COMMANDS = {
     "train --data": ("train", ["--out", "OUT", *TRAIN, "--data"], [], "both"),
@@ -30,6 +31,20 @@ COMMANDS = {
     ),
     "data_generator --topics": ("data_generator", ["--out", "OUT", "--host", "127.0.0.1:1", "--topics"], [], "file"),
     "data_generator --kind": ("data_generator", ["--out", "OUT", "--host", "127.0.0.1:1", "--kind"], [], "file"),
+    "train --init-from": ("train", ["--out", "OUT", "--data", "DATA", "--device", "cpu", "--init-from"], [], "folder"),
+    "finetune --model": (FINETUNE, ["--out", "OUT", "--data", "DATA", "--model"], [], "folder"),
+    "finetune --data": (FINETUNE, ["--out", "OUT", "--model", "RUN", "--device", "cpu", "--data"], [], "folder"),
+    "merge --adapter": ("mamba2_min.merge", ["--out", "OUT", "--adapter"], [], "folder"),
+    "classify --model": ("mamba2_min.classify", ["--model"], [], "folder"),
+    "run --adapter": ("run", ["--model", "RUN", "--prompt", "x", "--chat", "--adapter"], [], "folder"),
+    "referee --prompts": (
+        "mamba2_min.evaluation.referee",
+        ["--a", "RUN", "--b", "DATA", "--host", "127.0.0.1:1", "--out", "OUT", "--prompts"],
+        [],
+        "file",
+    ),
+    "needle --data": ("mamba2_min.evaluation.needle", ["--model", "RUN", "--out", "OUT", "--data"], [], "file"),
+    "position --model": ("mamba2_min.evaluation.position", ["--data", "DATA", "--out", "OUT", "--model"], [], "folder"),
     "export --model": ("mamba2_min.export", ["--out", "OUT", "--model"], [], "folder"),
     "export --out": ("mamba2_min.export", ["--model", "RUN", "--approximate", "--out"], [], "new folder"),
 }

@@ -62,6 +62,14 @@ def test_no_text(model):
         position.losses_by_position(model, IDS[:0], 0)
 
 
+@pytest.mark.parametrize("odd", [[], "x", None, 1, {"context": 10**400}, {"context": True}, {"context": "64"}], ids=str)
+def test_settings_of_another_form_say_nothing(tmp_path, odd):
+    (tmp_path / "settings.json").write_text(json.dumps({"training": odd}))
+    assert position._trained_context(tmp_path) is None
+    (tmp_path / "settings.json").write_text(json.dumps({"training": {"context": 64}}))
+    assert position._trained_context(tmp_path) == 64
+
+
 def command(*arguments, cwd):
     return subprocess.run(
         [sys.executable, "-m", "mamba2_min.evaluation.position", *map(str, arguments)],

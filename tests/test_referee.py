@@ -283,3 +283,24 @@ def test_prompts_are_lines_or_records(tmp_path):
     (tmp_path / "j.jsonl").write_text('{"prompt": 1}\n')
     with pytest.raises(UserError, match="line 1"):
         Journal(tmp_path / "j.jsonl", referee.JUDGEMENT)
+
+
+ANSWER = {"prompt": 0, "player": "a", "text": "x", "failure": None}
+JUDGEMENT = {"prompt": 0, "first": "a", "second": "b", "verdict": "first", "failure": None, "reply": "FIRST"}
+
+
+@pytest.mark.parametrize("odd", [[], {}, True, 0.5, 7, None, "third"], ids=repr)
+@pytest.mark.parametrize(("line", "fields"), [(ANSWER, referee.ANSWER), (JUDGEMENT, referee.JUDGEMENT)])
+def test_a_journal_with_odd_values_is_refused(tmp_path, line, fields, odd):
+    for name in line:
+        (tmp_path / "a.jsonl").write_text(json.dumps({**line, name: odd}) + "\n")
+        may = {
+            int: name == "prompt",
+            str: name not in ("prompt", "verdict"),
+            type(None): name in ("text", "failure", "reply", "verdict"),
+        }
+        if may.get(type(odd)):
+            assert Journal(tmp_path / "a.jsonl", fields).records == [{**line, name: odd}]
+        else:
+            with pytest.raises(UserError, match=f"line 1: {name} is not what was written there"):
+                Journal(tmp_path / "a.jsonl", fields)

@@ -15,7 +15,7 @@ from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import Score
 from mamba2_min.models.mamba2 import Mamba2LM
-from mamba2_min.training import screen
+from mamba2_min.training import screen, tensorboard
 from mamba2_min.training.metrics import MetricsLog, clock, read_metrics
 from mamba2_min.training.tensorboard import Board, writer_class
 
@@ -137,7 +137,14 @@ class TestTensorBoard:
     def test_a_folder_that_cannot_be_written(self, tmp_path):
         pytest.importorskip("tensorboard")
         (tmp_path / "tensorboard").write_text("in the way")
-        with pytest.raises(UserError, match="cannot write"):
+        with pytest.raises(UserError, match="is a file, where a folder is wanted"):
+            Board(tmp_path)
+
+    def test_its_folder_is_no_link(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tensorboard, "writer_class", lambda: pytest.fail("something is written"))
+        (tmp_path / "outside").mkdir()
+        (tmp_path / "tensorboard").symlink_to(tmp_path / "outside")
+        with pytest.raises(UserError, match="tensorboard is a link, and links are not written through"):
             Board(tmp_path)
 
 

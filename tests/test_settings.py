@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import importlib
 import math
 
 import pytest
 
-from mamba2_min import validate
+from mamba2_min import flags, validate
 from mamba2_min.config import Mamba2Config
+from mamba2_min.errors import UserError
 from mamba2_min.flags import add_flags, asked_for, flag
 from mamba2_min.settings import MODEL_FLAGS, PRESETS, DataSettings, Settings, setting
 
@@ -158,3 +160,23 @@ def test_every_flag_of_the_model_is_a_field_of_its_config():
     assert names >= set(MODEL_FLAGS)
     assert all(names >= preset.keys() for preset in PRESETS.values())
     assert flag("a_init") == "--a-init"
+
+
+EVALUATIONS = [f"evaluation.{name}" for name in ("compare", "needle", "position", "referee")]
+
+
+@pytest.mark.parametrize("command", ["merge", "export", *EVALUATIONS])
+def test_an_empty_name_is_no_folder_to_write_into(command, capsys):
+    """As of a variable of the shell that is not set: it would be the folder where one happens to be."""
+    parser = importlib.import_module(f"mamba2_min.{command}").build_parser()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out", ""])
+    assert "argument --out: the name of a folder is wanted, and it is empty" in capsys.readouterr().err
+
+
+def test_integers_of_flags_are_bounded():
+    for args in ({"a": 1, "b": None}, {"a": 2**31 - 1, "b": 0}):
+        flags.check_integers(argparse.Namespace(**args), a=1, b=0)
+    for value in (0, -(10**400), 10**400, 2**31):
+        with pytest.raises(UserError, match="--max-tokens must be at least 1 and at most 2,147,483,647"):
+            flags.check_integers(argparse.Namespace(max_tokens=value), max_tokens=1)

@@ -91,7 +91,7 @@ def load_tensors(path: str | Path, max_bytes: int | None = None) -> Any:
             file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about details of foreign files; real problems are errors below
-                return torch.load(file, map_location="cpu", weights_only=True)
+                return _without_gradients(torch.load(file, map_location="cpu", weights_only=True))
         except UserError:
             raise
         except (pickles.ForeignObject, pickle.UnpicklingError) as error:
@@ -105,6 +105,18 @@ def load_tensors(path: str | Path, max_bytes: int | None = None) -> Any:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         except Exception as error:  # a truncated or foreign file fails in torch's reader in many ways
             raise UserError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
+
+
+def _without_gradients(tree: Any) -> Any:
+    """The same tree. A tensor in it may say that it wants a gradient; what is loaded is data, and wants none."""
+    left = [tree]
+    while left:
+        one = left.pop()
+        if isinstance(one, Tensor):
+            one.requires_grad_(False)
+        elif isinstance(one, (dict, list, tuple)):
+            left += one.values() if isinstance(one, dict) else one
+    return tree
 
 
 def _check_archive(file: BinaryIO) -> dict[str, archive.Record]:

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba2_min import flags
 from mamba2_min.errors import UserError, run_script
 from mamba2_min.evaluation.axes import GAMES, Axis, axes_for
 
@@ -193,16 +194,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=800, metavar="N", help="of a text (%(default)s)")
     add("--temperature", type=float, default=0.7, metavar="X", help="of the sampled texts (%(default)s)")
     add("--prompts", type=Path, metavar="FILE", help="beginnings of texts, one per line (20 bundled ones)")
-    add("--out", default="comparison", metavar="DIR", help="for compare.json, radar.png, bars.png (%(default)s)")
+    add(
+        "--out",
+        type=flags.folder,
+        default="comparison",
+        metavar="DIR",
+        help="for compare.json, radar.png, bars.png (%(default)s)",
+    )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
     return parser
 
 
 def main() -> int:
     args = build_parser().parse_args()
-    for name in ("limit", "texts", "max_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    flags.check_integers(args, limit=1, texts=1, max_tokens=1)
     if not 0 < args.temperature <= 100:
         raise UserError("--temperature must be above 0, and at most 100: texts are sampled")
     names = [shown(run) for run in args.runs]

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.projections.polar import PolarAxes
 
 from mamba2_min.evaluation.axes import Axis
-from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE, STYLE, save_figure
+from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE, STYLE, plain, save_figure
 
 COLOURS = (BLUE, ORANGE, GREEN, "#8e63b5", "#b8860b", "#c0504d", GREY)
 
@@ -34,7 +34,7 @@ def radar(found: Values, axes: Sequence[Axis], path: str | Path) -> None:
         axis.set_theta_offset(math.pi / 2)
         axis.set_theta_direction(-1)
         for (run, values), colour in zip(shares(found, axes).items(), _colours(len(found)), strict=True):
-            axis.plot([*angles, angles[0]], [*values, values[0]], "o-", markersize=3, color=colour, label=run)
+            axis.plot([*angles, angles[0]], [*values, values[0]], "o-", markersize=3, color=colour, label=plain(run))
             axis.fill(angles, values, color=colour, alpha=0.08)
         axis.set_ylim(0, 1.05)
         axis.set_yticks([0.25, 0.5, 0.75, 1.0], ["", "half way", "", "best"], fontsize=7)
@@ -60,7 +60,7 @@ def bars(found: Values, axes: Sequence[Axis], path: str | Path) -> None:
         )
         for panel, axis in zip(panels.flat, axes, strict=False):
             values = [values.get(axis.key) for values in found.values()]
-            panel.barh(list(found), [v or 0.0 for v in values], color=_colours(len(found)), height=0.65)
+            panel.barh(list(map(plain, found)), [v or 0.0 for v in values], color=_colours(len(found)), height=0.65)
             panel.invert_yaxis()
             panel.grid(axis="y", visible=False)
             panel.set_axisbelow(True)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamba2_min import files
 from mamba2_min.errors import UserError, run_script
+from mamba2_min.flags import check_integers
 from mamba2_min.printable import one_line
 
 if TYPE_CHECKING:
@@ -105,9 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    for name in ("limit", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    check_integers(args, limit=1, batch_size=1)
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as cache:
         os.environ.update(offline)
@@ -141,7 +140,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     tokenizer = WordTokenizer.load(Path(args.model) / checkpoint.TOKENIZER)
     if args.include is not None and not files.is_folder(args.include):
         raise UserError(f"--include: {args.include} is not a folder")
-    if args.data:
+    if args.data is not None:
         documents = held_out([args.model], args.data, args.encoding)
         made = make_items(documents, args.data, scratch / "items", args.limit or 200)
         tasks: list[Any] = [task_config(kind, "documents", path) for kind, path in made.items()]

@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba2_min import flags
 from mamba2_min.errors import UserError, run_script
 
 if TYPE_CHECKING:
@@ -204,16 +205,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-words", type=int, default=100_000, metavar="N", help="the longest distance (%(default)s)")
     add("--names", type=int, default=8, metavar="N", help="rows, each with a name (%(default)s)")
     add("--trials", type=int, default=2, metavar="N", help="places of the book at which to begin (%(default)s)")
-    add("--out", default="needle", metavar="DIR", help="for needle.json and needle.png (%(default)s)")
+    add(
+        "--out", type=flags.folder, default="needle", metavar="DIR", help="for needle.json and needle.png (%(default)s)"
+    )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
     return parser
 
 
 def main() -> int:
     args = build_parser().parse_args()
-    for name, least in (("max_words", 1), ("names", 2), ("trials", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+    flags.check_integers(args, max_words=1, names=2, trials=1)
     from mamba2_min import devices, files
     from mamba2_min.evaluation.load import load_run
 

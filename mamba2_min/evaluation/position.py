@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba2_min import flags
 from mamba2_min.errors import UserError, run_script
 
 if TYPE_CHECKING:
@@ -195,8 +196,9 @@ def _trained_context(run: str) -> int | None:
 
     path = Path(run) / checkpoint.SETTINGS
     settings = files.load_json(path) if files.is_file(path) else {}
-    context = settings.get("training", {}).get("context") if isinstance(settings, dict) else None
-    return context if type(context) is int and context > 0 else None
+    training = settings.get("training") if isinstance(settings, dict) else None
+    context = training.get("context") if isinstance(training, dict) else None
+    return context if type(context) is int and 0 < context < 1 << 31 else None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -209,7 +211,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, metavar="FILE", help="a text; of a folder, its longest document")
     parser.add_argument("--encoding", metavar="NAME", help="how files that are not UTF-8 are encoded: cp1252, ...")
     parser.add_argument(
-        "--out", default="position", metavar="DIR", help="for position.json and position.png (%(default)s)"
+        "--out",
+        type=flags.folder,
+        default="position",
+        metavar="DIR",
+        help="for position.json and position.png (%(default)s)",
     )
     parser.add_argument(
         "--max-tokens", type=int, default=1 << 20, metavar="N", help="read at most so many (%(default)s)"
@@ -222,9 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    for name in ("max_tokens", "reset"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    flags.check_integers(args, max_tokens=1, reset=1)
     from dataclasses import asdict
 
     from mamba2_min.files import make_folder, save_json

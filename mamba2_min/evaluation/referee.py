@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba2_min import flags
 from mamba2_min.errors import UserError, run_script
 
 if TYPE_CHECKING:
@@ -36,8 +37,17 @@ if TYPE_CHECKING:
 
 PROMPTS = Path(__file__).parent / "tasks" / "prompts.txt"
 ANSWERS, JUDGEMENTS, SETTINGS, RESULTS = "answers.jsonl", "judgements.jsonl", "settings.json", "results.json"
-ANSWER = ("prompt", "player", "text", "failure")  # what a line of each file has
-JUDGEMENT = ("prompt", "first", "second", "verdict", "failure", "reply")
+_TEXT = (str, type(None))
+# What a line of each file has.
+ANSWER = {"prompt": (int,), "player": (str,), "text": _TEXT, "failure": _TEXT}
+JUDGEMENT = {
+    "prompt": (int,),
+    "first": (str,),
+    "second": (str,),
+    "verdict": ("first", "second", "equal", type(None)),
+    "failure": _TEXT,
+    "reply": _TEXT,
+}
 MOST_PROMPTS = 100_000
 
 _TASKS = {
@@ -120,8 +130,8 @@ class Referee:
         """retries: how often the judge is asked again for a verdict that it did not give."""
         self.prompts, self.judge, self.retries, self.requests, self.seed = prompts, judge, retries, requests, seed
         self._answers, self._judgements = answers, judgements
-        self._texts = {(r["prompt"], r["player"]): r["text"] for r in answers.records if r["failure"] is None}
-        self._no_text = {(r["prompt"], r["player"]): r["failure"] for r in answers.records if r["failure"]}
+        self._texts = {(r["prompt"], r["player"]): r["text"] for r in answers.records if r["text"] is not None}
+        self._no_text = {(r["prompt"], r["player"]): r["failure"] for r in answers.records}
         self._tried: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
         for record in judgements.records:
             self._tried.setdefault((record["prompt"], record["first"], record["second"]), []).append(record)
@@ -258,16 +268,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--judge-retries", type=int, default=2, metavar="N", help="ask again for a missing verdict (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="prompt k is written with seed N + k (%(default)s)")
     add("--host", metavar="URL", help="the Ollama server (OLLAMA_HOST, or http://127.0.0.1:11434)")
-    add("--out", type=Path, default=Path("referee"), metavar="DIR", help="every text and reply (%(default)s)")
+    add("--out", type=flags.folder, default=Path("referee"), metavar="DIR", help="every text and reply (%(default)s)")
     add("--device", default="auto", metavar="NAME", help="for runs: auto, cpu, cuda or mps (%(default)s)")
     return parser
 
 
 def check(args: argparse.Namespace) -> list[str]:
     """The names of the models. Raises UserError for arguments that make no sense."""
-    for name, least in (("limit", 1), ("max_tokens", 1), ("judge_retries", 0), ("seed", 0)):
-        if not least <= getattr(args, name) < 1 << 31:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least} and below 2^31")
+    flags.check_integers(args, limit=1, max_tokens=1, judge_retries=0, seed=0)
     if not 0 <= args.temperature <= 100:
         raise UserError("--temperature must lie between 0 and 100")
     if bool(args.elo) == bool(args.a or args.b) or bool(args.a) != bool(args.b):

@@ -18,7 +18,7 @@ import sys
 from mamba2_min import console
 from mamba2_min.errors import UserError, run_script
 from mamba2_min.finetune.spec import FinetuneSettings, plan
-from mamba2_min.flags import add_flags, asked_for
+from mamba2_min.flags import add_flags, asked_for, check_threads
 from mamba2_min.settings import Settings
 
 
@@ -45,8 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    if args.threads < 0:
-        raise UserError("--threads must be at least 1")
+    check_threads(args)
     if not args.out:
         raise UserError("--out needs the name of a folder")
     console.install("the training goes on")

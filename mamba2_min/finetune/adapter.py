@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba2_min import validate
 from mamba2_min.checkpoints.safetensors import load_safetensors, save_safetensors
 from mamba2_min.errors import UserError
 from mamba2_min.files import is_file, is_folder, load_json, make_folder, save_json
@@ -141,11 +142,11 @@ def _lora_config(values: dict[str, Any]) -> LoRAConfig:
     for key, neutral in _NEUTRAL.items():
         if key in values and values[key] not in neutral:
             raise ValueError(f"it sets {key} to {str(values[key])[:60]}, which is not supported here")
-    targets, alpha, r = values.get("target_modules"), values.get("lora_alpha"), values.get("r")
+    targets = values.get("target_modules")
     if not isinstance(targets, list):
         raise ValueError("its target_modules are not a list of names")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or type(r) is not int:
-        raise ValueError("its r and lora_alpha are not numbers")
+    r = validate.integer("its r", values.get("r"), 1, 1 << 16)
+    alpha = validate.number("its lora_alpha", values.get("lora_alpha"), 0, math.inf)
     if values.get("use_rslora"):  # scaled by alpha / sqrt(r)
         alpha *= math.sqrt(r)
     return LoRAConfig(r, float(alpha), 0.0, tuple(targets))

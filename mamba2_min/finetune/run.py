@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +106,7 @@ def _draw_confusion(result: Result, task: Task, out: Path) -> None:
     from mamba2_min.plots import plot_confusion  # matplotlib takes a second to import
 
     title = " ".join(str(result.best).split())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a label may have letters that the font lacks
-        plot_confusion(result.best.confusion, list(map(printable, task.data.names)), out / labels.CONFUSION, title)
+    plot_confusion(result.best.confusion, task.data.names, out / labels.CONFUSION, title)
 
 
 def prepare(spec: FinetuneSpec, out: Path) -> Prepared:

@@ -31,7 +31,8 @@ def sweep(spec: FinetuneSpec, rates: list[float], out: str | Path, device: torch
                 )
             except ValueError as error:
                 raise UserError(str(error)) from error
-            result = finetune(one, folder / f"{method}-{rate:g}", device, again="", quiet=True)
+            own = make_folder(folder / f"{method}-{rate:g}", follow=False)
+            result = finetune(one, own, device, again="", quiet=True)
             if result.reason == "signal":
                 screen.show("stopped", "what was finished is in the folder")
                 return 128 + result.signal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def _continued(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The shape of the model that a run begins from, and `data` with its vocabulary. Raises UserError."""
     source = data["init_from"]
-    if Path(source).resolve() == out.resolve():
+    if os.path.realpath(source) == os.path.realpath(out):  # Path.resolve raises for a loop of links
         raise UserError(f"--out and --init-from are one folder, {out}: a new run needs another --out")
     config, tokenizer = start_of(source)
     if preset:

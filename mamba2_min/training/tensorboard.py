@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mamba2_min import files
 from mamba2_min.errors import UserError
 
 FOLDER = "tensorboard"  # within the run's
@@ -28,7 +29,7 @@ class Board:
     """
 
     def __init__(self, out: str | Path, step: int = 0):
-        folder = Path(out) / FOLDER
+        folder = files.make_folder(Path(out) / FOLDER, follow=False)
         try:
             self._writer = writer_class()(str(folder), purge_step=step + 1 if step else None)
         except OSError as error:
