@@ -206,6 +206,16 @@ def test_a_redirect_within_the_server_is_followed(server):
     assert ask.ask("Write.", 1).done_reason == "stop"
 
 
+@pytest.mark.parametrize("path", ["/api/tags", "/api/chat"])
+def test_redirects_in_a_circle_end_at_once(server, path):
+    server.replies = lambda asked, payload: (307, {"Location": path}, b"") if asked == path else None
+    ask = client(server.url)
+    with pytest.raises(UserError, match="redirects in a circle"):
+        ask.check_model()
+        ask.ask("Write.", 1)
+    assert [asked for asked, _ in server.requests].count(path) <= 21  # httpx follows twenty, and nothing asks again
+
+
 def test_a_redirect_is_one_line_of_the_script(servers, tmp_path):
     named, other = servers
     named.replies = lambda path, payload: (308, {"Location": other.url + path}, b"") if path == "/api/chat" else None

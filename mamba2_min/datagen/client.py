@@ -156,6 +156,8 @@ class OllamaClient:
                 raise NoAnswer("took too long") from None
             except _TooLarge:
                 raise NoAnswer("larger than any text") from None
+            except httpx.TooManyRedirects as error:
+                raise UserError(f"{self.address} redirects in a circle: no answer is at its end") from error
             except (httpx.HTTPError, *_BROKEN) as error:
                 if not key:
                     raise
