@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mamba2_min import console, validate
-from mamba2_min.errors import UserError, printable, run_script
+from mamba2_min import validate
+from mamba2_min.errors import UserError, output_status, printable, run_script
 from mamba2_min.finetune.talk import Chat
 from mamba2_min.flags import Parser
 from mamba2_min.inference.dialogue import Dialogue, how_it_ended, reading, show, write_out
@@ -70,13 +70,10 @@ def main() -> int:
         show(pieces, prompt) if is_terminal(sys.stdout) else write_out(pieces)
     except FloatingPointError as error:
         raise UserError(str(error)) from None
-    failure = console.failure()
-    if isinstance(failure, BrokenPipeError):
-        return 141  # the status of a program that SIGPIPE ends, in silence
-    if failure:
-        raise UserError(f"cannot write the text: {getattr(failure, 'strerror', None) or failure}")
-    print(how_it_ended(completer), file=sys.stderr)
-    return 0
+    status = output_status("the text")
+    if not status:
+        print(how_it_ended(completer), file=sys.stderr)
+    return status
 
 
 def _find_run() -> tuple[Path, str]:

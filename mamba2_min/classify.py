@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba2_min import console
-from mamba2_min.errors import UserError, printable, run_script
+from mamba2_min.errors import UserError, output_status, printable, run_script
 
 if TYPE_CHECKING:
     from mamba2_min.data.tokenizer import WordTokenizer
@@ -37,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = build_parser().parse_args()
     console.install()
+    if sys.stdin is None:
+        raise UserError("standard input is closed, and there the texts are read, one per line")
     from mamba2_min import devices
 
     device = devices.pick_device(args.device)
@@ -46,7 +48,9 @@ def main() -> int:
     escape = printable if sys.stdout.isatty() else str
     for name, probability in classify(classifier, tokenizer, names, lines):
         console.print(f"{escape(name)}\t{probability:.4f}")
-    return 0
+        if console.failure():  # nobody gets the rest
+            break
+    return output_status("the labels")
 
 
 def load(folder: str | Path, base: str | Path | None = None) -> tuple[Classifier, WordTokenizer, list[str]]:

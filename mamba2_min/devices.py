@@ -183,6 +183,6 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 def cpu_threads() -> int:
     """The value of OMP_NUM_THREADS, or the number of CPU cores that this process may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted):
+    if wanted.isdecimal() and len(wanted) < 5 and int(wanted):  # no machine starts more
         return int(wanted)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from mamba2_min import console
 from mamba2_min.printable import printable
 
-__all__ = ["UserError", "printable", "run_script"]
+__all__ = ["UserError", "output_status", "printable", "run_script"]
 
 LONGEST_MESSAGE = 2000  # characters: a message may quote megabytes
 
@@ -34,6 +34,17 @@ def run_script(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of the pipe is gone: nobody would see a message
         status = 141
     sys.exit(status or 0)
+
+
+def output_status(what: str) -> int:
+    """The status of a script whose output is its result: 0, or 141, as SIGPIPE's, if the reader of its pipe is gone.
+
+    Raises UserError that says why `what` could not be written.
+    """
+    failure = console.failure()
+    if failure and not isinstance(failure, BrokenPipeError):
+        raise UserError(f"cannot write {what}: {getattr(failure, 'strerror', None) or failure}")
+    return 141 if failure else 0
 
 
 def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:

@@ -1,6 +1,8 @@
 """Printing never ends a program: whatever becomes of its terminal, its pipe or its disk, the work goes on."""
 
+import errno
 import io
+import itertools
 import os
 import pty
 import subprocess
@@ -8,10 +10,12 @@ import sys
 import threading
 
 import pytest
+import torch
 from small_runs import ROOT
 
-from mamba2_min import console
+from mamba2_min import classify, console
 from mamba2_min.console import Guarded
+from mamba2_min.errors import UserError, run_script
 
 # A program that prints more than a pipe holds, shows a progress bar, and then leaves a file: the proof that it ended.
 PROGRAM = """
@@ -171,3 +175,41 @@ def test_threads_may_print_while_it_fails(tmp_path):
         thread.join()
     stream.flush()
     assert isinstance(stream.failure, BrokenPipeError)
+
+
+class Failing(io.StringIO):
+    """A stream that takes `room` writes."""
+
+    def __init__(self, room, error):
+        super().__init__()
+        self.room, self.error = room, error
+
+    def write(self, text):
+        if not self.room:
+            raise self.error
+        self.room -= 1
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError()], ids=repr)
+def test_labels_that_cannot_be_written_end_the_sorting(monkeypatch, error):
+    """Also of texts without an end, as in `yes TEXT | … | head`; and nobody takes a part for the whole."""
+    monkeypatch.setattr(classify, "load", lambda model, base: (torch.nn.Linear(1, 1), None, ["a"]))
+    monkeypatch.setattr(classify, "classify", lambda *given: itertools.repeat(("a", 0.5)))
+    monkeypatch.setattr(sys, "argv", ["classify", "--model", "x", "--device", "cpu"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "stdout", stream := Failing(2, error))
+    monkeypatch.setattr(sys, "stderr", said := io.StringIO())
+    with pytest.raises(SystemExit) as ended:
+        run_script(classify.main)
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    assert ended.value.code == (2 if full else 141)
+    assert stream.getvalue() == "a\t0.5000\na\t0.5000\n"
+    assert said.getvalue() == ("error: cannot write the labels: No space left on device\n" if full else "")
+
+
+def test_sorting_without_a_standard_input_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["classify", "--model", "x"])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed"):
+        classify.main()

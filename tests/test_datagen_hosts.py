@@ -62,6 +62,10 @@ def client(host: str | None, **options: float) -> OllamaClient:
         ('"box:1234"', "http://box:1234"),
         (" 'box:1234' ", "http://box:1234"),
         ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("0", "http://127.0.0.1:11434"),
+        ("127.1:80", "http://127.0.0.1:80"),
+        ("::ffff:0.0.0.0", "http://127.0.0.1:11434"),
+        ("[::ffff:10.0.0.1]:80", "http://10.0.0.1:80"),
         ("http://0.0.0.0:99", "http://127.0.0.1:99"),
         ("::", "http://[::1]:11434"),
         ("[::]:99", "http://[::1]:99"),
@@ -107,7 +111,16 @@ def test_an_empty_ollama_host_counts_for_nothing(monkeypatch, name):
 
 
 def test_only_this_machine_is_past_proxies():
-    for text in ("localhost", "127.0.0.1:1", "127.3.2.1", "[::1]", "0.0.0.0", "http://a.localhost:80"):
+    for text in (
+        "localhost",
+        "127.0.0.1:1",
+        "127.3.2.1",
+        "[::1]",
+        "0.0.0.0",
+        "127.1",
+        "::ffff:127.0.0.1",
+        "http://a.localhost:80",
+    ):
         assert parse_address(text).loopback, text
     for text in ("box", "10.0.0.1", "notlocalhost", "localhost.example.com", "128.0.0.1"):
         assert not parse_address(text).loopback, text

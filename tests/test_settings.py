@@ -4,10 +4,11 @@ import argparse
 import dataclasses
 import importlib
 import math
+import os
 
 import pytest
 
-from mamba2_min import flags, validate
+from mamba2_min import devices, flags, validate
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 from mamba2_min.flags import add_flags, asked_for, flag
@@ -180,3 +181,12 @@ def test_integers_of_flags_are_bounded():
     for value in (0, -(10**400), 10**400, 2**31):
         with pytest.raises(UserError, match="--max-tokens must be at least 1 and at most 2,147,483,647"):
             flags.check_integers(argparse.Namespace(max_tokens=value), max_tokens=1)
+
+
+@pytest.mark.parametrize("wanted", ["", "0", "-1", "x", "9" * 11, "9" * 5000])
+def test_an_odd_number_of_threads_in_the_environment_counts_for_nothing(monkeypatch, wanted):
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    own = devices.cpu_threads()
+    assert 1 <= own <= (os.cpu_count() or 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(own + 1))
+    assert devices.cpu_threads() == own + 1

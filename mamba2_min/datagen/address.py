@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,15 +101,17 @@ def _trimmed(text: str) -> str:
 
 def _split(scheme: str, rest: str) -> SplitResult:
     bare = rest.strip("/")
-    number = _ip(bare)
-    return urlsplit(f"{scheme}://[{bare}]" if number and number.version == 6 else f"{scheme}://{rest}")
+    return urlsplit(f"{scheme}://[{bare}]" if ":" in bare and _ip(bare) else f"{scheme}://{rest}")
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
+    """The number that a host is. `127.1` and `0`, as resolvers take them, and IPv4 within IPv6 are what they mean."""
+    with contextlib.suppress(ValueError, OSError):
+        if re.fullmatch("[0-9.]+", host):
+            return ipaddress.ip_address(socket.inet_aton(host))
+        number = ipaddress.ip_address(host)
+        return getattr(number, "ipv4_mapped", None) or number
+    return None
 
 
 def connect(address: Address, timeout: httpx.Timeout, hooks: Mapping[str, list[Callable[..., Any]]]) -> ollama.Client:

@@ -16,12 +16,12 @@ from __future__ import annotations
 import re
 
 _WORD = (
-    r"(?:[\w-]{1,20}[:_])?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|scratch_?pad|inner_monologue"
-    r"|analysis|cot(?:_[a-z_]{1,20})?)"
+    r"(?:[\w-]{1,20}[:_]|ant)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|scratch_?pad"
+    r"|(?:inner|internal)_monologue|analysis|cot(?:_[a-z_]{1,20})?)(?:_(?:content|process|steps?))?"
 )
 # (opening, closing) of each form; a closing ends whatever opening of its form comes before it.
 _FORMS = (
-    (rf"<{_WORD}>", rf"</{_WORD}>"),
+    (rf"<\s?{_WORD}\s?>", rf"<\s?/\s?{_WORD}\s?>"),
     (rf"<[|｜]{_WORD}[|｜]>", rf"<[|｜]/{_WORD}[|｜]>|<[|｜]end_?of_?{_WORD}[|｜]>"),
     (rf"<[|｜](?:begin|start)(?:_?of)?_?{_WORD}[|｜]>", rf"<[|｜]end(?:_?of)?_?{_WORD}[|｜]>"),
     (r"◁\s?think(?:ing)?\s?▷", r"◁\s?/\s?think(?:ing)?\s?▷"),
