@@ -226,6 +226,7 @@ def trainers(config: Mamba2Config, rows: int, context: int, o: Options) -> dict[
     )
 
     def trainer(name: str) -> Trainer:
+        files.make_folder(o.work / name)  # steps are logged there
         model = Mamba2LM(config, seed=0)
         if name == "lora":
             add_lora(model, LoRAConfig(16, 32.0, 0.1))

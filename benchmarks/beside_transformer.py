@@ -206,7 +206,7 @@ class Reader:
 
     def __init__(self, peer: Any, name: str, options: Options):
         self.peer, self._options = peer, options
-        self._power = 1 if name == OURS else 2  # at most: the time is linear, or quadratic, in the length
+        self._attends = name != OURS
         self._last: tuple[int, int, float] | None = None  # rows, tokens, seconds
 
     @torch.inference_mode()
@@ -215,11 +215,10 @@ class Reader:
         rows = setting.batch if setting.batch * setting.context <= READ_AT_ONCE else 1
         if self._last:
             before, tokens, seconds = self._last
-            predicted = seconds * rows / before * (setting.context / tokens) ** self._power
-            clock.need(predicted)
+            clock.need(seconds * rows / before * self._operations(setting.context) / self._operations(tokens))
         prompt = torch.randint(setting.mamba.vocab_size, (rows, setting.context), device=self._options.device)
         if self._last is None:
-            self.peer.prefill(prompt[:, : min(256, setting.context)])  # loads and compiles what has to be
+            self.peer.prefill(prompt)  # loads and compiles what has to be
         meter = MemoryMeter(self._options.device)
         meter.start()
         times: list[float] = []
@@ -243,6 +242,15 @@ class Reader:
             "parameters": sum(p.numel() for p in self.peer.model.parameters()),
         }
         return self._writer(setting, state, first), facts
+
+    def _operations(self, tokens: int) -> float:
+        """Of a prompt: two per parameter and token, and those of attention over half of a square."""
+        config = self.peer.model.config
+        layers, width = (getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size"))
+        if not layers:
+            layers, width = config.n_layer, config.d_model
+        parameters = sum(p.numel() for p in self.peer.model.parameters())
+        return 2.0 * parameters * tokens + self._attends * 2.0 * tokens**2 * layers * width
 
     def _writer(self, setting: Setting, state: Any, first: Tensor) -> Callable[[], None]:
         @torch.inference_mode()
