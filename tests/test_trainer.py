@@ -211,6 +211,17 @@ def test_early_stopping_restores_the_best(tmp_path):
     assert not trainer.model.training
 
 
+def test_a_picture_that_memory_is_too_small_for_costs_the_picture_alone(tmp_path, data, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise ImportError("ft2font.so: failed to map segment from shared object")
+
+    monkeypatch.undo()  # let it draw
+    monkeypatch.setattr("mamba2_min.plots.plot_loss", fails)
+    result = make_trainer(tmp_path / "run", data, max_steps=3).train()
+    assert result.step == 3 and (tmp_path / "run" / "model.pt").exists()
+    assert "note: loss.png is not drawn: ft2font.so: failed to map" in capsys.readouterr().err
+
+
 def test_patience_zero_never_stops(tmp_path, data):
     result = make_trainer(tmp_path / "run", data, max_steps=6, eval_every=1, patience=0, min_delta=100.0).train()
     assert (result.reason, result.step, result.best_step) == ("max_steps", 6, 1)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mamba2_min import files
+from mamba2_min import console, files
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.errors import UserError, printable
 from mamba2_min.files import append_line, write_atomically
@@ -83,17 +84,21 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def plot_run(folder: Path, seconds: float = 0.0) -> None:
     """Draws the metrics.jsonl of a run's folder into its loss.png, and how long it has trained, if that is known.
 
-    Raises UserError where that cannot be done.
+    Where there is no memory left for a picture, a line says so. Raises UserError where it cannot be written.
     """
-    from mamba2_min.plots import plot_loss  # matplotlib takes a second to import
-
+    metrics = read_metrics(folder / checkpoint.METRICS)
     title = printable(str(folder)).replace("$", r"\$")  # text between two $ would be a formula
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a folder's name may have letters that the font lacks
-        metrics = read_metrics(folder / checkpoint.METRICS)
-        if seconds and metrics:
-            title += f": {metrics[-1]['step']:,} steps in {clock(seconds)}"
-        plot_loss(metrics, folder / checkpoint.CURVE, title=title)
+    if seconds and metrics:
+        title += f": {metrics[-1]['step']:,} steps in {clock(seconds)}"
+    try:
+        from mamba2_min.plots import plot_loss  # matplotlib takes a second to import
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a folder's name may have letters that the font lacks
+            plot_loss(metrics, folder / checkpoint.CURVE, title=title)
+    except (ImportError, MemoryError) as error:  # a library that cannot be mapped is an ImportError
+        reason = (str(error).splitlines() or [type(error).__name__])[-1]
+        console.print(f"note: {checkpoint.CURVE} is not drawn: {printable(reason)[:200]}", file=sys.stderr)
 
 
 def clock(seconds: float) -> str:
