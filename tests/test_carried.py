@@ -145,6 +145,25 @@ def test_a_step_that_is_computed_again_starts_from_the_same_state():
         assert torch.equal(mine[0], theirs[0]) and not mine[1].any() and not mine.requires_grad
 
 
+def test_a_state_that_is_not_finite_does_not_outlive_its_step(tmp_path, data):
+    trainer = make_trainer(tmp_path / "run", data, max_steps=6, **EVERYTHING)
+    after, broken = trainer.carried.after, []
+
+    def breaks(part, state):
+        if trainer.step == 2 and not broken:
+            broken.append(part)
+            state = state.detach().clone()
+            state.ssm[0][0, 0] = math.nan
+            state.conv[0][1] = math.inf
+        after(part, state)
+
+    trainer.carried.after = breaks
+    trainer.train()
+    assert broken and trainer.guard.skipped == 0
+    assert all(t.isfinite().all() for t in (*trainer.carried.state.conv, *trainer.carried.state.ssm))
+    make_trainer(tmp_path / "run", data, resume=True, max_steps=6, **EVERYTHING)
+
+
 @pytest.mark.parametrize("stop_at", [2, 5, 7, 11])
 def test_with_everything_on_a_killed_run_ends_with_the_same_bits(tmp_path, data, stop_at):
     shape = {"dropout": 0.1, "embedding_dropout": 0.1, "variational_dropout": 0.2}

@@ -42,13 +42,16 @@ class CarriedState:
         self._next = {}
 
     def commit(self, rows: int) -> None:
-        """Ends a step of a batch of so many rows: its states are those from which the next one starts."""
+        """Ends a step of a batch of so many rows: its states are those from which the next one starts.
+
+        What is not finite in them becomes 0: a bad step is skipped, and must not spoil those that follow.
+        """
         self.state = self.state or self.model.initial_state(rows)
         for (start, stop), new in self._next.items():
             for mine, theirs in ((self.state.conv, new.conv), (self.state.ssm, new.ssm)):
                 for i, tensor in enumerate(theirs):
                     mine[i] = mine[i].to(tensor.dtype)
-                    mine[i][start:stop] = tensor
+                    mine[i][start:stop] = torch.where(tensor.isfinite(), tensor, 0)
         self._next = {}
 
     def gather(self, team: Team, rows: slice) -> None:
