@@ -11,10 +11,11 @@ import time
 
 import pytest
 import torch
-from small_runs import ROOT, Training, assert_same_run, write_documents
+from small_runs import ROOT, Training, assert_same_run, make_trainer, write_documents
 
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.training.distributed import Team, tree_sum
+from mamba2_min.training.gradients import batch_gradients
 from mamba2_min.training.metrics import read_metrics
 
 SHAPE = "--d-model 16 --n-layer 1 --d-state 4 --headdim 8 --chunk-size 8 --dropout 0.1 --min-count 1"
@@ -92,6 +93,21 @@ def test_the_branches_add_up_in_the_order_of_the_whole_tree(size, count):
     if count % size == 0:
         assert torch.equal(whole, joined)
     torch.testing.assert_close(whole, numbers.double().sum(0).float(), rtol=1e-4, atol=10.0 ** (count - 6))
+
+
+def test_a_run_of_the_first_version_adds_up_what_all_processes_have(tmp_path, data):
+    """Its own order of sums is for one process; with several, no gradient may stay where it was computed."""
+
+    class Two(Team):
+        added = 0
+
+        def total(self, tensors):
+            self.added += len(tensors)
+
+    trainer = make_trainer(tmp_path / "run", data, rules=1, micro_batch=1)
+    team = Two(0, 2)
+    batch_gradients(trainer, team, *next(trainer.windows))
+    assert team.added == 1 + sum(p.grad is not None for p in trainer.model.parameters())
 
 
 # The same run

@@ -65,5 +65,10 @@ class Epochs(ABC):
 
     def _begin(self, epoch: int) -> None:
         self.epoch, self.position = epoch, 0
-        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-        self._shuffle(torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+        self._shuffle(torch.Generator().manual_seed(seed_of(self.seed, epoch)))
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for a random generator, made of several numbers: near ones give seeds that are far apart."""
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:7], "little")

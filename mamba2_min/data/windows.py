@@ -107,10 +107,10 @@ def document_windows(
     ends = torch.cat([starts[1:], starts.new_tensor([len(tokens)])])
     begin = 0
     while begin < len(tokens):
-        fit = ends[(ends > begin) & (ends <= begin + context)]
-        end = int(fit[-1]) if len(fit) else begin + context
+        here, fit = torch.searchsorted(ends, torch.tensor([begin, begin + context]), right=True).tolist()
+        end = int(ends[fit - 1]) if fit > here else begin + context  # `here` is the document that `begin` is in
         number = torch.searchsorted(ends, torch.arange(begin, end), right=True)
-        new = bool((starts == begin).any())
+        new = int(starts[here]) == begin
         yield inputs[None, begin:end].long(), tokens[None, begin:end].long(), number[None], new
         begin = end
 

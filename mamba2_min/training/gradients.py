@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mamba2_min.data.epochs import seed_of
 from mamba2_min.errors import UserError
 from mamba2_min.ops.autograd import widest
 from mamba2_min.ops.loss import IGNORE
@@ -38,9 +38,10 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor) -> Tensor:
     the whole batch, however they are spread. Several micro-batches are added up as a tree (distributed.py), and each
     draws its dropout from the step and its number alone: so it does not matter which process computes it.
     """
-    parts = parts_of(len(batch[0]), trainer.micro_batch)
-    if trainer.settings.rules == 1 or len(parts) == 1 == team.size:
-        return sum((_add(trainer, team, part, *batch) for part in parts), torch.zeros((), device=trainer.device))
+    parts, counted = parts_of(len(batch[0]), trainer.micro_batch), max(1, int((batch[1] != IGNORE).sum()))
+    if team.size == 1 and (trainer.settings.rules == 1 or len(parts) == 1):
+        losses = (_add(trainer, team, counted, part, *batch) for part in parts)
+        return sum(losses, torch.zeros((), device=trainer.device))
     mine = team.share(len(parts))
     if not mine:
         raise UserError(f"{team.size} processes share {len(parts)} micro-batch(es): lower --micro-batch")
@@ -48,7 +49,7 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor) -> Tensor:
 
     def leaf(k: int) -> list[Tensor]:
         with _drawing(trainer, k):
-            loss = _add(trainer, team, parts[k], *batch)
+            loss = _add(trainer, team, counted, parts[k], *batch)
         gradients = [p.grad for p in parameters if p.grad is not None]
         for p in parameters:
             reached[p] = p.grad is not None
@@ -67,15 +68,18 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor) -> Tensor:
 def _add(
     trainer: Trainer,
     team: Team,
+    counted: int,
     part: slice,
     input_ids: Tensor,
     targets: Tensor,
     seq_idx: Tensor | None = None,
     fresh: Tensor | None = None,
 ) -> Tensor:
-    """Adds the gradients of one micro-batch, or of this process's stretch of it; returns its share of the mean loss."""
-    device, everything = trainer.device, max(1, int((targets != IGNORE).sum()))
-    here = part, team.stretch(input_ids.shape[1])
+    """Adds the gradients of one micro-batch, or of this process's stretch of it; returns its share of the mean loss.
+
+    counted: the targets of the whole batch.
+    """
+    device, here = trainer.device, (part, team.stretch(input_ids.shape[1]))
     ids, wanted = input_ids[here].to(device), targets[here].to(device)
     more = {} if seq_idx is None else {"seq_idx": seq_idx[here].to(device)}
     with trainer.autocast, team.spread():
@@ -84,7 +88,7 @@ def _add(
             trainer.carried.after(part, state)
         else:
             loss = trainer.model.loss(ids, wanted, **more)
-    loss = loss * (int((targets[here] != IGNORE).sum()) / everything)
+    loss = loss * (int((targets[here] != IGNORE).sum()) / counted)
     loss.backward()
     return loss.detach().to(widest(device))
 
@@ -92,7 +96,6 @@ def _add(
 @contextlib.contextmanager
 def _drawing(trainer: Trainer, k: int) -> Iterator[None]:
     """Within, random numbers are those of micro-batch k of this step; afterwards, as if none had been drawn."""
-    digest = hashlib.sha256(f"{trainer.settings.seed} {trainer.step} {k}".encode()).digest()
     with torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest[:7], "little"))
+        torch.manual_seed(seed_of(trainer.settings.seed, trainer.step, k))
         yield
