@@ -14,18 +14,19 @@ from mamba2_min.training.trainer import Trainer
 class Unrecorded:
     """Stands for a StepGraph: it computes at each call what a graph would launch."""
 
-    def __init__(self, parameters, backward, batch):
-        self.backward, self.shapes = backward, [t.shape for t in batch]
+    def __init__(self, parameters, backward, batch, reads):
+        self.backward, self.shapes, self.reads = backward, [t.shape for t in batch], list(reads)
 
-    def fits(self, batch):
-        return [t.shape for t in batch] == self.shapes
+    def fits(self, batch, reads):
+        same = len(reads) == len(self.reads) and all(a is b for a, b in zip(reads, self.reads, strict=True))
+        return [t.shape for t in batch] == self.shapes and same
 
     def __call__(self, batch):
         return self.backward(*batch)
 
 
 class Unrecordable:
-    def __init__(self, parameters, backward, batch):
+    def __init__(self, parameters, backward, batch, reads):
         backward(*batch)
         raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
 
@@ -50,12 +51,17 @@ def trained(folder, data, **settings):
     return reports
 
 
+@pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("stand_in, why", [(Unrecorded, ""), (Unrecordable, "operation not permitted when stream")])
-def test_a_run_is_the_same_with_a_graph_and_where_there_can_be_none(monkeypatch, tmp_path, data, stand_in, why):
+def test_a_run_is_the_same_with_a_graph_and_where_there_can_be_none(
+    monkeypatch, tmp_path, data, stand_in, why, carried
+):
     monkeypatch.setattr(step_graph, "StepGraph", stand_in)
-    make_trainer(tmp_path / "without", data, max_steps=4, dropout=0.0, graph=True).train()  # a CPU has none
-    reports = trained(tmp_path / "with", data, dropout=0.0)
-    assert len(reports) == 1 and reports[0]["step"] == 1 and reports[0]["why_not"].startswith(why)
+    settings = {"dropout": 0.0, "carry_state": carried}
+    make_trainer(tmp_path / "without", data, max_steps=4, graph=True, **settings).train()  # a CPU has none
+    reports = trained(tmp_path / "with", data, **settings)
+    # The first step of a carried state shows what it is made of.
+    assert len(reports) == 1 and reports[0]["step"] == 1 + carried and reports[0]["why_not"].startswith(why)
     assert "\n" not in reports[0]["why_not"] and bool(reports[0]["why_not"]) == bool(why)
     assert_same_run(tmp_path / "without", tmp_path / "with")
 
@@ -88,3 +94,18 @@ def test_a_graph_gives_the_same_bits():
         assert all(torch.equal(a, p.grad) for a, p in zip(got, model.parameters(), strict=True))
         model.zero_grad(set_to_none=True)
     assert not graph.fits([t[:2] for t in batches[0]])
+
+
+@pytest.mark.gpu
+def test_a_carried_state_goes_through_a_graph(tmp_path, data):
+    runs = []
+    for graph in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(graph), data, 0.0, device="cuda", max_steps=6, graph=graph, carry_state=True, context=40
+        )
+        reports = []
+        trainer.report = lambda event, values, to=reports: to.append(values) if event == "graph" else None
+        trainer.train()
+        assert reports == ([{"step": 2, "why_not": ""}] if graph else [])
+        runs.append([*trainer.model.parameters(), *trainer.carried.state.ssm, *trainer.carried.state.conv])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_min import devices
+from mamba2_min.models.mamba2 import State
 from mamba2_min.ops.autograd import widest
 from mamba2_min.training.gradients import batch_gradients
 
@@ -30,10 +31,17 @@ class StepGraph:
     drawn anew at each launch.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], backward: Callable[..., Tensor], batch: Sequence[Tensor]):
-        """batch: tensors on the GPU. Gradients must be None, and are None afterwards."""
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        backward: Callable[..., Tensor],
+        batch: Sequence[Tensor],
+        reads: Sequence[Tensor] = (),
+    ):
+        """batch: tensors on the GPU; reads: what `backward` finds there besides batch and parameters. Gradients must be
+        None, and are None afterwards."""
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._places = self._look()
+        self._places = _places([*self._parameters, *reads])
         self._batch = [t.clone() for t in batch]
         device = self._batch[0].device
         with torch.cuda.device(device), torch.random.fork_rng([device]):
@@ -50,10 +58,10 @@ class StepGraph:
         self._gradients = [p.grad for p in self._parameters]
         self._forget()
 
-    def fits(self, batch: Sequence[Tensor]) -> bool:
-        """Whether this batch has the shapes of the recorded one, and the parameters are where they were."""
+    def fits(self, batch: Sequence[Tensor], reads: Sequence[Tensor] = ()) -> bool:
+        """Whether this batch has the shapes of the recorded one, and the rest is where it was."""
         return [(t.shape, t.dtype) for t in batch] == [(t.shape, t.dtype) for t in self._batch] and (
-            self._look() == self._places
+            _places([*self._parameters, *reads]) == self._places
         )
 
     def __call__(self, batch: Sequence[Tensor]) -> Tensor:
@@ -65,43 +73,58 @@ class StepGraph:
             p.grad = gradient
         return self._loss.clone()
 
-    def _look(self) -> list[int]:
-        return [p.data_ptr() for p in self._parameters]
-
     def _forget(self) -> None:
         for p in self._parameters:
             p.grad = None
 
 
+def _places(tensors: Sequence[Tensor]) -> list[tuple[int, torch.dtype]]:
+    return [(t.data_ptr(), t.dtype) for t in tensors]
+
+
 class GraphedGradients:
-    """`batch_gradients` of a trainer whose batches are in one part, by a graph of the first one's shape."""
+    """`batch_gradients` of a trainer whose batches are in one part, by a graph of the first one's shape.
+
+    Where a state is carried, the graph reads it from where it is kept and leaves the next one in tensors of its own.
+    """
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
         self._graph: StepGraph | None = None
         self._wanted = trainer.settings.graph and trainer.device.type == "cuda"
+        self._state_after: State | None = None
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The gradients and the mean loss of a batch, by a graph where one can give them."""
-        trainer = self._trainer
-        if not self._wanted or trainer.carried or trainer.team.size > 1 or len(batch[0]) > trainer.micro_batch:
+        trainer, carried = self._trainer, self._trainer.carried
+        if not self._wanted or trainer.team.size > 1 or len(batch[0]) > trainer.micro_batch:
             return batch_gradients(trainer, trainer.team, *batch)
-        if self._graph is None or not self._graph.fits(batch):
-            self._graph = None  # before the next one is recorded: there may be no memory for both
+        if carried and carried.state is None:  # the first step says which dtypes a carried state has
+            return batch_gradients(trainer, trainer.team, *batch)
+        if self._graph is None or not self._graph.fits(batch, self._reads()):
+            self._graph = self._state_after = None  # before the next is recorded: there may be no memory for both
             why_not = self._record(batch)
             trainer.report("graph", {"step": trainer.step + 1, "why_not": why_not})
             if why_not:
                 self._wanted = False
                 return batch_gradients(trainer, trainer.team, *batch)
         assert self._graph is not None
-        return self._graph(batch).to(widest(trainer.device))
+        loss = self._graph(batch).to(widest(trainer.device))
+        if carried and self._state_after:
+            carried.after(slice(0, len(batch[0])), self._state_after)
+        return loss
+
+    def _reads(self) -> list[Tensor]:
+        state = self._trainer.carried and self._trainer.carried.state
+        return [*state.conv, *state.ssm] if state else []
 
     def _record(self, batch: Sequence[Tensor]) -> str:
         """An empty string, or the reason why there is no graph. Raises where memory runs out."""
         trainer = self._trainer
         try:
             on_device = [t.to(trainer.device) for t in batch]
-            self._graph = StepGraph(list(trainer.model.parameters()), self._backward, on_device)
+            parameters = list(trainer.model.parameters())
+            self._graph = StepGraph(parameters, self._backward, on_device, self._reads())
             return ""
         except Exception as error:
             trainer.optimizer.zero_grad(set_to_none=True)
@@ -109,10 +132,18 @@ class GraphedGradients:
                 raise
             return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
-    def _backward(self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    def _backward(
+        self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None = None, fresh: Tensor | None = None
+    ) -> Tensor:
         """Nothing here waits for the device, or asks it for a value."""
+        trainer = self._trainer
         packed = {} if seq_idx is None else {"seq_idx": seq_idx}
-        with self._trainer.autocast:
-            loss = self._trainer.model.loss(input_ids, targets, **packed)
+        with trainer.autocast:
+            if trainer.carried and fresh is not None:
+                before = trainer.carried.before(slice(0, len(fresh)), fresh)
+                loss, state = trainer.model.loss_and_state(input_ids, targets, before, **packed)
+                self._state_after = state.detach()
+            else:
+                loss = trainer.model.loss(input_ids, targets, **packed)
         loss.backward()
         return loss.detach()
