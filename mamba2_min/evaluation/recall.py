@@ -8,7 +8,7 @@
 
 A task is a function that draws a batch: input_ids (b, l), and targets (b, l), which hold the answer at each question
 and -100 elsewhere. As in `LanguageModel.loss`, a target stands at the token after which it must be known, and it always
-follows from the tokens up to there. A generator in the same state draws the same batch.
+follows from the tokens up to there. A generator in the same state draws the same batch, on the generator's device.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def selective_copying(batch: int, length: int, n_data: int, generator: torch.Gen
         raise ValueError(f"{n_data} letters and as many markers need a length of {2 * n_data}, not {length}")
     if vocab_size < 4:
         raise ValueError(f"a blank, a marker and two letters need a vocab_size of 4, not {vocab_size}")
-    letters = torch.randint(1, vocab_size - 1, (batch, n_data), generator=generator)
+    device = generator.device
+    letters = torch.randint(1, vocab_size - 1, (batch, n_data), generator=generator, device=device)
     places = _distinct(batch, room, n_data, generator).sort(1).values
-    input_ids = torch.full((batch, length), BLANK)
+    input_ids = torch.full((batch, length), BLANK, device=device)
     input_ids[:, room:] = vocab_size - 1
-    targets = torch.full((batch, length), IGNORE)
+    targets = torch.full((batch, length), IGNORE, device=device)
     targets[:, room:] = letters
     return input_ids.scatter_(1, places, letters), targets
 
@@ -66,26 +67,34 @@ def induction_heads(batch: int, length: int, generator: torch.Generator, vocab_s
         raise ValueError(f"a marker, a letter and the marker again need a length of 3, not {length}")
     if vocab_size < 3:
         raise ValueError(f"a marker and two letters need a vocab_size of 3, not {vocab_size}")
-    input_ids = torch.randint(0, vocab_size - 1, (batch, length), generator=generator)
-    place = torch.randint(0, length - 2, (batch, 1), generator=generator)
-    targets = torch.full((batch, length), IGNORE)
+    device = generator.device
+    input_ids = torch.randint(0, vocab_size - 1, (batch, length), generator=generator, device=device)
+    place = torch.randint(0, length - 2, (batch, 1), generator=generator, device=device)
+    targets = torch.full((batch, length), IGNORE, device=device)
     targets[:, -1:] = input_ids.gather(1, place + 1)
     input_ids.scatter_(1, place, vocab_size - 1)[:, -1] = vocab_size - 1
     return input_ids, targets
 
 
 def associative_recall(
-    batch: int, length: int, n_pairs: int, generator: torch.Generator, vocab_size: int = 64, power: float = 0.01
+    batch: int,
+    length: int,
+    n_pairs: int,
+    generator: torch.Generator,
+    vocab_size: int = 64,
+    power: float = 0.01,
+    random_fill: bool = False,
 ) -> Batch:
     """Multi-query associative recall (MQAR): pairs of key and value, then each key again, to be answered by its value.
 
     Returns input_ids and targets (batch, length). Keys are drawn from 1 to vocab_size // 2 - 1, values from
     vocab_size // 2 to vocab_size - 1, both without repetition in a row. The first 2 n_pairs tokens are key, value, key,
-    value ...; the questions stand at even places after them, the other tokens are 0. The gap g between the pairs and a
-    question has a probability of about (g + 1)^(power - 1), as in Zoology: mostly short, sometimes long.
+    value ...; the questions stand at even places after them. The other tokens are 0, or with `random_fill` any. The gap
+    g between the pairs and a question has a probability of about (g + 1)^(power - 1), as in Zoology: mostly short,
+    sometimes long.
     A model that knows the values but not their keys is right once in n_pairs times.
     The papers: vocab_size 8192, up to 64 pairs in a length of 512 (Zoology); as many pairs as fit, a quarter of the
-    length, and random tokens in place of the zeros (Mamba-2).
+    length, and `random_fill` (Mamba-2).
     Raises ValueError for an odd length, or where the pairs do not fit into a quarter of it or into the vocabulary.
     """
     _check(batch=batch, length=length, n_pairs=n_pairs, vocab_size=vocab_size)
@@ -93,17 +102,19 @@ def associative_recall(
         raise ValueError(f"the length must be even, not {length}")
     if 4 * n_pairs > length:
         raise ValueError(f"{n_pairs} pairs and as many questions need a length of {4 * n_pairs}, not {length}")
-    half = vocab_size // 2
+    half, device = vocab_size // 2, generator.device
     if n_pairs > half - 1:
         raise ValueError(f"a vocab_size of {vocab_size} has {max(half - 1, 0)} keys, and {n_pairs} are asked for")
     keys = _distinct(batch, half - 1, n_pairs, generator) + 1
     values = _distinct(batch, vocab_size - half, n_pairs, generator) + half
     start = 2 * n_pairs
-    gaps = torch.arange(1.0, (length - start) // 2 + 1) ** (power - 1)
+    gaps = torch.arange(1.0, (length - start) // 2 + 1, device=device) ** (power - 1)
     places = start + 2 * torch.multinomial(gaps.expand(batch, -1), n_pairs, generator=generator)
-    input_ids = torch.full((batch, length), BLANK)
+    input_ids = torch.full((batch, length), BLANK, device=device)
+    if random_fill:
+        input_ids = torch.randint(vocab_size, (batch, length), generator=generator, device=device)
     input_ids[:, 0:start:2], input_ids[:, 1:start:2] = keys, values
-    targets = torch.full((batch, length), IGNORE)
+    targets = torch.full((batch, length), IGNORE, device=device)
     return input_ids.scatter_(1, places, keys), targets.scatter_(1, places, values)
 
 
@@ -114,7 +125,7 @@ def parity(batch: int, length: int, generator: torch.Generator) -> Batch:
     between 0 and 1, as Mamba-2's, cannot solve it at all lengths; one that may multiply by -1 can (arXiv:2411.12537).
     """
     _check(batch=batch, length=length)
-    input_ids = torch.randint(0, 2, (batch, length), generator=generator)
+    input_ids = torch.randint(0, 2, (batch, length), generator=generator, device=generator.device)
     return input_ids, input_ids.cumsum(1) % 2
 
 
@@ -165,7 +176,7 @@ def accuracy(model: nn.Module, batch: Batch) -> float:
 
 def _distinct(batch: int, n: int, k: int, generator: torch.Generator) -> Tensor:
     """k different integers below n for each row, in random order: (batch, k)."""
-    return torch.rand(batch, n, generator=generator).argsort(1)[:, :k]
+    return torch.rand(batch, n, generator=generator, device=generator.device).argsort(1)[:, :k]
 
 
 def _check(**sizes: int) -> None:
