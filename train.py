@@ -105,8 +105,9 @@ def train(args: argparse.Namespace, device: Device) -> int:
     config = plan.config(corpus)
     screen.show_corpus(plan.data, corpus)
     context = min(plan.training.context, max(len(corpus.train) - 1, 1))  # no window is longer than the text
-    fitting = fit_to_memory(config, dataclasses.replace(plan.training, context=context), device, team.divides)
-    memory = check_memory(config, fitting, device, ignore=args.ignore_memory)
+    bounded = dataclasses.replace(plan.training, context=context)
+    fitting = fit_to_memory(config, bounded, device, team.divides, team.stretches)
+    memory = check_memory(config, fitting, device, args.ignore_memory, team.stretches)
     plan = dataclasses.replace(plan, training=dataclasses.replace(plan.training, micro_batch=fitting.micro_batch))
 
     model = plan.build(config)

@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import decode, document_cost, harness, memory, peers, scan, seed_table, train_step, versions
+from benchmarks import (
+    decode,
+    document_cost,
+    harness,
+    memory,
+    peers,
+    scan,
+    seed_table,
+    several_gpus,
+    train_step,
+    versions,
+)
 from benchmarks.harness import FLOOR, OURS, Options, Unavailable
 from mamba2_min.ops.loss import linear_cross_entropy
 from mamba2_min.ssd import ssd_chunked
@@ -365,3 +377,19 @@ def test_a_turn_is_a_process_of_its_own():
         assert versions.turn(versions.ROOT, setting, 1) > 0
     with pytest.raises(SystemExit, match=r"the package in .* failed: "):
         versions.turn(versions.ROOT, {**versions.QUICK["train-tiny"], "config": {"vocab_size": 0}}, 1)
+
+
+def test_processes_are_compared_round_by_round():
+    alone = [{"seconds": [2.0, 2.0], "peaks": [7], "reports": []}, {"seconds": [4.0, 4.0], "peaks": [9], "reports": []}]
+    many = [{"seconds": [1.0, 9.0, 1.0], "peaks": [1, 2], "reports": []}, {"skipped": "out of memory"}]
+    assert several_gpus.times_as_fast(many, alone, (300, 100)) == 6
+    assert several_gpus.times_as_fast(many[1:], alone, (300, 100)) is None
+    assert several_gpus.entry(many, 300) == {"skipped": "out of memory"}
+    found = several_gpus.entry(alone, 300)
+    assert (found["median"], found["tokens_per_second"], found["peak_bytes"]) == (3, 100, 9)
+
+
+def test_a_side_that_fails_or_takes_too_long_costs_itself_alone():
+    job = {"device": "nowhere", "threads": 1, "precision": "float32", "shape": "tiny", "stretches": 1}
+    assert "nowhere" in several_gpus.launch(job, 1, time.monotonic() + 60)["skipped"]
+    assert several_gpus.launch(job, 2, 0.0) == {"skipped": "it exceeded its time limit"}

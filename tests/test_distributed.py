@@ -122,9 +122,11 @@ def test_whatever_their_number_the_files_are_the_same(tmp_path, data, alone, cou
     assert "all 12 steps done" in said[0] and not any(said[1:])  # one screen
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])  # four: two groups of two
-def test_processes_that_share_each_text_train_the_same_model(tmp_path, data, count):
-    flags = ("--context", "33", "--dropout", "0", "--variational-dropout", "0.2", "--embedding-dropout", "0.1")
+@pytest.mark.parametrize(  # four: two groups of two
+    "count, more", [(2, ()), (2, ("--recompute",)), pytest.param(4, (), marks=pytest.mark.slow)]
+)
+def test_processes_that_share_each_text_train_the_same_model(tmp_path, data, count, more):
+    flags = ("--context", "33", "--dropout", "0", "--variational-dropout", "0.2", "--embedding-dropout", "0.1", *more)
     assert Processes(1, data, tmp_path / "alone", *flags).wait() == [0]
     assert Processes(count, data, tmp_path / "run", *flags, "--context-parallel", "2").wait() == [0] * count
     a, b = (checkpoint.load_tensors(tmp_path / name / checkpoint.RESUME) for name in ("alone", "run"))

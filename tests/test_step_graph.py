@@ -7,6 +7,7 @@ from small_runs import assert_same_run, make_trainer, write_documents
 from mamba2_min.config import Mamba2Config
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.training import step_graph
+from mamba2_min.training.distributed import Team
 from mamba2_min.training.step_graph import StepGraph
 from mamba2_min.training.trainer import Trainer
 
@@ -69,6 +70,24 @@ def test_a_run_is_the_same_with_a_graph_and_where_there_can_be_none(
 def test_a_batch_in_parts_has_no_graph(monkeypatch, tmp_path, data):
     monkeypatch.setattr(step_graph, "StepGraph", Unrecorded)
     assert trained(tmp_path, data, micro_batch=2) == []
+
+
+@pytest.mark.parametrize("size, graphs", [(2, 1), (1, 0), (4, 1), (3, 0)])
+def test_of_several_processes_each_has_a_graph_of_its_own_part(monkeypatch, tmp_path, data, size, graphs):
+    """The gradients are those of the process's parts without a graph. With three, two parts are the second one's."""
+    monkeypatch.setattr(step_graph, "StepGraph", Unrecorded)
+    monkeypatch.setattr(Team, "total", lambda self, tensors: None)
+    found = []
+    for wanted in (False, True):
+        trainer = make_trainer(tmp_path / "run", data, batch_size=4, micro_batch=4 // (2 if size == 2 else 4))
+        trainer.team, trainer.gradients._wanted = Team(size - 1, size), wanted
+        reports = []
+        trainer.report = lambda event, values, reports=reports: reports.append(event)
+        loss = trainer.gradients(*next(trainer.windows))
+        found.append([loss, *(p.grad for p in trainer.model.parameters())])
+    assert reports == ["graph"] * graphs
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,6 @@ tokens or a million. Attention would have to send its keys and values, which gro
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,8 +27,11 @@ from mamba2_min.ops.autograd import widen, without_autocast
 from mamba2_min.ssd.plain import log_decay
 
 
-class Stretch(threading.local):
-    """The processes over which this thread's sequences are spread: `group`, of `size` processes, this one at `rank`."""
+class Stretch:
+    """The processes over which sequences are spread: `group`, of `size` processes, this one at `rank`.
+
+    It holds for all threads: the backward pass of a GPU has a thread of its own, which may compute blocks again.
+    """
 
     group: Any = None
     rank = 0
@@ -53,7 +55,7 @@ def spread_over(group: Any) -> Iterator[None]:
 
 
 def is_spread() -> bool:
-    """Whether this thread's sequences are spread over several processes."""
+    """Whether sequences are spread over several processes."""
     return _here.size > 1
 
 
@@ -112,7 +114,7 @@ def inputs_before(u: Tensor, count: int, state: Tensor | None, seq_idx: Tensor |
     if count == 0:
         return u[:, :0], u[:, :0]
     tail = torch.cat([u.new_zeros(b, count, c), u], 1)[:, -count:]
-    lengths = _shared(torch.tensor([min(u.shape[1], count)], device=u.device))[:, 0].tolist()
+    lengths = _shared(torch.tensor([min(u.shape[1], count)]))[:, 0].tolist()  # on the CPU: nobody waits for a GPU
     tails = _gathered(tail.contiguous())
     first = u.new_zeros(b, count, c) if state is None else state.to(u.dtype)
     known = [first, *(tails[r][:, count - length :] for r, length in enumerate(lengths))]

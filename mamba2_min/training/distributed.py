@@ -98,7 +98,7 @@ class Team:
         """The values of every process, by rank. Every process gets the same."""
         if self.size == 1:
             return [list(values)]
-        mine = torch.tensor(values, dtype=torch.float64, device=_device())
+        mine = torch.tensor(values, dtype=torch.float64)  # on the CPU: nobody waits for a GPU
         every = [torch.empty_like(mine) for _ in range(self.size)]
         self._with_others(lambda: dist.all_gather(every, mine))
         return [each.tolist() for each in every]
@@ -154,7 +154,7 @@ def joined(device: torch.device, stretches: int = 1) -> Iterator[Team]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot meet: {str(error).splitlines()[0][:200]}") from error
     _team = Team(dist.get_rank(), dist.get_world_size(), stretches)
@@ -181,7 +181,3 @@ def local_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and launched():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,16 +31,18 @@ def own_rows(trainer: Trainer) -> slice:
     return slice(parts[mine.start].start, parts[mine.stop - 1].stop)
 
 
-def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor) -> Tensor:
+def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor, add: Callable[..., Tensor] | None = None) -> Tensor:
     """Leaves a batch's gradients in the parameters, whose own must be None, and returns its mean loss, a scalar.
 
     batch: input_ids, targets and, where there are, seq_idx and fresh (`Task.batches`). The mean is over the targets of
     the whole batch, however they are spread. Several micro-batches are added up as a tree (distributed.py), and each
     draws its dropout from the step and its number alone: so it does not matter which process computes it.
+    `add` stands in for `_add`, as a CUDA graph does (step_graph.py).
     """
+    add = add or _add
     parts, counted = parts_of(len(batch[0]), trainer.micro_batch), max(1, int((batch[1] != IGNORE).sum()))
     if team.size == 1 and (trainer.settings.rules == 1 or len(parts) == 1):
-        losses = (_add(trainer, team, counted, part, *batch) for part in parts)
+        losses = (add(trainer, team, counted, part, *batch) for part in parts)
         return sum(losses, torch.zeros((), device=trainer.device))
     mine = team.share(len(parts))
     if not mine:
@@ -49,7 +51,7 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor) -> Tensor:
 
     def leaf(k: int) -> list[Tensor]:
         with _drawing(trainer, k):
-            loss = _add(trainer, team, counted, parts[k], *batch)
+            loss = add(trainer, team, counted, parts[k], *batch)
         gradients = [p.grad for p in parameters if p.grad is not None]
         for p in parameters:
             reached[p] = p.grad is not None
@@ -63,6 +65,11 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor) -> Tensor:
     for p, gradient in zip((p for p in parameters if reached[p]), gradients, strict=True):
         p.grad = gradient
     return loss
+
+
+def share_of(targets: Tensor, counted: int) -> float:
+    """The weight of these targets' mean loss in that of a batch, which has `counted` targets."""
+    return int((targets != IGNORE).sum()) / counted
 
 
 def _add(
@@ -82,14 +89,15 @@ def _add(
     device, here = trainer.device, (part, team.stretch(input_ids.shape[1]))
     ids, wanted = input_ids[here].to(device), targets[here].to(device)
     more = {} if seq_idx is None else {"seq_idx": seq_idx[here].to(device)}
-    with trainer.autocast, team.spread():
-        if trainer.carried and fresh is not None:
-            loss, state = trainer.model.loss_and_state(ids, wanted, trainer.carried.before(part, fresh), **more)
-            trainer.carried.after(part, state)
-        else:
-            loss = trainer.model.loss(ids, wanted, **more)
-    loss = loss * (int((targets[here] != IGNORE).sum()) / counted)
-    loss.backward()
+    with team.spread():  # the backward pass too: --recompute computes blocks again there
+        with trainer.autocast:
+            if trainer.carried and fresh is not None:
+                loss, state = trainer.model.loss_and_state(ids, wanted, trainer.carried.before(part, fresh), **more)
+                trainer.carried.after(part, state)
+            else:
+                loss = trainer.model.loss(ids, wanted, **more)
+        loss = loss * share_of(targets[here], counted)
+        loss.backward()
     return loss.detach().to(widest(device))
 
 

@@ -59,9 +59,11 @@ def training_memory(
     return 4 * ((4 + averaged) * config.num_parameters() + head + logits) + tokens * per_token + libraries
 
 
-def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device, processes: int = 1) -> Settings:
+def fit_to_memory(
+    config: Mamba2Config, settings: Settings, device: torch.device, processes: int = 1, stretches: int = 1
+) -> Settings:
     """The settings with a micro-batch for each process and, where they ask for "auto", one that fits: the batch,
-    halved until there is room.
+    halved until there is room. Each text is shared among `stretches` processes.
 
     The choice is saved with the run. A resumed run that chose again might sum its gradients in another order.
     """
@@ -69,26 +71,27 @@ def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device
     if settings.micro_batch or not settings.adapt_micro_batch:
         return dataclasses.replace(settings, micro_batch=settings.micro_batch or micro)
     micro, free = micro or settings.batch_size, devices.free_memory(device)
-    while micro > 1 and free is not None and _needed(config, settings, device, micro, settings.context) > free:
+    own = -(-settings.context // stretches)
+    while micro > 1 and free is not None and _needed(config, settings, device, micro, own) > free:
         micro = -(-micro // 2)
     return dataclasses.replace(settings, micro_batch=micro)
 
 
 def check_memory(
-    config: Mamba2Config, settings: Settings, device: torch.device, ignore: bool = False
+    config: Mamba2Config, settings: Settings, device: torch.device, ignore: bool = False, stretches: int = 1
 ) -> tuple[str, str]:
     """The memory that a step needs and the free memory, as text ("" where the system does not tell).
 
     If it needs too much, raises a UserError that says what to lower, and to what, unless `ignore`.
     """
     micro, context = settings.micro_batch or settings.batch_size, settings.context
-    needed, free = _needed(config, settings, device, micro, context), devices.free_memory(device)
+    needed, free = _needed(config, settings, device, micro, -(-context // stretches)), devices.free_memory(device)
     if free is None or needed <= free or ignore:
         return size(needed), "" if free is None else size(free)
     problem = f"training needs about {size(needed)}, and {size(free)} is free"
 
     def fits(batch: int, length: int) -> bool:
-        return _needed(config, settings, device, batch, length) <= free
+        return _needed(config, settings, device, batch, -(-length // stretches)) <= free
 
     if not fits(1, 1):
         raise UserError(f"{problem}: the model alone is too large; lower --d-model, --n-layer or --vocab-size")

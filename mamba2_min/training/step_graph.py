@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mamba2_min import devices
 from mamba2_min.models.mamba2 import State
 from mamba2_min.ops.autograd import widest
-from mamba2_min.training.gradients import batch_gradients
+from mamba2_min.training.distributed import Team
+from mamba2_min.training.gradients import batch_gradients, parts_of, share_of
 
 if TYPE_CHECKING:
     from mamba2_min.training.trainer import Trainer
@@ -83,35 +84,46 @@ def _places(tensors: Sequence[Tensor]) -> list[tuple[int, torch.dtype]]:
 
 
 class GraphedGradients:
-    """`batch_gradients` of a trainer whose batches are in one part, by a graph of the first one's shape.
+    """`batch_gradients` of a trainer, by a graph of the first micro-batch's shape where a process has one in a step.
 
-    Where a state is carried, the graph reads it from where it is kept and leaves the next one in tensors of its own.
+    The sum over several processes comes after the graph. Where a state is carried, the graph reads it from where it is
+    kept and leaves the next one in tensors of its own.
     """
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
         self._graph: StepGraph | None = None
         self._wanted = trainer.settings.graph and trainer.device.type == "cuda"
+        self._part = slice(0)  # the rows that the graph is for
         self._state_after: State | None = None
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The gradients and the mean loss of a batch, by a graph where one can give them."""
-        trainer, carried = self._trainer, self._trainer.carried
-        if not self._wanted or trainer.team.size > 1 or len(batch[0]) > trainer.micro_batch:
-            return batch_gradients(trainer, trainer.team, *batch)
+        trainer, team, carried = self._trainer, self._trainer.team, self._trainer.carried
+        parts = parts_of(len(batch[0]), trainer.micro_batch)
+        mine = team.share(len(parts))
+        if not self._wanted or len(mine) != 1 or team.stretches > 1:
+            return batch_gradients(trainer, team, *batch)
         if carried and carried.state is None:  # the first step says which dtypes a carried state has
-            return batch_gradients(trainer, trainer.team, *batch)
-        if self._graph is None or not self._graph.fits(batch, self._reads()):
+            return batch_gradients(trainer, team, *batch)
+        part = parts[mine[0]]
+        inputs = _inputs(1, part, *batch)
+        if self._graph is None or self._part != part or not self._graph.fits(inputs, self._reads()):
             self._graph = self._state_after = None  # before the next is recorded: there may be no memory for both
-            why_not = self._record(batch)
+            self._part = part
+            why_not = self._record(inputs)
             trainer.report("graph", {"step": trainer.step + 1, "why_not": why_not})
             if why_not:
                 self._wanted = False
-                return batch_gradients(trainer, trainer.team, *batch)
+                return batch_gradients(trainer, team, *batch)
+        return batch_gradients(trainer, team, *batch, add=self._add)
+
+    def _add(self, trainer: Trainer, team: Team, counted: int, part: slice, *batch: Tensor) -> Tensor:
+        """Leaves the gradients of a micro-batch in the parameters, and returns its share of the mean loss."""
         assert self._graph is not None
-        loss = self._graph(batch).to(widest(trainer.device))
-        if carried and self._state_after:
-            carried.after(slice(0, len(batch[0])), self._state_after)
+        loss = self._graph(_inputs(counted, part, *batch)).to(widest(trainer.device))
+        if trainer.carried and self._state_after:
+            trainer.carried.after(part, self._state_after)
         return loss
 
     def _reads(self) -> list[Tensor]:
@@ -133,17 +145,29 @@ class GraphedGradients:
             return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
     def _backward(
-        self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None = None, fresh: Tensor | None = None
+        self,
+        share: Tensor,
+        input_ids: Tensor,
+        targets: Tensor,
+        seq_idx: Tensor | None = None,
+        fresh: Tensor | None = None,
     ) -> Tensor:
         """Nothing here waits for the device, or asks it for a value."""
         trainer = self._trainer
         packed = {} if seq_idx is None else {"seq_idx": seq_idx}
         with trainer.autocast:
             if trainer.carried and fresh is not None:
-                before = trainer.carried.before(slice(0, len(fresh)), fresh)
+                before = trainer.carried.before(self._part, fresh)
                 loss, state = trainer.model.loss_and_state(input_ids, targets, before, **packed)
                 self._state_after = state.detach()
             else:
                 loss = trainer.model.loss(input_ids, targets, **packed)
+        loss = loss * share
         loss.backward()
         return loss.detach()
+
+
+def _inputs(counted: int, part: slice, input_ids: Tensor, targets: Tensor, *more: Tensor) -> list[Tensor]:
+    """What a graph reads of a batch: the weight of a part in the mean loss, its rows, and which rows are fresh."""
+    share = torch.tensor(share_of(targets[part], counted))
+    return [share, input_ids[part], targets[part], *(t[part] for t in more[:1]), *more[1:]]
