@@ -419,6 +419,52 @@ def test_bad_tables_are_one_line(base, tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+class TestEncoding:
+    """Files of records are decoded as documents are: a mark decides, then UTF-8, then what is asked for."""
+
+    TABLE = "text,label\nun café,drink\nune crêpe,meal\n"
+
+    @pytest.mark.parametrize(
+        ("written", "asked"), [("utf-8-sig", None), ("utf-16", None), ("cp1252", "cp1252"), ("utf-8", "cp1252")]
+    )
+    def test_a_table(self, tmp_path, written, asked):
+        (tmp_path / "a.csv").write_text(self.TABLE, encoding=written)
+        found = labels.read_texts(tmp_path / "a.csv", encoding=asked)
+        assert [(text, label) for text, label, _ in found] == [("un café", "drink"), ("une crêpe", "meal")]
+
+    def test_conversations_in_a_file_and_in_a_folder(self, base, tmp_path):
+        folder = tmp_path / "talks"
+        folder.mkdir()
+        for name, said in (("a.jsonl", "un café"), ("b.jsonl", "une crêpe")):
+            record = json.dumps({"prompt": said, "completion": "voilà"}, ensure_ascii=False)
+            (folder / name).write_text(record, encoding="cp1252")
+        (folder / "c.md").write_text("un thé<start>voilà", encoding="cp1252")
+        tokenizer = WordTokenizer.load(base / "tokenizer.json")
+        talks = load_chat(folder, tokenizer, None, 0, "cp1252").train_talks
+        assert [talk.messages[0].content for talk in talks] == ["un café", "une crêpe", "un thé"]
+        alone = load_chat(folder / "a.jsonl", tokenizer, folder / "b.jsonl", encoding="cp1252")
+        assert alone.validation_talks[0].messages[0].content == "une crêpe"
+
+    def test_what_it_may_be_is_said(self, base, tmp_path):
+        (tmp_path / "a.csv").write_text(self.TABLE, encoding="cp1252")
+        with pytest.raises(UserError, match=r"a.csv is not UTF-8: byte 0xE9 at offset .*add --encoding cp1252"):
+            finetune(base, tmp_path / "a.csv", tmp_path / "out", task="classify")
+        with pytest.raises(UserError, match="no encoding 'cp99'"):
+            finetune(base, tmp_path / "a.csv", tmp_path / "out", task="classify", encoding="cp99")
+        (tmp_path / "a.csv").write_bytes(b"%PDF-1.4 text,label")
+        with pytest.raises(UserError, match="looks like a PDF"):
+            finetune(base, tmp_path / "a.csv", tmp_path / "out", task="classify", encoding="cp1252")
+
+    def test_it_reaches_the_run(self, base, tmp_path):
+        accented = [{**record, "text": record["text"] + " café"} for record in TEXTS]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in accented)
+        (tmp_path / "a.jsonl").write_text(lines, encoding="cp1252")
+        how = {"task": "classify", "encoding": "cp1252", "max_steps": 1}
+        ready = run.prepare(spec_of(base, tmp_path / "a.jsonl", tmp_path / "out", **how), tmp_path / "out")
+        sample = ready.task.data.train[0]
+        assert ready.task.tokenizer.decode(sample.ids.tolist()).endswith("café")
+
+
 def test_a_label_that_training_never_saw(base, tmp_path):
     train, other = (
         write_lines(tmp_path / "a.jsonl", TEXTS),

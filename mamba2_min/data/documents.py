@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mamba2_min.data import clean, records
-from mamba2_min.data.encodings import Guess, Undecodable, check_encoding, decode, decode_as
+from mamba2_min.data.encodings import Guess, Undecodable, advice, check_encoding, decode, decode_as
 from mamba2_min.data.findings import GUIDE, Findings, Tally, counted, listed
 from mamba2_min.errors import UserError
 from mamba2_min.files import open_regular
@@ -280,21 +280,15 @@ class Reader:
         expected = "UTF-8" if self.encoding is None else f"UTF-8 or {self.encoding}"
         if len(files) == 1:
             file, error = files[0]
-            return UserError(f"{file.path} is not {expected}: {error}; it looks like {_advice(error.guess)} ({GUIDE})")
+            return UserError(f"{file.path} is not {expected}: {error}; it looks like {advice(error.guess)} ({GUIDE})")
         kinds: dict[Guess, list[str]] = {}
         for file, error in files:
             kinds.setdefault(error.guess, []).append(file.name)
         told = [
-            f"{len(names):,} {'looks' if len(names) == 1 else 'look'} like {_advice(guess)}: {listed(names, 40)}"
+            f"{len(names):,} {'looks' if len(names) == 1 else 'look'} like {advice(guess)}: {listed(names, 40)}"
             for guess, names in sorted(kinds.items(), key=lambda item: -len(item[1]))
         ]
         return UserError(f"{len(files):,} files in {self.path} are not {expected} ({GUIDE}): {'; '.join(told)}")
-
-
-def _advice(guess: Guess) -> str:
-    if guess.codec:
-        return f"{guess.name} (add --encoding {guess.codec}, or save as UTF-8)"
-    return f"{guess.name} ({'save as UTF-8' if guess.is_text else 'convert to text'}, or take out of the folder)"
 
 
 def _part(files: list[File], max_bytes: int) -> list[File]:

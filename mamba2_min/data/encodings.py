@@ -99,6 +99,13 @@ def decode_as(content: bytes, codec: str, partial: bool = False, start: int = 0)
         raise Undecodable(f"byte 0x{content[at]:02X} at offset {at:,}", identify(content)) from None
 
 
+def advice(guess: Guess) -> str:
+    """What a file seems to be, and what its owner can do."""
+    if guess.codec:
+        return f"{guess.name} (add --encoding {guess.codec}, or save as UTF-8)"
+    return f"{guess.name} ({'save as UTF-8' if guess.is_text else 'convert to text'}, or take out of the folder)"
+
+
 def identify(content: bytes) -> Guess:
     """What a file that is not UTF-8 may be, from its bytes."""
     return _by_beginning(content) or _not_text(content) or _damaged(content) or _eight_bit(content)

@@ -43,26 +43,27 @@ class ChatData:
     notes: list[str] = field(default_factory=list)
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
+def read_conversations(path: str | Path, encoding: str | None = None) -> list[Conversation]:
     """Every conversation of a file of records, or of a folder of such files and of `request<start>answer` documents.
 
-    Raises UserError, naming file and line, for a record that is not a conversation, and where there is none.
+    encoding: that of files which are not UTF-8. Raises UserError, naming file and line, for a record that is not a
+    conversation, and where there is none.
     """
-    talks = list(_read(Path(path)))
+    talks = list(_read(Path(path), encoding))
     if not talks:
         raise UserError(f"no conversations in {path}: looked for {', '.join(SUFFIXES)} files, and for {START} in texts")
     return talks
 
 
-def _read(path: Path) -> Iterator[Conversation]:
+def _read(path: Path, encoding: str | None) -> Iterator[Conversation]:
     if not is_folder(path):
-        yield from (conversation(row, where) for row, where in read_rows(path))
+        yield from (conversation(row, where) for row, where in read_rows(path, encoding=encoding))
         return
     tables = Reader(path, suffixes=SUFFIXES).files  # no link leads out of the folder, nothing hidden is read
     for file in tables:
-        yield from (conversation(row, where) for row, where in read_rows(file.path))
+        yield from (conversation(row, where) for row, where in read_rows(file.path, encoding=encoding))
     try:
-        documents = read_documents(path, suffixes=PROSE)
+        documents = read_documents(path, suffixes=PROSE, encoding=encoding)
     except UserError:
         if tables:  # a folder of records needs no documents
             return
@@ -71,10 +72,14 @@ def _read(path: Path) -> Iterator[Conversation]:
 
 
 def load_chat(
-    data: str | Path, tokenizer: WordTokenizer, val_data: str | Path | None = None, val_fraction: float = 0.1
+    data: str | Path,
+    tokenizer: WordTokenizer,
+    val_data: str | Path | None = None,
+    val_fraction: float = 0.1,
+    encoding: str | None = None,
 ) -> ChatData:
     """Reads conversations and makes examples of them with the template that fits the tokenizer. Raises UserError."""
-    talks, notes = read_conversations(data), []
+    talks, notes = read_conversations(data, encoding), []
     train, repeats = _without_repeats(talks)
     if repeats:
         notes.append(f"{repeats:,} repeated conversations left out")
@@ -89,7 +94,7 @@ def load_chat(
                 "best; --val-fraction 0 holds nothing out, and all are learnt by heart"
             )
     else:
-        validation, _ = _without_repeats(read_conversations(val_data))
+        validation, _ = _without_repeats(read_conversations(val_data, encoding))
         asked = {talk.request_key for talk in validation}
         both = [talk for talk in train if talk.request_key in asked]
         train = [talk for talk in train if talk.request_key not in asked]

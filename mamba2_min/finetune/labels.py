@@ -44,9 +44,11 @@ class LabelData:
     notes: list[str] = field(default_factory=list)
 
 
-def read_texts(path: str | Path, text: str = "text", label: str = "label") -> list[tuple[str, str, str]]:
+def read_texts(
+    path: str | Path, text: str = "text", label: str = "label", encoding: str | None = None
+) -> list[tuple[str, str, str]]:
     """(text, label, where) of every record of a file, in order. Raises UserError that names file and line."""
-    rows = read_rows(path, columns=(text, label))
+    rows = read_rows(path, (text, label), encoding)
     found = [(_cell(row, text, where), _cell(row, label, where), where) for row, where in rows]
     if not found:
         raise UserError(f"{path} has no records")
@@ -71,9 +73,10 @@ def load_texts(
     val_fraction: float = 0.1,
     text: str = "text",
     label: str = "label",
+    encoding: str | None = None,
 ) -> LabelData:
     """Reads texts with labels and makes samples of them. Raises UserError."""
-    rows, notes = read_texts(data, text, label), []
+    rows, notes = read_texts(data, text, label, encoding), []
     rows, repeats = _without_repeats(rows)
     if repeats:
         notes.append(f"{repeats:,} repeated texts left out")
@@ -82,7 +85,7 @@ def load_texts(
         train = [row for row in rows if _key(row[0]) not in chosen]
         validation = [row for row in rows if _key(row[0]) in chosen]
     else:
-        validation, _ = _without_repeats(read_texts(val_data, text, label))
+        validation, _ = _without_repeats(read_texts(val_data, text, label, encoding))
         held_out = {_key(t) for t, _, _ in validation}
         train = [row for row in rows if _key(row[0]) not in held_out]
         if len(train) < len(rows):

@@ -12,23 +12,31 @@ from typing import Any
 
 from mamba2_min import files
 from mamba2_min.data import records
+from mamba2_min.data.encodings import Undecodable, advice, check_encoding, decode
 from mamba2_min.data.records import SUFFIXES
 from mamba2_min.errors import UserError
 
 _MAX_BYTES = 1 << 30
 
 
-def read_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[Any, str]]:
+def read_rows(path: str | Path, columns: Sequence[str] = (), encoding: str | None = None) -> Iterator[tuple[Any, str]]:
     """The records of a file in order, each with its place, "file, line 7".
 
-    columns: names that the first row of a table must have, instead of those of a conversation. Raises UserError, naming
-    file and line, for what cannot be read.
+    columns: names that the first row of a table must have, instead of those of a conversation. encoding: that of a file
+    which is not UTF-8 and has no mark of UTF-16 or UTF-32. Raises UserError, naming file and line, for what cannot be
+    read.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: records come in {', '.join(SUFFIXES)} files")
-    content = files.read_text(path, _MAX_BYTES, "utf-8-sig").replace("\r\n", "\n")
+    if encoding is not None:
+        check_encoding(encoding)
+    try:
+        content = decode(files.read_bytes(path, _MAX_BYTES), encoding).replace("\r\n", "\n")
+    except Undecodable as error:
+        expected = "UTF-8" if encoding is None else f"UTF-8 or {encoding}"
+        raise UserError(f"{path} is not {expected}: {error}; it looks like {advice(error.guess)}") from None
     for row in records.read_rows(content, suffix, columns):
         where = f"{path}, {row.where}"
         if row.problem:

@@ -117,7 +117,7 @@ def prepare(spec: FinetuneSpec, out: Path) -> Prepared:
     with _user_errors():
         if f.task == "classify":
             return _sorting(f, spec, model, tokenizer, out)
-        data = load_chat(f.data, tokenizer, f.val_data, f.val_fraction)
+        data = load_chat(f.data, tokenizer, f.val_data, f.val_fraction, f.encoding)
         model, kept = _method(f, spec.training.seed, model)
     task = Answers(data.train, data.validation, tokenizer, kept, alone=f.method == "state")
     return Prepared(
@@ -167,7 +167,7 @@ def lora_config(f: FinetuneSettings) -> LoRAConfig:
 
 
 def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer: WordTokenizer, out: Path) -> Prepared:
-    data = labels.load_texts(f.data, tokenizer, f.val_data, f.val_fraction, f.text_column, f.label_column)
+    data = labels.load_texts(f.data, tokenizer, f.val_data, f.val_fraction, f.text_column, f.label_column, f.encoding)
     if f.method == "scratch":
         model, kept = Mamba2LM(model.config, seed=spec.training.seed), ModelFiles()
     else:

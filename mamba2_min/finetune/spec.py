@@ -31,6 +31,7 @@ class FinetuneSettings:
     val_fraction: float = setting(
         0.1, "share of the records to validate with; chat: 0 learns all of them by heart", high=1
     )
+    encoding: str | None = setting(None, "how files that are not UTF-8 are encoded: cp1252, ...", shown="none are read")
     task: str = setting("chat", "answer requests, or sort texts", choices=TASKS, shown="chat")
     method: str = setting(
         "lora",
