@@ -6,8 +6,10 @@ the same place. Peak memory is that of the model, its state and the writing, onc
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,14 +100,36 @@ def prepare(name: str, setting: Setting, options: Options) -> tuple[Callable[[],
     return write, {"parameters": peers.parameters(peer.model), "state_bytes": state_bytes}
 
 
+def captured_anew(args: argparse.Namespace, setting: Setting, options: Options) -> dict[str, dict[str, Any]]:
+    """An entry for each peer from --captures measurements, each with everything built, compiled and recorded anew."""
+    things = {"things": setting.tokens, "tokens": setting.batch}
+    runs = []
+    for i in range(args.captures):
+        runs.append(harness.compare(args.peers, setting, options, peak_memory, prepare, **things))
+        if i == 0:
+            options = replace(options, memory=False)
+    entries = runs[0]
+    for name, entry in entries.items():
+        if "seconds" in entry and len(runs) > 1:
+            each = [run[name] for run in runs]
+            seconds = [s * setting.tokens for one in each for s in one["seconds"]]
+            entry |= harness.timed(seconds, **things)
+            entry["by_capture"] = [one["tokens_per_second"] for one in each]
+    return entries
+
+
 def main() -> None:
-    args = harness.parser("decode", __doc__, (*peers.DEFAULT, "mamba2_min+int8")).parse_args()
+    parser = harness.parser("decode", __doc__, (*peers.DEFAULT, "mamba2_min+int8", "mamba2_min+bf16state"))
+    parser.add_argument("--captures", type=int, help="begin anew so often (default: 5 on a GPU, 1 on a CPU)")
+    args = parser.parse_args()
+    if args.captures is None:
+        args.captures = 5 if args.device == "cuda" and not args.quick else 1
+    elif args.captures < 1:
+        sys.exit("error: --captures must be at least 1")
     options = harness.options(args)
     options.prepare()
     for name, setting in harness.choose(QUICK if args.quick else SETTINGS[args.device], args).items():
-        entries = harness.compare(
-            args.peers, setting, options, peak_memory, prepare, things=setting.tokens, tokens=setting.batch
-        )
+        entries = captured_anew(args, setting, options)
         harness.finish(harness.measurement("decode", name, setting.about(), options, entries), args)
 
 

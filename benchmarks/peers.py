@@ -9,8 +9,8 @@
 
 A name may end in "+compile" (every block by torch.compile), "+recompute" (blocks computed again in the backward pass
 instead of kept) and "+graph" (forward and backward pass as one CUDA graph), all for this package's models only, and
-mamba2_min in "+int8" or "+bf16" (narrow matrices, mamba2_min/quantize.py; for decoding on a CPU), or in
-"+compile+bf16state" (compiled steps that keep the state in bf16).
+mamba2_min in "+int8" or "+bf16" (narrow matrices, mamba2_min/quantize.py; for decoding on a CPU), or in "+bf16state"
+(steps on a GPU that keep the state in bf16).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Own:
         model.recompute = "recompute" in how
         if "compile" in how:
             model.compile_blocks()
-            if isinstance(model, Mamba2LM):
-                model.compile_steps(state_dtype=torch.bfloat16 if "bf16state" in how else None)
+        if isinstance(model, Mamba2LM):
+            model.compile_steps("compile" in how, torch.bfloat16 if "bf16state" in how else None)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of ids and targets (b, l)."""
@@ -195,8 +195,6 @@ def build(name: str, config: Mamba2Config, device: str, dtype: torch.dtype = tor
         raise ValueError(f"unknown suffix +{', +'.join(sorted(unknown))}; there are +{', +'.join([*_HOW, *KINDS])}")
     if ((kind or "bf16state" in how) and base != "mamba2_min") or (how and base not in _OWN):
         raise ValueError(f"{name}: {base} has no such suffix")
-    if "bf16state" in how and "compile" not in how:
-        raise ValueError("+bf16state is for steps that are compiled: mamba2_min+compile+bf16state")
     if "graph" in how and device != "cuda":
         raise Unavailable("runs on a GPU only")
     if kind and device != "cpu":

@@ -337,7 +337,7 @@ def test_a_narrow_peer_decodes(capsys, monkeypatch):
         "mamba_ssm+compile",
         "transformer+int8",
         "transformer+compile+bf16state",
-        "mamba2_min+bf16state",
+        "mamba_ssm+bf16state",
     ],
 )
 def test_unknown_peers_are_refused(name):

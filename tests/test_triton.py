@@ -65,7 +65,7 @@ class Recorder:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *args, num_warps, num_stages=3, **constants):
+    def launch(self, *args, num_warps, num_stages=3, launch_pdl=False, **constants):
         import triton
         from triton.compiler import ASTSource
 

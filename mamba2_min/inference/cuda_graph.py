@@ -1,8 +1,9 @@
 """One token at a time on a GPU: all kernels of a step in one CUDA graph, which is launched at once.
 
 A step's kernels take a few microseconds each, and launching one from Python takes as long. `GraphDecoder` records the
-step of a `Decoder` once and replays it. After `Mamba2LM.compile_steps` it records that of a `CompiledDecoder`, which
-`torch.compile` turns into four kernels per layer for one text, and seven for many.
+step of a `KernelDecoder` once and replays it, or that of a `Decoder` where our kernels are not for the model. After
+`Mamba2LM.compile_steps` it records that of a `CompiledDecoder`, which `torch.compile` turns into four kernels per layer
+for one text, and seven for many.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mamba2_min.inference import kernel_decoding
 from mamba2_min.inference.decoding import Decoder, StepBuffers
 from mamba2_min.models.mamba2 import Mamba2LM, State
 from mamba2_min.ops.autograd import autocast_off, widen
@@ -28,7 +30,7 @@ class GraphDecoder:
     def __init__(self, model: Mamba2LM, state: State, compiled: bool, state_dtype: torch.dtype | None = None):
         self._device = state.ssm[0].device
         with torch.inference_mode(), torch.cuda.device(self._device):
-            self._steps = CompiledDecoder(model, state, state_dtype) if compiled else Decoder(model, state)
+            self._steps = _steps(model, state, compiled, state_dtype)
             self._ids = torch.zeros(self._steps.batch, dtype=torch.long, device=self._device)
             before = [t.clone() for t in (*self._steps.conv, *self._steps.ssm)]
             aside = torch.cuda.Stream()
@@ -62,6 +64,13 @@ class GraphDecoder:
             graph.replay()
         self._turn = (self._turn + 1) % len(self._recorded)
         return logits.clone()
+
+
+def _steps(model: Mamba2LM, state: State, compiled: bool, state_dtype: torch.dtype | None) -> StepBuffers:
+    if not compiled and kernel_decoding.takes(model):
+        return kernel_decoding.KernelDecoder(model, state, state_dtype)
+    narrow = state_dtype is not None and torch.finfo(state_dtype).bits < 32  # a `Decoder` keeps no such state
+    return CompiledDecoder(model, state, state_dtype) if compiled or narrow else Decoder(model, state)
 
 
 def is_recordable(model: Mamba2LM) -> bool:

@@ -241,11 +241,12 @@ class Mamba2LM(LanguageModel):
     compiled_steps: tuple[bool, torch.dtype | None] = (False, None)  # what `compile_steps` was asked for
 
     def compile_steps(self, on: bool = True, state_dtype: torch.dtype | None = None) -> None:
-        """Compiles `step` on a GPU, for every text begun from now on: half a minute once, then over twice the speed.
+        """How `step` runs on a GPU, for every text begun from now on. Unasked, it runs by our own kernels.
 
-        state_dtype: the dtype in which such a step keeps State.ssm in memory, float32 if None. Reading and writing the
-        state is half the time of a step of 64 texts, so bfloat16 is faster; a trained small model then has 1.0001 times
-        the perplexity.
+        on: by compiled functions instead, half a minute once; where there is no Triton they are twice as fast.
+        state_dtype: the dtype in which a step keeps State.ssm in memory, float32 if None. Reading and writing the state
+        is half the time of a step of 64 texts, so bfloat16 is faster; a trained small model then has 1.0001 times the
+        perplexity.
         """
         self.compiled_steps = (on, state_dtype)
 

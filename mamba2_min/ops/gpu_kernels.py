@@ -83,3 +83,11 @@ def unit_of(*tensors: Tensor) -> int:
 def in_units(unit: int, t: Tensor) -> list[int]:
     """The strides of all but the last dimension, in units."""
     return [stride // unit for stride in t.stride()[:-1]]
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as PyTorch is told to multiply matrices."""
+    if dtype == torch.float32:
+        with contextlib.suppress(RuntimeError):  # raised once PyTorch's newer switches have been used
+            return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee"

@@ -29,7 +29,6 @@ Everything is added up in float32 and in one order, without atomics, so that equ
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 
@@ -38,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba2_min.ops.autograd import handwritten_backward
-from mamba2_min.ops.gpu_kernels import constant_when_compiled, has_triton, on, operator
+from mamba2_min.ops.gpu_kernels import constant_when_compiled, has_triton, on, operator, product_precision
 from mamba2_min.ops.seq_idx import document_numbers
 from mamba2_min.ssd.arguments import Shape
 from mamba2_min.ssd.plain import ssd_plain
@@ -186,15 +185,7 @@ def _launch(x: Tensor, B: Tensor, documents: Tensor | None):
         l = documents.shape[1]
         documents = F.pad(documents, (0, -documents.shape[1] % tiles.q), mode="constant")
         documents[:, l:] = documents[:, l - 1 : l]
-    return Launch(x, B, documents, tiles, _precision(x.dtype))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as PyTorch is told to multiply matrices."""
-    if dtype == torch.float32:
-        with contextlib.suppress(RuntimeError):  # raised once PyTorch's newer switches have been used
-            return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return "ieee"
+    return Launch(x, B, documents, tiles, product_precision(x.dtype))
 
 
 def _forward(x, dt, A, B, C, D, start, documents):

@@ -1,0 +1,136 @@
+"""The decoding kernels: in Triton's interpreter against the forward, compiled for GPUs that are not here, on a GPU."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from instruments import relative_error
+from test_graph_decoding import CONFIGS, stirred
+from test_triton import BF16, FLOAT32, Recorder, needs_triton
+
+from mamba2_min.config import Mamba2Config
+from mamba2_min.inference import cuda_graph, kernel_decoding
+from mamba2_min.inference.kernel_decoding import KernelDecoder, fits
+from mamba2_min.models.mamba2 import Mamba2LM
+
+# Two layers of the shape of a published model with 130 million parameters, and a small vocabulary.
+PUBLISHED = Mamba2Config(vocab_size=50_288, d_model=768, n_layer=2, d_state=128)
+
+
+@needs_triton
+def test_values_in_the_interpreter():
+    script = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "decoding_interpreter.py")]
+    done = subprocess.run(
+        script, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = list(map(json.loads, done.stdout.splitlines()))
+    assert len(lines) == 9
+    for line in lines:
+        assert all(error < 1e-5 for error in line["errors"].values()), line
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("state_dtype", [BF16, FLOAT32], ids=str)
+def test_compiled_without_spilling(monkeypatch, name, batch, state_dtype):
+    from triton.backends.compiler import GPUTarget
+
+    from mamba2_min.inference import step_kernels
+
+    target, found = GPUTarget("cuda", int(name.removeprefix("sm_")), 32), []
+    for kernel in ("project_rows", "project_tiles", "advance"):
+        monkeypatch.setattr(step_kernels, kernel, Recorder(getattr(step_kernels, kernel), target, found))
+    monkeypatch.setattr(kernel_decoding, "_can_pair", lambda device: name == "sm_90")
+    with torch.device("meta"):
+        model = Mamba2LM(PUBLISHED, seed=0).to(BF16)
+    decoder = KernelDecoder(model, model.initial_state(batch), state_dtype)
+    m = model.backbone.blocks[0].mixer
+    x = torch.empty(batch, 768, device="meta")
+    decoder._project(x, model.backbone.norm_f, m.in_proj, decoder._projected, window=decoder.conv[0], conv=m.conv1d)
+    decoder._advance(m, decoder.ssm[0])
+    decoder._project(decoder._gated, m.norm, m.out_proj, x, add=True)
+    assert len(found) == 3
+    for kernel in found:
+        assert kernel["shared"] <= 99 << 10 and kernel["stack"] == 0, kernel
+        assert kernel["registers"] <= (255 if kernel["kernel"] == "project_tiles" else 96), kernel
+
+
+def test_what_they_take():
+    small = stirred(CONFIGS["plain"])
+    assert not kernel_decoding.takes(small)  # on a CPU
+    assert fits(PUBLISHED, BF16) and fits(PUBLISHED, FLOAT32)
+    assert not fits(PUBLISHED, torch.float64) and not fits(CONFIGS["gate after the norm"], BF16)
+    assert not fits(Mamba2Config(vocab_size=9, d_model=8192), BF16)
+
+
+# -- On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def errors_on_a_gpu(config, dtype, batch, state_dtype, steps=6):
+    """Of `step`, as it runs by itself on a GPU, against the forward in float64: the logits and the states."""
+    model = stirred(config).cuda().to(dtype)
+    model.compile_steps(False, state_dtype)
+    wide = copy.deepcopy(model).double()
+    size = config.vocab_size
+    ids = torch.randint(size, (batch, 9 + steps), generator=torch.Generator().manual_seed(batch)).cuda()
+    _, state = model.prefill(ids[:, :9])
+    logits = []
+    for k in range(steps):
+        step, state = model.step(ids[:, 9 + k], state)
+        logits.append(step.clone())
+    wanted, final = wide(ids)
+    assert all(t.dtype == (state_dtype or FLOAT32) for t in state.ssm)
+    parts = zip((*state.conv, *state.ssm), (*final.conv, *final.ssm), strict=True)
+    states = [relative_error(got.double(), value) for got, value in parts if got.numel()]
+    return relative_error(torch.stack(logits, 1).double(), wanted[:, 9:]), max(states)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "gate after the norm"])
+def test_small_models_on_a_gpu(monkeypatch, name, batch):
+    """Every kind of model, in float32."""
+    used = []
+    monkeypatch.setattr(
+        cuda_graph.kernel_decoding, "KernelDecoder", lambda *args: used.append(1) or KernelDecoder(*args)
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        logits, states = errors_on_a_gpu(CONFIGS[name], FLOAT32, batch, None)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert used and logits < 1e-4 and states < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", [None, BF16], ids=["float32 state", "bf16 state"])
+@pytest.mark.parametrize("batch", [1, 2, 16, 64, 65])
+def test_a_published_shape_on_a_gpu(batch, state_dtype):
+    """In bf16: no further from float64 than single operators in bf16 are, with room for a bf16 state's rounding."""
+    logits, states = errors_on_a_gpu(PUBLISHED, BF16, batch, state_dtype)
+    assert logits < 3e-2 and states < 3e-2
+
+
+@pytest.mark.gpu
+def test_equal_bits_and_paired_kernels_on_a_gpu(monkeypatch):
+    """A kernel that begins before the one before it has ended reads nothing too early."""
+    model = stirred(PUBLISHED).cuda().to(BF16)
+    for batch in (1, 64):
+        ids = torch.randint(50_288, (batch, 40), generator=torch.Generator().manual_seed(0)).cuda()
+        texts = []
+        for paired in (True, True, False):
+            with monkeypatch.context() as patch:
+                if not paired:
+                    patch.setattr(kernel_decoding, "_can_pair", lambda device: False)
+                state = model.initial_state(batch)
+                texts.append(torch.stack([model.step(ids[:, k], state)[0].clone() for k in range(40)]))
+        assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
