@@ -6,11 +6,14 @@
 Chat records have `messages`, or `prompt` and `completion`, or `instruction`, `input` and `output`; a folder of
 `request<start>answer` documents works too. Records to sort have a text and a label. --method lora (the default) trains
 small adapters and leaves the base as it is; full trains every weight; state trains the initial state alone.
+
+torchrun --nproc-per-node N -m mamba2_min.finetune ... trains with several processes (docs/distributed.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -58,16 +61,29 @@ def main() -> int:
     from mamba2_min import devices, files
     from mamba2_min.finetune import run
     from mamba2_min.finetune.sweep import sweep
+    from mamba2_min.training import distributed
 
-    device = devices.pick_device(args.device)
-    torch.set_num_threads(args.threads or devices.cpu_threads())
+    if args.sweep and distributed.launched():
+        raise UserError("--sweep takes one process: start it without torchrun")
+    device = distributed.local_device(devices.pick_device(args.device))
+    torch.set_num_threads(args.threads or distributed.local_threads(devices.cpu_threads()))
     devices.keep_freed_memory()
-    with files.locked(args.out, run.FILES):
-        if args.sweep:
-            return sweep(spec, args.sweep, args.out, device)
-        arguments = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
-        again = shlex.join(["python", "-m", "mamba2_min.finetune", *arguments, "--resume"])
-        result = run.finetune(spec, args.out, device, again)
+    if not distributed.is_leader():
+        console.silence()
+    try:
+        with distributed.joined(device) as team, contextlib.ExitStack() as held:
+            if team.leads:
+                held.enter_context(files.locked(args.out, run.FILES))
+            team.wait()
+            if args.sweep:
+                return sweep(spec, args.sweep, args.out, device)
+            arguments = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
+            again = shlex.join(["python", "-m", "mamba2_min.finetune", *arguments, "--resume"])
+            result = run.finetune(spec, args.out, device, again)
+    except distributed.Gone:
+        if distributed.is_leader():
+            raise
+        return 1
     if result.signal:
         return 128 + result.signal
     return 1 if result.best is None or result.reason == "bad steps" else 0

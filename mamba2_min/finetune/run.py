@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from mamba2_min.finetune.sorting import ClassifierFiles, Sorting, SortingScore, 
 from mamba2_min.finetune.spec import FinetuneSettings, FinetuneSpec
 from mamba2_min.finetune.tasks import AdapterFiles, Answers
 from mamba2_min.models.mamba2 import Mamba2LM
-from mamba2_min.training import screen
-from mamba2_min.training.memory import training_memory
+from mamba2_min.training import distributed, screen
+from mamba2_min.training.memory import shared_out, training_memory
 from mamba2_min.training.task import ModelFiles, Task
 from mamba2_min.training.trainer import Result, Trainer
 
@@ -47,12 +48,16 @@ class Prepared:
 
 def finetune(spec: FinetuneSpec, out: str | Path, device: torch.device, again: str, quiet: bool = False) -> Result:
     """Trains as the spec says, in the folder `out`. `again` is the command that resumes. Raises UserError."""
+    team = distributed.team()
+    spec = dataclasses.replace(spec, training=shared_out(spec.training, team.size))
     ready = prepare(spec, Path(out))
     view = screen.Screen(ready.sample)
     report = (lambda event, values: None) if quiet else view.report
     check_memory(ready, spec, device)
     trainer = Trainer(ready.model, ready.task, spec.training, out, device, spec.resume, report)
-    spec.save(out, **ready.about)
+    team.wait()  # until every process has read what the folder held
+    if team.leads:
+        spec.save(out, **ready.about)
     if quiet:
         result = trainer.train()
         _draw_confusion(result, ready.task, Path(out))
@@ -101,7 +106,7 @@ def check_memory(ready: Prepared, spec: FinetuneSpec, device: torch.device) -> N
 
 def _draw_confusion(result: Result, task: Task, out: Path) -> None:
     """Draws the confusion matrix of the best score of a sorting, in the run's folder."""
-    if not isinstance(result.best, SortingScore) or not isinstance(task, Sorting):
+    if not isinstance(result.best, SortingScore) or not isinstance(task, Sorting) or not distributed.team().leads:
         return
     from mamba2_min.plots import plot_confusion  # matplotlib takes a second to import
 

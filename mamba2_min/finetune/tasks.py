@@ -22,6 +22,7 @@ from mamba2_min.finetune.lora import LoRAConfig
 from mamba2_min.finetune.packing import PackedWindows, batches_of, lay_out
 from mamba2_min.ops.loss import IGNORE
 from mamba2_min.settings import Settings
+from mamba2_min.training.distributed import team
 from mamba2_min.training.task import ModelFiles, Task
 
 
@@ -107,23 +108,33 @@ class Answers(Task):
 
     @torch.no_grad()
     def evaluate(self, model: Any, autocast: AbstractContextManager) -> Score:
-        """The loss of the validation answers: nats per token of an answer, its end token included."""
+        """The loss of the validation answers: nats per token of an answer, its end token included.
+
+        Several processes share the batches out, and have the same figure.
+        """
         if not self.validation:
             raise UserError("nothing to validate with: the validation part has no record")
         device, modes = next(model.parameters()).device, [(m, m.training) for m in model.modules()]
         model.eval()
-        nats, tokens = 0.0, 0
+        processes = team()
+        nats: list[float] = []  # of each batch
+        tokens = 0
         try:
             longest = max(len(example) for example in self.validation)
-            for room, rows in batches_of(
-                self.validation, range(len(self.validation)), min(longest, 512), 8, self.alone
-            ):
-                input_ids, targets, seq_idx = (t.to(device) for t in lay_out(self.validation, rows, room))
+            batches = batches_of(self.validation, range(len(self.validation)), min(longest, 512), 8, self.alone)
+            for k, (room, rows) in enumerate(batches):
+                input_ids, targets, seq_idx = lay_out(self.validation, rows, room)
                 count = int((targets != IGNORE).sum())
-                with autocast:
-                    nats += float(model.loss(input_ids, targets, seq_idx=seq_idx)) * count
                 tokens += count
+                if k % processes.size != processes.rank:
+                    nats.append(0.0)
+                    continue
+                with autocast:
+                    loss = model.loss(input_ids.to(device), targets.to(device), seq_idx=seq_idx.to(device))
+                nats.append(float(loss) * count)
         finally:
             for module, mode in modes:
                 module.training = mode
-        return Score(nats, tokens, self.validation_size[1])
+        every = torch.tensor(nats, dtype=torch.float64)
+        processes.total([every])
+        return Score(sum(every.tolist()), tokens, self.validation_size[1])

@@ -41,13 +41,21 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor, add: Callable[
     """
     add = add or _add
     parts, counted = parts_of(len(batch[0]), trainer.micro_batch), max(1, int((batch[1] != IGNORE).sum()))
-    if team.size == 1 and (trainer.settings.rules == 1 or len(parts) == 1):
+    most = len(parts_of(trainer.settings.batch_size, trainer.micro_batch))  # in fine-tuning some batches are smaller
+    if team.size == 1 and (trainer.settings.rules == 1 or most == 1):
         losses = (add(trainer, team, counted, part, *batch) for part in parts)
         return sum(losses, torch.zeros((), device=trainer.device))
     mine = team.share(len(parts))
-    if not mine:
-        raise UserError(f"{team.size} processes share {len(parts)} micro-batch(es): lower --micro-batch")
+    if most < team.divides:
+        raise UserError(f"{team.size} processes share {most} micro-batch(es): lower --micro-batch")
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    if not mine:
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        loss = torch.zeros((), dtype=widest(trainer.device), device=trainer.device)
+        team.total([loss])
+        team.total([p.grad for p in parameters if p.grad is not None])
+        return loss
 
     def leaf(k: int) -> list[Tensor]:
         with _drawing(trainer, k):

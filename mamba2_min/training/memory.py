@@ -67,14 +67,19 @@ def fit_to_memory(
 
     The choice is saved with the run. A resumed run that chose again might sum its gradients in another order.
     """
-    micro = 0 if processes == 1 else -(-settings.batch_size // processes)
     if settings.micro_batch or not settings.adapt_micro_batch:
-        return dataclasses.replace(settings, micro_batch=settings.micro_batch or micro)
-    micro, free = micro or settings.batch_size, devices.free_memory(device)
+        return shared_out(settings, processes)
+    micro, free = -(-settings.batch_size // processes), devices.free_memory(device)
     own = -(-settings.context // stretches)
     while micro > 1 and free is not None and _needed(config, settings, device, micro, own) > free:
         micro = -(-micro // 2)
     return dataclasses.replace(settings, micro_batch=micro)
+
+
+def shared_out(settings: Settings, processes: int) -> Settings:
+    """The settings; where several processes share a batch and no micro-batch is named, with one for each of them."""
+    micro = 0 if processes == 1 else -(-settings.batch_size // processes)
+    return dataclasses.replace(settings, micro_batch=settings.micro_batch or micro)
 
 
 def check_memory(
