@@ -4,6 +4,7 @@ The interpreter is exact in float32 and useless in bf16; compilation tells regis
 need Triton alone. What a GPU computes is tested by `pytest -m gpu`.
 """
 
+import copy
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from test_ssd import make, run, to
 from torch.nn import functional as F
 
 from mamba2_min import ssd
+from mamba2_min.config import Mamba2Config
+from mamba2_min.models import core, mamba2
 from mamba2_min.ops import conv, norm
 from mamba2_min.ops.gpu_kernels import has_triton
 from mamba2_min.ops.loss import cross_entropy, linear_cross_entropy
@@ -45,7 +48,7 @@ def interpreted():
 
 @needs_triton
 def test_values_and_gradients_in_the_interpreter(interpreted):
-    assert len(interpreted) == 12
+    assert len(interpreted) == 13
     for name, errors in interpreted.items():
         for what, error in errors.items():
             assert error < (1e-4 if what == "dA" else 2e-6), (name, what, error)
@@ -288,3 +291,37 @@ def test_operations_on_a_gpu(dtype):
         lambda hidden, head: cross_entropy(hidden @ head.t(), targets),
         normal(2, 300, 64), normal(5000, 64),
     )  # fmt: skip
+
+
+def mixer_gradients(mixer, u, weights):
+    """The output, the last states and all gradients of a mixer."""
+    u = u.detach().requires_grad_()
+    with torch.autocast("cuda", dtype=BF16, enabled=u.dtype == FLOAT32):
+        out = mixer(u, None, None, None)
+    total = sum((value.double() * weight).sum() for value, weight in zip(out, weights, strict=True))
+    return [*out, *torch.autograd.grad(total, [u, *mixer.parameters()])]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("b, l", [(3, 500), (8, 2048)])
+def test_a_mixer_between_its_projections_on_a_gpu(monkeypatch, b, l):
+    """One function, and the operations one by one: equally far from float64, and the same text for both states."""
+    config = Mamba2Config(vocab_size=9, d_model=256, n_layer=1, d_state=128)
+    mixer = mamba2.Mamba2LM(config, seed=0).cuda().backbone.layers[0].mixer
+    r = torch.Generator("cuda").manual_seed(0)
+    u = torch.randn(b, l, 256, generator=r, device="cuda")
+    with torch.no_grad():
+        shapes = [t.shape for t in mixer(u[:, :9], None, None, None)]
+    shapes[0] = (b, l, 256)
+    weights = [torch.randn(shape, generator=r, device="cuda", dtype=torch.float64) for shape in shapes]
+    used = []
+    monkeypatch.setattr(mamba2, "core", lambda *args: used.append(1) or core.core(*args))
+    got, again = mixer_gradients(mixer, u, weights), mixer_gradients(mixer, u, weights)
+    assert len(used) == 2 and all(map(torch.equal, got, again))
+    monkeypatch.setattr(mamba2, "takes", lambda *args: False)
+    apart = mixer_gradients(mixer, u, weights)
+    assert len(used) == 2
+    wanted = mixer_gradients(copy.deepcopy(mixer).double(), u.double(), weights)
+    for i, (a, b, c) in enumerate(zip(got, apart, wanted, strict=True)):
+        assert relative_error(a.double(), c) < 1.2 * relative_error(b.double(), c) + 1e-3, i
+        assert relative_error(a.double(), c) < 2e-2, i

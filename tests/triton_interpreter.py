@@ -3,6 +3,7 @@
 A program of its own: Triton decides at import whether it interprets. test_triton.py reads the lines.
 """
 
+import copy
 import json
 import os
 import sys
@@ -14,9 +15,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch  # noqa: E402
 from instruments import relative_error  # noqa: E402
+from test_graph_decoding import stirred  # noqa: E402
 from test_ssd import by_definition, chunked, make, run, to  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from mamba2_min.config import Mamba2Config  # noqa: E402
+from mamba2_min.models.core import core  # noqa: E402
 from mamba2_min.ops import conv_kernels, norm  # noqa: E402
 from mamba2_min.ops.conv import conv_silu_by_taps  # noqa: E402
 from mamba2_min.ops.loss_kernels import softmax_gradient  # noqa: E402
@@ -108,7 +112,29 @@ def operations():
     )
 
 
+def between_projections():
+    """A mixer without its projections, by one function and by its definition: values and gradients."""
+    config = Mamba2Config(vocab_size=61, d_model=16, n_layer=1, d_state=16, headdim=16, ngroups=2)
+    model = stirred(config).train()
+    mixer, wide = (m.backbone.layers[0].mixer for m in (model, copy.deepcopy(model).double()))
+    wide.in_proj = wide.out_proj = torch.nn.Identity()
+    zxBCdt = torch.randn(2, 37, config.d_in_proj, generator=torch.Generator().manual_seed(0))
+    started = time.perf_counter()
+    found = []
+    for m, computed in ((mixer, lambda t: core(mixer, t)), (wide, lambda t: wide(t, None, None, None))):
+        r = torch.Generator().manual_seed(1)
+        t = zxBCdt.to(m.D.dtype).requires_grad_()
+        out = computed(t)
+        total = sum((value * torch.randn(value.shape, generator=r).to(value.dtype)).sum() for value in out)
+        leaves = [t, *m.conv1d.parameters(), m.dt_bias, m.A_log, m.D, m.norm.weight]
+        found.append([*out, *torch.autograd.grad(total, leaves)])
+    errors = {str(i): relative_error(got, wanted) for i, (got, wanted) in enumerate(zip(*found, strict=True))}
+    errors["dA"] = errors.pop("8")
+    case("between the projections", started, errors)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scans()
     operations()
+    between_projections()

@@ -31,6 +31,7 @@ from mamba2_min.config import Mamba2Config
 from mamba2_min.models.base import Backbone, LanguageModel, RMSNorm, register_state
 from mamba2_min.models.bypass import forwards, is_plain
 from mamba2_min.models.called import conv_silu_by_module
+from mamba2_min.models.core import core, takes
 from mamba2_min.models.evaluating import evaluating
 from mamba2_min.models.init import init_mamba2
 from mamba2_min.models.inputs import check_step
@@ -83,6 +84,9 @@ class GatedRMSNorm(nn.Module):
         return gated_rms_norm(y, z, self.weight, self.eps, self.norm_before_gate, self.groups)
 
 
+_NORM = forwards(GatedRMSNorm)
+
+
 class Mamba2Mixer(nn.Module):
     """The Mamba-2 layer: (b, l, d_model) -> (b, l, d_model)."""
 
@@ -102,7 +106,11 @@ class Mamba2Mixer(nn.Module):
         self, u: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
-        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
+        zxBCdt = self.in_proj(u)
+        if takes(self, zxBCdt, conv_state, ssm_state, seq_idx):
+            y, conv_state, ssm_state = core(self, zxBCdt)
+            return self.out_proj(y), conv_state, ssm_state
+        z, xBC, dt = zxBCdt.split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
         xBC, conv_state = self._convolve(xBC, conv_state, seq_idx)
         x, B, C = self._split_heads(xBC)
         # The two quantities whose rounding the recurrence multiplies up: float32 or wider, whatever autocast does.
@@ -137,6 +145,9 @@ class Mamba2Mixer(nn.Module):
             and conv.weight.shape == (c.conv_dim, 1, c.d_conv)
             and (conv.stride, conv.padding, conv.dilation, conv.padding_mode) == ((1,), (0,), (1,), "zeros")
         )
+
+    def has_plain_norm(self) -> bool:
+        return is_plain(self.norm, _NORM)
 
     def _split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views: x (..., h, p), B and C (..., g, n)."""

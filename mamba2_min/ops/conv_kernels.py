@@ -49,7 +49,7 @@ def _slope(v, dy):
 
 @triton.jit
 def _backward_kernel(
-    u, dy, weight, bias, du, dtaps, dbias, u_sb, u_sl, dy_sb, dy_sl, l, c, segments, BIAS: tl.constexpr,
+    u, dy, weight, bias, du, dtaps, dbias, u_sb, u_sl, dy_sb, dy_sl, du_sb, du_sl, l, c, segments, BIAS: tl.constexpr,
     UNIT: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Four taps, S tokens of BC channels, from the last to the first: what a token needs of its neighbours is at hand.
@@ -61,10 +61,10 @@ def _backward_kernel(
     b, first = program // segments, ((program % segments) * S).to(tl.int32)
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
     there = channels < c
-    u_sl, dy_sl = u_sl * UNIT, dy_sl * UNIT
+    u_sl, dy_sl, du_sl = u_sl * UNIT, dy_sl * UNIT, du_sl * UNIT
     u += b * (u_sb * UNIT) + channels
     dy += b * (dy_sb * UNIT) + channels
-    du += b * l * c + channels
+    du += b * (du_sb * UNIT) + channels
     w0 = tl.load(weight + channels * 4, mask=there, other=0.0).to(tl.float32)
     w1 = tl.load(weight + channels * 4 + 1, mask=there, other=0.0).to(tl.float32)
     w2 = tl.load(weight + channels * 4 + 2, mask=there, other=0.0).to(tl.float32)
@@ -93,7 +93,7 @@ def _backward_kernel(
             g3 += dv * x3
             total += dv
             value = w3 * dv + w2 * d1 + w1 * d2 + w0 * d3
-            tl.store(du + tl.cast(t, tl.int64) * c, value.to(du.dtype.element_ty), mask=there & (t < l))
+            tl.store(du + tl.cast(t, tl.int64) * du_sl, value.to(du.dtype.element_ty), mask=there & (t < l))
         d3, d2, d1 = d2, d1, dv
         x3, x2, x1 = x2, x1, x0
     dtaps += program * 4 * c + channels
@@ -116,7 +116,7 @@ def _row(t, token, stride, l, there):
     return tl.load(t + tl.cast(token, tl.int64) * stride, mask=inside, other=0.0).to(tl.float32)
 
 
-def _forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (b, l, c), K = u.shape, weight.shape[1]
     out = torch.empty(b, l, c, dtype=u.dtype, device=u.device)
     blocks, unit = -(-l // _TOKENS), unit_of(u)
@@ -128,16 +128,21 @@ def _forward(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _backward(u: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    u: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None, du: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of u, weight and bias; that of u in `du`, with any strides of rows, where it is given."""
     b, l, c = u.shape
-    segments, unit = -(-l // _SEGMENT), unit_of(u, dy)
-    du = torch.empty(b, l, c, dtype=u.dtype, device=u.device)
+    if du is None:
+        du = torch.empty(b, l, c, dtype=u.dtype, device=u.device)
+    segments, unit = -(-l // _SEGMENT), unit_of(u, dy, du)
     dtaps = torch.empty(b * segments, 4, c, dtype=torch.float32, device=u.device)
     dbias = torch.empty(b * segments, c, dtype=torch.float32, device=u.device)
     with on(u):
         _backward_kernel[(b * segments, -(-c // _WIDTH))](
             u, dy, weight, u if bias is None else bias, du, dtaps, dbias, *in_units(unit, u),
-            *in_units(unit, dy), l, c, segments, BIAS=bias is not None, UNIT=unit, S=_SEGMENT, BC=_WIDTH, num_warps=4,
+            *in_units(unit, dy), *in_units(unit, du), l, c, segments, BIAS=bias is not None, UNIT=unit, S=_SEGMENT,
+            BC=_WIDTH, num_warps=4,
         )  # fmt: skip
     return du, dtaps.sum(0).t().contiguous(), dbias.sum(0)
 
@@ -149,10 +154,10 @@ def _fake_backward(u: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 _convolve = operator(
-    "conv_silu(Tensor u, Tensor weight, Tensor? bias) -> Tensor", _forward, lambda u, weight, bias: u.new_empty(u.shape)
+    "conv_silu(Tensor u, Tensor weight, Tensor? bias) -> Tensor", forward, lambda u, weight, bias: u.new_empty(u.shape)
 )
 _gradients = operator(
-    "conv_silu_backward(Tensor u, Tensor dy, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)", _backward,
+    "conv_silu_backward(Tensor u, Tensor dy, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)", backward,
     _fake_backward,
 )  # fmt: skip
 

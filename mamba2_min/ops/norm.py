@@ -60,8 +60,12 @@ def _by_kernel(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: 
     """What follows a norm is a projection, which autocast would have read in its own dtype: it is written in that."""
     from mamba2_min.ops.norm_kernels import RMSNorm
 
-    narrow = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
-    return RMSNorm.apply(y, z, weight, eps, groups, narrow)
+    return RMSNorm.apply(y, z, weight, eps, groups, writes_bf16())
+
+
+def writes_bf16() -> bool:
+    """Whether a norm's kernel writes bf16, whatever the dtype of its weight is."""
+    return torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
 
 
 class _RMSNorm(torch.autograd.Function):

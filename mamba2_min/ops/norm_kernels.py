@@ -39,14 +39,14 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    y, z, weight, scale, dout, dy, dz, dweight, y_s, z_s, dout_s, d, groups, tokens, per_program,
+    y, z, weight, scale, dout, dy, dz, dweight, y_s, z_s, dout_s, dz_s, d, groups, tokens, per_program,
     GATE: tl.constexpr, UNIT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """With n = u / rms(u) and dn = dout weight: du = (dn - n mean(n dn)) / rms(u). One program for some tokens of a
     group; dweight (programs, groups d) is a part of the sum over tokens."""
     program, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BD)
-    y_s, z_s, dout_s, d = y_s * UNIT, z_s * UNIT, dout_s * UNIT, d * UNIT
+    y_s, z_s, dout_s, dz_s, d = y_s * UNIT, z_s * UNIT, dout_s * UNIT, dz_s * UNIT, d * UNIT
     inside = at < d
     w = tl.load(weight + group * d + at, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BD,), tl.float32)
@@ -54,6 +54,7 @@ def _backward_kernel(
     y += group * d + at
     z += group * d + at
     dout += group * d + at
+    dz += group * d + at
     for k in range(0, tl.minimum(per_program, tokens - first).to(tl.int32)):
         token = first + k
         row = token * groups + group
@@ -73,7 +74,7 @@ def _backward_kernel(
         if GATE:
             tl.store(dy + row * d + at, (du * gate).to(dy.dtype.element_ty), mask=inside)
             dgate = du * value * share * (1 + x * (1 - share))
-            tl.store(dz + row * d + at, dgate.to(dz.dtype.element_ty), mask=inside)
+            tl.store(dz + token * dz_s, dgate.to(dz.dtype.element_ty), mask=inside)
         else:
             tl.store(dy + row * d + at, du.to(dy.dtype.element_ty), mask=inside)
     tl.store(dweight + program * groups * d + group * d + at, total, mask=inside)
@@ -85,7 +86,7 @@ def _block(d: int) -> dict[str, int]:
     return {"BD": size, "num_warps": 4 if size <= 2048 else 8}
 
 
-def _forward(
+def forward(
     y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int, narrow: bool
 ) -> tuple[Tensor, Tensor]:
     tokens, width = y.shape
@@ -101,21 +102,25 @@ def _forward(
     return out, scale
 
 
-def _backward(
-    y: Tensor, z: Tensor | None, weight: Tensor, scale: Tensor, dout: Tensor, groups: int
+def backward(
+    y: Tensor, z: Tensor | None, weight: Tensor, scale: Tensor, dout: Tensor, groups: int, dz: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of y, z and weight; that of z in `dz`, of any stride between rows, where it is given."""
     tokens, width = y.shape
     per_program = max(1, -(-tokens // _PROGRAMS))
     programs = -(-tokens // per_program)
     dy = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
-    dz = dy[:0] if z is None else torch.empty(tokens, width, dtype=z.dtype, device=y.device)
+    if z is None:
+        dz = dy[:0]
+    elif dz is None:
+        dz = torch.empty(tokens, width, dtype=z.dtype, device=y.device)
     dweight = torch.empty(programs, width, dtype=torch.float32, device=y.device)
     z_or_y = y if z is None else z
-    unit = unit_of(y, z_or_y, dout) if width // groups % 8 == 0 else 1
+    unit = unit_of(y, z_or_y, dout, dz) if width // groups % 8 == 0 else 1
     with on(y):
         _backward_kernel[(programs, groups)](
             y, z_or_y, weight, scale, dout, dy, dz, dweight, *in_units(unit, y), *in_units(unit, z_or_y),
-            *in_units(unit, dout), width // groups // unit, groups, tokens, per_program,
+            *in_units(unit, dout), *in_units(unit, dz), width // groups // unit, groups, tokens, per_program,
             GATE=z is not None, UNIT=unit, **_block(width // groups),
         )  # fmt: skip
     return dy, dz.clone() if z is None else dz, dweight.sum(0)
@@ -132,12 +137,12 @@ def _fake_backward(y, z, weight, scale, dout, groups):
 
 
 _norm = operator(
-    "rms_norm(Tensor y, Tensor? z, Tensor weight, float eps, int groups, bool narrow) -> (Tensor, Tensor)", _forward,
+    "rms_norm(Tensor y, Tensor? z, Tensor weight, float eps, int groups, bool narrow) -> (Tensor, Tensor)", forward,
     _fake_forward,
 )  # fmt: skip
 _gradients = operator(
     "rms_norm_backward(Tensor y, Tensor? z, Tensor weight, Tensor scale, Tensor dout, int groups)"
-    " -> (Tensor, Tensor, Tensor)", _backward, _fake_backward,
+    " -> (Tensor, Tensor, Tensor)", backward, _fake_backward,
 )  # fmt: skip
 
 

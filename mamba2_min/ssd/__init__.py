@@ -29,7 +29,17 @@ from mamba2_min.ssd.arguments import Shape, check
 from mamba2_min.ssd.nonfinite import contained
 from mamba2_min.ssd.plain import ssd_plain, ssd_quadratic, ssd_recurrent, ssd_step
 
-__all__ = ["SCANS", "Shape", "ssd_chunked", "ssd_plain", "ssd_quadratic", "ssd_recurrent", "ssd_step", "using"]
+__all__ = [
+    "SCANS",
+    "Shape",
+    "chosen",
+    "ssd_chunked",
+    "ssd_plain",
+    "ssd_quadratic",
+    "ssd_recurrent",
+    "ssd_step",
+    "using",
+]
 
 # The first that supports the tensors runs. "plain" is `ssd_plain` with the memory of a few chunks: the last resort.
 SCANS: dict[str, tuple[Callable[[torch.device, torch.dtype, Shape], bool], Callable[..., tuple[Tensor, Tensor]]]] = {
@@ -101,14 +111,19 @@ def _forcing(name: str) -> Iterator[None]:
 
 
 def _pick(device: torch.device, dtype: torch.dtype, shape: Shape) -> Callable[..., tuple[Tensor, Tensor]]:
-    if _forced.name is not None:
-        return SCANS[_forced.name][1]
     # The scans of the table ask for values, or have backward passes written by hand.
-    if is_traced() or shape.b == 0 or device.type == "meta":
+    if _forced.name is None and (is_traced() or shape.b == 0 or device.type == "meta"):
         return _without_chunk_size if isinstance(shape.l, torch.SymInt) else ssd_plain
-    for supports, scan in SCANS.values():
+    return SCANS[chosen(device, dtype, shape)][1]
+
+
+def chosen(device: torch.device, dtype: torch.dtype, shape: Shape) -> str:
+    """The name of the scan that `ssd_chunked` runs for such tensors, where nothing is traced."""
+    if _forced.name is not None:
+        return _forced.name
+    for name, (supports, _) in SCANS.items():
         if supports(device, dtype, shape):
-            return scan
+            return name
     raise AssertionError("unreachable: the last scan supports everything")
 
 

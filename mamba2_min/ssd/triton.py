@@ -188,7 +188,7 @@ def _launch(x: Tensor, B: Tensor, documents: Tensor | None):
     return Launch(x, B, documents, tiles, product_precision(x.dtype))
 
 
-def _forward(x, dt, A, B, C, D, start, documents):
+def forward(x, dt, A, B, C, D, start, documents):
     x, B, C = map(_aligned, (x, B, C))
     with on(x):
         launch = _launch(x, B, documents)
@@ -197,14 +197,15 @@ def _forward(x, dt, A, B, C, D, start, documents):
         return launch.outputs(C, B, x, H, decays, D, reverse=False), last, H, *decays
 
 
-def _backward(dy, dlast, x, A, B, C, D, documents, H, s, s_dt, enter, leave, steps, across):
+def backward(dy, dlast, x, A, B, C, D, documents, H, s, s_dt, enter, leave, steps, across, *, into=(None, None, None)):
+    """into: memory for the gradients of x, B and C."""
     dy, x, B, C = map(_aligned, (dy, x, B, C))
     with on(x):
         launch, decays = _launch(x, B, documents), _decays(s, s_dt, enter, leave, steps, across)
         dH, dstart, carried = launch.states(dy, C, decays, dlast, H)
-        dx = launch.outputs(B, C, dy, dH, decays, D, reverse=True)
-        dC, *read, _ = launch.key_gradients(C, B, dy, x, H, decays, reverse=False)
-        dB, *written = launch.key_gradients(B, C, x, dy, dH, decays, reverse=True)
+        dx = launch.outputs(B, C, dy, dH, decays, D, True, into[0])
+        dC, *read, _ = launch.key_gradients(C, B, dy, x, H, decays, False, into[2])
+        dB, *written = launch.key_gradients(B, C, x, dy, dH, decays, True, into[1])
         ddt, dA = launch.step_gradients(B, C, steps, A, read, written, carried)
         return dx, ddt, dA, dB, dC, dstart, written[-1].sum((0, 2))
 
@@ -237,11 +238,11 @@ def _fake_backward(dy, dlast, x, A, B, C, D, documents, H, *decays):
 _scan_forward = operator(
     "scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor start, Tensor? documents) -> ("
     + ", ".join(["Tensor"] * 9) + ")",
-    _forward, _fake_forward,
+    forward, _fake_forward,
 )  # fmt: skip
 _scan_backward = operator(
     "scan_backward(Tensor dy, Tensor dlast, Tensor x, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? documents,"
     " Tensor H, Tensor s, Tensor s_dt, Tensor enter, Tensor leave, Tensor steps, Tensor across) -> ("
     + ", ".join(["Tensor"] * 7) + ")",
-    _backward, _fake_backward,
+    backward, _fake_backward,
 )  # fmt: skip

@@ -170,7 +170,8 @@ def _pair_decays(
 @triton.jit
 def outputs(
     R, K, v, H, s, s_dt, near, dt, documents, D, out,
-    R_sb, R_sl, R_sg, K_sb, K_sl, K_sg, v_sb, v_sl, v_sh, l, chunks, h, heads_a_group, heads, p, n, size,
+    R_sb, R_sl, R_sg, K_sb, K_sl, K_sg, v_sb, v_sl, v_sh, out_sb, out_sl, l, chunks, h, heads_a_group, heads, p, n,
+    size,
     REVERSE: tl.constexpr, DOCUMENTS: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +196,7 @@ def outputs(
     G = tl.where(seen, G, 0.0)
     v += b * v_sb + token * v_sl + first * v_sh
     H += ((b * chunks + c) * h + first) * p * n
-    out += ((b * l + token) * h + first) * p
+    out += b * out_sb + token * out_sl + first * p
     D += first
     at = (b * h + first) * chunks * Q + token
     if REVERSE:
@@ -203,7 +204,7 @@ def outputs(
     else:
         needed = columns < block * BR + BR
     v_tile, v_inside = columns[:, None] * v_sl + P[None, :], (needed & (columns < left))[:, None] & (P < p)[None, :]
-    out_tile, out_inside = rows[:, None] * (h * p) + P[None, :], (rows < left)[:, None] & (P < p)[None, :]
+    out_tile, out_inside = rows[:, None] * out_sl + P[None, :], (rows < left)[:, None] & (P < p)[None, :]
     state_tile, state_inside = P[:, None] * n + N[None, :], (P < p)[:, None] & (N < n)[None, :]
     high, by_state, step = tl.load(s + at + rows), tl.load(near + at + rows), tl.load(dt + at + rows)
     low, skip = high, 0.0
@@ -305,7 +306,7 @@ def pair_gradients(
 @triton.jit
 def key_gradients(
     R, u, H, near, dt, by_pairs, out, through,
-    R_sb, R_sl, R_sg, u_sb, u_sl, u_sh, l, chunks, h, heads_a_group, heads, p, n, part_stride,
+    R_sb, R_sl, R_sg, u_sb, u_sl, u_sh, out_sb, out_sl, l, chunks, h, heads_a_group, heads, p, n, part_stride,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
@@ -347,7 +348,8 @@ def key_gradients(
         else:
             dR += read
         by_state, step = next_by_state, next_step
-    tl.store(out + place + tile, dR.to(out.dtype.element_ty), mask=inside)
+    out += part * part_stride + b * out_sb + token * out_sl + g * n
+    tl.store(out + (rows[:, None] * out_sl + N[None, :]), dR.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

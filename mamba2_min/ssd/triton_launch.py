@@ -125,33 +125,39 @@ class Launch:
         return H, last, carried
 
     def outputs(
-        self, R: Tensor, K: Tensor, v: Tensor, H: Tensor, decays: Decays, D: Tensor | None, reverse: bool
-    ) -> Tensor:
-        """y, or in reverse dx (b, l, h, p)."""
+        self, R: Tensor, K: Tensor, v: Tensor, H: Tensor, decays: Decays, D: Tensor | None, reverse: bool,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """y, or in reverse dx (b, l, h, p); in `out`, whose heads lie side by side, where it is given."""
         blocks = self.tiles.q // self.tiles.rows
-        out = self.empty(self.b, self.l, self.h, self.p, dtype=v.dtype)
+        if out is None:
+            out = self.empty(self.b, self.l, self.h, self.p, dtype=v.dtype)
         programs = self.b * self.chunks * blocks
         heads = _heads(programs * self.g, self.r, 1024)
         warps, stages = self.tiles.outputs
         kernels.outputs[(programs, self.h // heads)](
             R, K, v, H, decays.s, decays.s_dt, decays.leave if reverse else decays.enter, decays.dt,
             self._documents(decays.s), decays.s if D is None else D, out, *R.stride()[:3], *K.stride()[:3],
-            *v.stride()[:3], self.l, self.chunks, self.h, self.r, heads, self.p, self.n, self.size,
+            *v.stride()[:3], *out.stride()[:2], self.l, self.chunks, self.h, self.r, heads, self.p, self.n, self.size,
             REVERSE=reverse, SKIP=D is not None, **self.flags, **self.sizes, BR=self.tiles.rows, BN=_power(self.n),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
 
     def key_gradients(
-        self, R: Tensor, K: Tensor, u: Tensor, v: Tensor, H: Tensor, decays: Decays, reverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gradient of R (b, l, g, n); E's sums `pairs` and `through`, and in reverse `own` (b, h, L)."""
+        self, R: Tensor, K: Tensor, u: Tensor, v: Tensor, H: Tensor, decays: Decays, reverse: bool,
+        dR: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """The gradient of R (b, l, g, n), in `dR`, whose groups lie side by side, where it is given; and E's sums
+        `pairs` and `through`, and in reverse `own` (b, h, L)."""
         rows = self.tiles.rows
         programs = self.b * self.chunks * (self.tiles.q // rows)
         heads = _heads(programs * self.g, self.r, 256)
         parts = self.r // heads
         by_pairs = self.empty(parts, self.b, self.l, self.g, self.n)
-        out = self.empty(*by_pairs.shape, dtype=R.dtype) if parts == 1 else by_pairs  # parts are added up below
+        if dR is None:
+            dR = self.empty(*by_pairs.shape[1:], dtype=R.dtype)
+        out = dR if parts == 1 else by_pairs[0]  # parts are added up below
         pairs, through = (self.empty(self.b, self.h, self.padded) for _ in range(2))
         own = self.empty(self.b, self.h, self.padded) if reverse else pairs
         grid, strides = (programs, self.g * parts), (*R.stride()[:3], *K.stride()[:3])
@@ -159,16 +165,16 @@ class Launch:
         warps, stages = self.tiles.pair_gradients
         kernels.pair_gradients[grid](
             R, K, u, v, decays.s, decays.s_dt, decays.dt, self._documents(decays.s), by_pairs, pairs, own, *strides,
-            *u.stride()[:3], *v.stride()[:3], *counts, self.size, out.stride(0),
+            *u.stride()[:3], *v.stride()[:3], *counts, self.size, by_pairs.stride(0),
             REVERSE=reverse, **self.flags, **self.sizes, BR=rows, BN=_power(self.n), num_warps=warps, num_stages=stages,
         )  # fmt: skip
         warps, stages = self.tiles.key_gradients
         kernels.key_gradients[grid](
             R, u, H, decays.leave if reverse else decays.enter, decays.dt, by_pairs, out, through, *strides[:3],
-            *u.stride()[:3], *counts, out.stride(0),
+            *u.stride()[:3], *out.stride()[:2], *counts, by_pairs.stride(0),
             REVERSE=reverse, **self.sizes, BR=rows, BN=_power(self.n), num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        return (out[0] if parts == 1 else out.sum(0).to(R.dtype)), pairs, through, own
+        return (dR if parts == 1 else dR.copy_(by_pairs.sum(0))), pairs, through, own
 
     def step_gradients(
         self, B: Tensor, C: Tensor, steps: Tensor, A: Tensor, read: tuple[Tensor, Tensor],
