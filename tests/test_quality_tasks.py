@@ -39,7 +39,7 @@ def solve_pairs(row):
 
 
 STAGES = {
-    "copying": (selective_copying.stage(128, 8 * 128), solve_copying),
+    "copying": (selective_copying.stage(128, tokens=8 * 128), solve_copying),
     "induction": (induction_heads.stage(256, 8), solve_induction),
     "pairs, random between": (mqar.stage(1024, True, tokens=4 * 1024), solve_pairs),
     "pairs, zeros between": (mqar.stage(256, False, tokens=4 * 256), solve_pairs),

@@ -49,7 +49,7 @@ HARM = 0.02  # nats
 TRAINED, CHECKED = 0.58, 0.60  # shares of the long text: training up to here, validation up to here, then held out
 MOST_BYTES = 1 << 28
 MODEL: dict[str, Any] = {"d_model": 256, "n_layer": 4, "d_state": 64, "chunk_size": 128, "dropout": 0.1}
-VOCABULARY = 8192
+VOCABULARY = 16_384
 STEP_TOKENS = 8192
 STEPS, MORE_STEPS = 1500, 500
 TRAINING = Settings(eval_every=10**9, save_every=10**9, patience=0, lr=3e-3, weight_decay=0.5, warmup_steps=100)
