@@ -45,6 +45,7 @@ from mamba2_min.training.trainer import Trainer
 CONTEXTS = (256, 2048)
 LONGEST = 131_072
 STARTS = 8
+SPAN = 3  # times the longest reading: the part of the held-out text over which the starts are spread
 HARM = 0.02  # nats
 TRAINED, CHECKED = 0.58, 0.60  # shares of the long text: training up to here, validation up to here, then held out
 MOST_BYTES = 1 << 28
@@ -194,6 +195,8 @@ def train(
     folder = args.out / f"{context}-{way.name.replace(' ', '-').replace(',', '')}"
     begun = time.perf_counter()
     result = Trainer(model, corpus, settings, folder, device).train()
+    if result.reason == "signal":  # which the trainer defers, to end between two steps
+        raise SystemExit(128 + result.signal)
     return (time.perf_counter() - begun) / 60, result.step
 
 
@@ -202,6 +205,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     device = devices.pick_device(args.device)
     precision = devices.pick_precision("auto", device)
     corpus, held = prepare(args.long, args.data, args.out)
+    held = held[: SPAN * args.longest + max(args.contexts)]
     begins = starts(len(held), args.longest, args.starts, max(args.contexts))
     print(
         f"{len(corpus.train):,} tokens to train on, {len(held):,} held out, read from {len(begins)} places", flush=True
