@@ -48,7 +48,7 @@ def interpreted():
 
 @needs_triton
 def test_values_and_gradients_in_the_interpreter(interpreted):
-    assert len(interpreted) == 13
+    assert len(interpreted) == 15
     for name, errors in interpreted.items():
         for what, error in errors.items():
             assert error < (1e-4 if what == "dA" else 2e-6), (name, what, error)
@@ -282,6 +282,12 @@ def test_operations_on_a_gpu(dtype):
             lambda *t, groups=groups: norm.gated_rms_norm(*t, 1e-5, False, groups),
             lambda *t, groups=groups: norm.gated_rms_norm_plain(*t, 1e-5, False, groups),
             normal(2, 700, 1536), zxBCdt[..., :1536], weight,
+        )  # fmt: skip
+    for last in (False, True):  # after the last norm nobody reads the sum
+        check(
+            lambda *t, last=last: torch.cat(norm.add_rms_norm(*t, 1e-5)[last:]),
+            lambda *t, last=last: torch.cat(norm.add_rms_norm_plain(*t, 1e-5)[last:]),
+            normal(2, 700, 1536, dtype=FLOAT32), normal(2, 700, 1536), weight,
         )  # fmt: skip
     check(lambda *t: norm.rms_norm(*t, 1e-5), lambda *t: norm.rms_norm_plain(*t, 1e-5), normal(2, 700, 1536), weight)
     targets = torch.randint(5000, (2, 300), generator=r, device="cuda")

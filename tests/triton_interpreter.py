@@ -24,7 +24,7 @@ from mamba2_min.models.core import core  # noqa: E402
 from mamba2_min.ops import conv_kernels, norm  # noqa: E402
 from mamba2_min.ops.conv import conv_silu_by_taps  # noqa: E402
 from mamba2_min.ops.loss_kernels import softmax_gradient  # noqa: E402
-from mamba2_min.ops.norm_kernels import RMSNorm  # noqa: E402
+from mamba2_min.ops.norm_kernels import AddRMSNorm, RMSNorm  # noqa: E402
 from mamba2_min.ssd import triton_launch  # noqa: E402
 
 # Chunks of 32 tokens in two blocks of rows, read in pieces of 16; states of 32 numbers in two tiles.
@@ -100,6 +100,14 @@ def operations():
     inputs, wide = leaves(normal(7, 40), normal(40))
     got = RMSNorm.apply(inputs[0], None, inputs[1], 1e-5, 1, False)
     compare("norm", got, norm.rms_norm_plain(*wide, 1e-5), inputs, wide, normal(7, 40))
+    for with_more in (True, False):
+        inputs, wide = leaves(normal(7, 40), *([normal(7, 47)[:, 7:]] if with_more else []), normal(40))
+        shown, meant = [
+            function(*(t if with_more else [t[0], None, t[1]]), 1e-5, *last)
+            for function, t, last in ((AddRMSNorm.apply, inputs, [False]), (norm.add_rms_norm_plain, wide, []))
+        ]
+        name = "sum and norm" if with_more else "stream and norm"
+        compare(name, torch.cat(shown), torch.cat(meant), inputs, wide, normal(14, 40))
     started, logits = time.perf_counter(), normal(5, 4200) * 5
     index = torch.tensor([[0], [4159], [3], [4], [5]])
     logp = torch.log_softmax(logits[:, :4160].double(), -1)

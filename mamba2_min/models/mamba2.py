@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
+from mamba2_min.models import stream
 from mamba2_min.models.base import Backbone, LanguageModel, RMSNorm, register_state
 from mamba2_min.models.bypass import forwards, is_plain
 from mamba2_min.models.called import conv_silu_by_module
@@ -82,9 +83,6 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         return gated_rms_norm(y, z, self.weight, self.eps, self.norm_before_gate, self.groups)
-
-
-_NORM = forwards(GatedRMSNorm)
 
 
 class Mamba2Mixer(nn.Module):
@@ -147,7 +145,7 @@ class Mamba2Mixer(nn.Module):
         )
 
     def has_plain_norm(self) -> bool:
-        return is_plain(self.norm, _NORM)
+        return is_plain(self.norm, _PLAIN)
 
     def _split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views: x (..., h, p), B and C (..., g, n)."""
@@ -172,6 +170,9 @@ class Block(nn.Module):
         return x + F.dropout(out, self.dropout, self.training), conv_state, ssm_state
 
 
+_PLAIN = forwards(Block, RMSNorm, GatedRMSNorm)
+
+
 class Mamba2Backbone(Backbone):
     """Everything before the head: (b, l) -> (b, l, d_model) after the last norm, and the state."""
 
@@ -186,9 +187,13 @@ class Mamba2Backbone(Backbone):
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         x = self.start_of_stream(self._dropped_out(self._embedded(input_ids, inputs_embeds)))
+        ssm = [None] * len(self.layers) if state is None else map(widen, state.ssm)
+        befores = zip([None] * len(self.layers) if state is None else state.conv, ssm, strict=True)
+        if stream.takes(self, x, _PLAIN):
+            x, *states = stream.through(self, x, befores, seq_idx)
+            return self._dropped_out(x), State(*states)
         new = State([], [])
-        for i, block in enumerate(self.layers):
-            before = (None, None) if state is None else (state.conv[i], widen(state.ssm[i]))
+        for block, before in zip(self.layers, befores, strict=True):
             x, conv, ssm = self.run_block(block, x, *before, seq_idx)
             new.conv.append(conv)
             new.ssm.append(ssm)

@@ -48,6 +48,22 @@ def gated_rms_norm(
     return _GatedRMSNorm.apply(y, z, weight, eps, groups)
 
 
+def add_rms_norm_plain(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The definition: x + more, or x if there is no more, and `rms_norm_plain` of that."""
+    x = x if more is None else x + more
+    return x, rms_norm_plain(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm_plain`: x, more (..., d), weight (d,); the norm in weight's dtype, or on a GPU in autocast's."""
+    if _has_kernel(x, weight, 1) and (more is None or torch.promote_types(x.dtype, more.dtype) == x.dtype):
+        from mamba2_min.ops.norm_kernels import AddRMSNorm
+
+        return AddRMSNorm.apply(x, more, weight, eps, writes_bf16())
+    x = x if more is None else x + more
+    return x, rms_norm(x, weight, eps)
+
+
 _LONGEST = 8192  # numbers of a row that a kernel holds
 
 
