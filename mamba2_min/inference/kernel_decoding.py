@@ -72,25 +72,22 @@ class KernelDecoder(StepBuffers):
             "CONV_BIAS": bias is not None, "TAPS": c.d_conv, **self._pairing(),
         }  # fmt: skip
         if self.batch <= _ROWS:
-            width = _power(k)
-            rows = max(1, min(8, _TILE // width))
-            kernels.project_rows[(-(-outputs // rows), self.batch)](*arguments, **how, BR=rows, BK=width, num_warps=4)
+            size = row_sizes(k)
+            kernels.project_rows[(-(-outputs // size["BR"]), self.batch)](*arguments, **how, **size)
             return
-        tokens = 16 if self.batch <= 16 else 32
-        rows = 32 if outputs >= 2048 else 16
-        kernels.project_tiles[(-(-outputs // rows), -(-self.batch // tokens))](
-            *arguments, self.batch, **how, PRECISION=product_precision(weight.dtype), BM=tokens, BR=rows, BK=128,
-            num_warps=4, num_stages=3,
-        )  # fmt: skip
+        size = tile_sizes(self.batch, outputs)
+        kernels.project_tiles[(-(-outputs // size["BR"]), -(-self.batch // size["BM"]))](
+            *arguments, self.batch, **how, PRECISION=product_precision(weight.dtype), **size
+        )
 
     def _advance(self, m: Mamba2Mixer, ssm: Tensor) -> None:
         from mamba2_min.inference import step_kernels as kernels
 
         c = m.config
-        channels = min(_power(c.headdim), 8 if self.batch <= _ROWS else 32)
-        kernels.advance[(self.batch * c.nheads, -(-c.headdim // channels))](
+        size = state_sizes(self.batch, c.headdim, c.d_state)
+        kernels.advance[(self.batch * c.nheads, -(-c.headdim // size["BP"]))](
             self._projected, ssm, m.dt_bias, m.A_log, m.D, self._gated, c.nheads, c.nheads // c.ngroups, c.headdim,
-            c.d_state, c.d_in_proj, **self._pairing(), BP=channels, BN=_power(c.d_state), num_warps=4,
+            c.d_state, c.d_in_proj, **self._pairing(), **size,
         )  # fmt: skip
 
     def _pairing(self) -> dict[str, Any]:
@@ -99,6 +96,26 @@ class KernelDecoder(StepBuffers):
 
 def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+# Sizes of the tiles, for equal bits a function of shapes alone.
+
+
+def row_sizes(k: int) -> dict[str, int]:
+    """Of `project_rows`, for rows of k numbers."""
+    width = _power(k)
+    return {"BR": max(1, min(8, _TILE // width)), "BK": width, "num_warps": 4}
+
+
+def tile_sizes(batch: int, outputs: int) -> dict[str, int]:
+    """Of `project_tiles`: small enough that there are about as many programs as multiprocessors."""
+    tokens = 16 if batch <= 16 else 32
+    return {"BM": tokens, "BR": 32 if outputs >= 2048 else 16, "BK": 128, "num_warps": 4, "num_stages": 3}
+
+
+def state_sizes(batch: int, p: int, n: int) -> dict[str, int]:
+    """Of `advance`, for states (p, n)."""
+    return {"BP": min(_power(p), 8 if batch <= _ROWS else 32), "BN": _power(n), "num_warps": 4}
 
 
 def _can_pair(device: torch.device) -> bool:
