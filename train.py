@@ -98,7 +98,7 @@ def train(args: argparse.Namespace, device: Device) -> int:
     accept = tuple(name.strip().replace("-", "_") for name in args.accept.split(",") if name.strip())
     overrides = asked_for(args, DataSettings, Mamba2Config, Settings)
     plan = plan_run(args.out, overrides, args.preset, args.resume, args.overwrite, accept)
-    torch.set_num_threads(args.threads or distributed.local_threads(devices.cpu_threads()))
+    torch.set_num_threads(args.threads or distributed.local_threads(devices.cpu_threads(device)))
     devices.keep_freed_memory()
 
     corpus = plan.corpus(args.out, args.ignore_memory)

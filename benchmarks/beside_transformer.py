@@ -217,8 +217,9 @@ class Reader:
             before, tokens, seconds = self._last
             clock.need(seconds * rows / before * self._operations(setting.context) / self._operations(tokens))
         prompt = torch.randint(setting.mamba.vocab_size, (rows, setting.context), device=self._options.device)
-        if self._last is None:
-            self.peer.prefill(prompt)  # loads and compiles what has to be
+        began = self._now()
+        self.peer.prefill(prompt)  # loads and compiles what has to be
+        clock.need(self._now() - began)
         meter = MemoryMeter(self._options.device)
         meter.start()
         times: list[float] = []

@@ -180,9 +180,15 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
-def cpu_threads() -> int:
-    """The value of OMP_NUM_THREADS, or the number of CPU cores that this process may use."""
+def cpu_threads(device: torch.device | None = None) -> int:
+    """The value of OMP_NUM_THREADS, or the number of CPU cores that this process may use; on a GPU, 1.
+
+    What remains for the CPU is then so little that threads would only wait for each other: on cores that others use
+    too, ten times as long as the work takes.
+    """
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and len(wanted) < 5 and int(wanted):  # no machine starts more
         return int(wanted)
+    if device and device.type != "cpu":
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

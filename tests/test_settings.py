@@ -7,6 +7,7 @@ import math
 import os
 
 import pytest
+import torch
 
 from mamba2_min import devices, flags, validate
 from mamba2_min.config import Mamba2Config
@@ -189,4 +190,10 @@ def test_an_odd_number_of_threads_in_the_environment_counts_for_nothing(monkeypa
     own = devices.cpu_threads()
     assert 1 <= own <= (os.cpu_count() or 1)
     monkeypatch.setenv("OMP_NUM_THREADS", str(own + 1))
-    assert devices.cpu_threads() == own + 1
+    assert devices.cpu_threads() == own + 1 == devices.cpu_threads(torch.device("cuda"))
+
+
+def test_beside_a_gpu_one_thread_is_enough(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert devices.cpu_threads(torch.device("cuda")) == 1
+    assert devices.cpu_threads(torch.device("cpu")) == devices.cpu_threads()

@@ -259,7 +259,7 @@ def test_operations_on_a_gpu(dtype):
     r = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape, dtype=dtype):
-        return torch.randn(*shape, generator=r, device="cuda").to(dtype)
+        return torch.randn(shape, generator=r, device="cuda").to(dtype)
 
     def check(function, definition, *inputs):
         low = [t.detach().requires_grad_() for t in inputs]

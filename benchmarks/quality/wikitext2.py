@@ -128,6 +128,7 @@ def say(event: str, values: dict[str, Any]) -> None:
 
 def main() -> None:
     args = parse()
+    torch.set_num_threads(devices.cpu_threads(devices.pick_device(args.device)))
     torch.backends.cuda.matmul.allow_tf32 = True
     runs = []
     for seed in args.seeds:

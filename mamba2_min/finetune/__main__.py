@@ -66,7 +66,7 @@ def main() -> int:
     if args.sweep and distributed.launched():
         raise UserError("--sweep takes one process: start it without torchrun")
     device = distributed.local_device(devices.pick_device(args.device))
-    torch.set_num_threads(args.threads or distributed.local_threads(devices.cpu_threads()))
+    torch.set_num_threads(args.threads or distributed.local_threads(devices.cpu_threads(device)))
     devices.keep_freed_memory()
     if not distributed.is_leader():
         console.silence()

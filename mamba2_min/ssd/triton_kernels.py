@@ -23,9 +23,11 @@ _FORGOTTEN = tl.constexpr(-88.0)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _GRID = tl.constexpr(512.0)  # s is split into a multiple of 1 / 512, whose differences are exact, and the rest
 _LARGEST = tl.constexpr(32.0)  # of an exponent: a masked pair's would be anything, and a seen one's is log2(dt) at most
+# What differs from text to text: a kernel is compiled once, not again for lengths of other factors.
+_COUNTS = ["l", "chunks", "heads", "size", "bh"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def prepare(
     dt, A, documents, s, s_dt, enter, leave, dt_out, across, dt_sb, dt_sl, dt_sh, l, h, chunks, size,
     DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
@@ -72,7 +74,7 @@ def prepare(
     tl.store(across + (b * h + heads) * chunks + c, through, mask=heads < h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def states(
     v, K, far, dt, across, start, forward, H, last, carried,
     v_sb, v_sl, v_sh, K_sb, K_sl, K_sg, l, chunks, h, heads_a_group, p, n, bh,
@@ -167,7 +169,7 @@ def _pair_decays(
     return tl.exp2(tl.minimum(high[:, None] - tl.load(s_dt + at + columns)[None, :], _LARGEST))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def outputs(
     R, K, v, H, s, s_dt, near, dt, documents, D, out,
     R_sb, R_sl, R_sg, K_sb, K_sl, K_sg, v_sb, v_sl, v_sh, out_sb, out_sl, l, chunks, h, heads_a_group, heads, p, n,
@@ -234,7 +236,7 @@ def outputs(
         high, by_state, step = next_high, next_by_state, next_step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def pair_gradients(
     R, K, u, v, s, s_dt, dt, documents, out, pairs, own,
     R_sb, R_sl, R_sg, K_sb, K_sl, K_sg, u_sb, u_sl, u_sh, v_sb, v_sl, v_sh,
@@ -303,7 +305,7 @@ def pair_gradients(
     tl.store(out + (rows[:, None] * (groups * n) + N[None, :]), dR, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def key_gradients(
     R, u, H, near, dt, by_pairs, out, through,
     R_sb, R_sl, R_sg, u_sb, u_sl, u_sh, out_sb, out_sl, l, chunks, h, heads_a_group, heads, p, n, part_stride,
@@ -352,7 +354,7 @@ def key_gradients(
     tl.store(out + (rows[:, None] * out_sl + N[None, :]), dR.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def step_gradients(
     B, C, dt, A, read_pairs, read, written_pairs, written, own, carried, ddt, A_part,
     B_sb, B_sl, B_sg, C_sb, C_sl, C_sg, l, h, chunks, heads_a_group, n, n_parts, part_stride,
