@@ -184,3 +184,32 @@ def test_a_row_that_is_not_there_is_one_line(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.quality.{name}", "--only", "nothing", "--results", str(tmp_path)]
     ended = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert ended.returncode and ended.stderr.count("\n") == 1 and "nothing" in ended.stderr
+
+
+def brief(plan):
+    return replace(plan, steps=2)
+
+
+def test_each_command_writes_its_row(tmp_path, monkeypatch):
+    """The commands themselves, on rows that are short: two steps, one batch of tests."""
+    monkeypatch.setattr(induction_heads, "TESTED_AT", [64, 128])
+    monkeypatch.setattr(selective_copying, "LADDER", [(8, 2), (32, 16)])
+    monkeypatch.setattr(mqar, "TABLE", [(32, 32, 16, 1.0), (32, 32, 0, 1.0)])
+    train = synthetic.train
+    monkeypatch.setattr(synthetic, "train", lambda model, stages, plan, *a: train(model, stages, brief(plan), *a))
+    for module in (selective_copying, mqar):
+        monkeypatch.setattr(module, "TEST_BATCHES", 1)
+        monkeypatch.setattr(module, "TOKENS", 128)
+    for module in (selective_copying, induction_heads, mqar):
+        monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", "--precision", "float32", "--results", str(tmp_path)])
+        assert module.main() == 0
+    found = {p.name: json.loads(p.read_text()) for p in sorted(tmp_path.glob("*.json"))}
+    names = {name: [run["name"] for run in written["runs"]] for name, written in found.items()}
+    assert names == {
+        "quality-induction-heads.json": ["mamba2 d64 still", "mamba2 d64 plain"],
+        "quality-mqar.json": ["l32 mamba2 d32 n16", "l32 transformer d32"],
+        "quality-selective-copying.json": ["mamba2 d64"],
+    }
+    for written in found.values():
+        assert all(0 <= run["accuracy"] <= 1 and run["whole"] and run["parameters"] for run in written["runs"])
+    assert list(found["quality-induction-heads.json"]["runs"][0]["by_length"]) == ["64", "128"]

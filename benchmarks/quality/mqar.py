@@ -56,11 +56,16 @@ TABLE = [
 ]
 
 
-def stage(length: int, random_fill: bool, vocabulary: int = VOCABULARY, tokens: int = TOKENS) -> Stage:
-    """A quarter of the length in pairs."""
+def stage(length: int, random_fill: bool, vocabulary: int = VOCABULARY, tokens: int | None = None) -> Stage:
+    """A quarter of the length in pairs, in at most 256 rows."""
     pairs = length // 4
     draw = partial(
-        associative_recall, max(1, tokens // length), length, pairs, vocab_size=vocabulary, random_fill=random_fill
+        associative_recall,
+        max(1, (tokens or TOKENS) // length),
+        length,
+        pairs,
+        vocab_size=vocabulary,
+        random_fill=random_fill,
     )
     return Stage(f"l {length}, {pairs} pairs", draw, pairs)
 

@@ -30,13 +30,15 @@ MODEL: dict[str, Any] = {
     "headdim": 16,
     "tie_embeddings": False,
 }
-PLAN = Plan(steps=30_000, minutes=1.8, lr=5e-3, advance=0.95, enough=0.9999)
+PLAN = Plan(steps=30_000, minutes=1.8, lr=1e-2, advance=0.95, enough=0.9999)
 TEST_BATCHES = 128
 
 
-def stage(length: int, letters: int = LETTERS, tokens: int = TOKENS) -> Stage:
+def stage(length: int, letters: int = LETTERS, tokens: int | None = None) -> Stage:
     """Rows of this length, at most 256 of them."""
-    draw = partial(selective_copying, min(256, max(1, tokens // length)), length, letters, vocab_size=VOCABULARY)
+    draw = partial(
+        selective_copying, min(256, max(1, (tokens or TOKENS) // length)), length, letters, vocab_size=VOCABULARY
+    )
     return Stage(f"l {length}, {letters} letters", draw, letters)
 
 
