@@ -25,7 +25,7 @@ _ROWS = 2  # up to so many rows are read by `project_rows`, each by its own prog
 _LONGEST = 8192  # numbers of a row that it holds
 _TILE = 8192  # numbers of a weight that one of its programs holds
 _LARGEST_STATE = 512  # numbers of a channel's state that a program holds
-_TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}  # of the self-check: a fault of a compiler is far above
+_TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-2}  # of the self-check; float32 may be TF32
 
 
 class KernelDecoder(StepBuffers):

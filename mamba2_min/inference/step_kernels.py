@@ -25,9 +25,10 @@ def _nothing():
 
 
 try:
+    from triton.backends.nvidia.compiler import CUDAOptions
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    CAN_PAIR = True
+    CAN_PAIR = hasattr(CUDAOptions, "launch_pdl")
 except ImportError:  # an older Triton
     gdc_launch_dependents, gdc_wait, CAN_PAIR = _nothing, _nothing, False
 
