@@ -330,4 +330,4 @@ def test_a_mixer_between_its_projections_on_a_gpu(monkeypatch, b, l):
     wanted = mixer_gradients(copy.deepcopy(mixer).double(), u.double(), weights)
     for i, (a, b, c) in enumerate(zip(got, apart, wanted, strict=True)):
         assert relative_error(a.double(), c) < 1.2 * relative_error(b.double(), c) + 1e-3, i
-        assert relative_error(a.double(), c) < 2e-2, i
+        assert relative_error(a.double(), c) < 5e-2, i
