@@ -56,7 +56,7 @@ HOW: dict[str, dict[str, Any]] = {
     "heart": {"max_steps": 400, "eval_every": 50, "val_fraction": 0.0, "weight_decay": 0.0, "lora_dropout": 0.0},
     "instructions": {"max_steps": 600, "eval_every": 50},
     "ultrachat": {"max_steps": 600, "eval_every": 50},
-    "gsm8k": {"max_steps": 1500, "eval_every": 150},
+    "gsm8k": {"max_steps": 800, "eval_every": 200},
 }
 SMALL = Mamba2Config(8192, **PRESETS["small"])
 LARGE = Mamba2Config(50_288, **PRESETS["base"])
@@ -106,7 +106,7 @@ def _write(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 
 @torch.inference_mode()
 def write_answers(
-    model: Mamba2LM, tokenizer: WordTokenizer, prompts: Sequence[Sequence[int]], most: int, batch: int = 64
+    model: Mamba2LM, tokenizer: WordTokenizer, prompts: Sequence[Sequence[int]], most: int, batch: int = 256
 ) -> list[tuple[str, bool]]:
     """The likeliest answer to each prompt and whether it ended by itself, many at a time.
 

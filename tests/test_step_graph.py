@@ -22,6 +22,9 @@ class Unrecorded:
         same = len(reads) == len(self.reads) and all(a is b for a, b in zip(reads, self.reads, strict=True))
         return [t.shape for t in batch] == self.shapes and same
 
+    def has_shapes_of(self, batch):
+        return [t.shape for t in batch] == self.shapes
+
     def __call__(self, batch):
         return self.backward(*batch)
 
@@ -70,6 +73,21 @@ def test_a_run_is_the_same_with_a_graph_and_where_there_can_be_none(
 def test_a_batch_in_parts_has_no_graph(monkeypatch, tmp_path, data):
     monkeypatch.setattr(step_graph, "StepGraph", Unrecorded)
     assert trained(tmp_path, data, micro_batch=2) == []
+
+
+def test_a_shape_has_a_graph_when_it_comes_often(monkeypatch, tmp_path, data):
+    """The last batch of an epoch is smaller: it does not cost two recordings."""
+    monkeypatch.setattr(step_graph, "StepGraph", Unrecorded)
+    trainer = make_trainer(tmp_path, data, graph=True, batch_size=4)
+    trainer.model.eval()  # no dropout
+    trainer.gradients._wanted, recorded = True, []
+    trainer.report = lambda event, values: recorded.append(rows) if event == "graph" else None
+    ids, targets = next(trainer.windows)
+    for rows in [4, 2, 4, 3, 2, 4, *[3] * 7, 2, *[3] * 8, 3, 4]:
+        found = trainer.gradients(ids[:rows], targets[:rows])
+        trainer.optimizer.zero_grad(set_to_none=True)
+        assert torch.equal(found, step_graph.batch_gradients(trainer, Team(), ids[:rows], targets[:rows]))
+    assert recorded == [4, 3]
 
 
 @pytest.mark.parametrize("size, graphs", [(2, 1), (1, 0), (4, 1), (3, 0)])

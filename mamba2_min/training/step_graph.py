@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mamba2_min.training.trainer import Trainer
 
 _WARM_UP = 3  # passes before the recording: kernels are compiled, libraries choose theirs
+_IN_A_ROW = 8  # batches of another shape, after which that shape is worth the recording
 
 
 class StepGraph:
@@ -61,9 +62,10 @@ class StepGraph:
 
     def fits(self, batch: Sequence[Tensor], reads: Sequence[Tensor] = ()) -> bool:
         """Whether this batch has the shapes of the recorded one, and the rest is where it was."""
-        return [(t.shape, t.dtype) for t in batch] == [(t.shape, t.dtype) for t in self._batch] and (
-            _places([*self._parameters, *reads]) == self._places
-        )
+        return self.has_shapes_of(batch) and _places([*self._parameters, *reads]) == self._places
+
+    def has_shapes_of(self, batch: Sequence[Tensor]) -> bool:
+        return [(t.shape, t.dtype) for t in batch] == [(t.shape, t.dtype) for t in self._batch]
 
     def __call__(self, batch: Sequence[Tensor]) -> Tensor:
         """The loss of a batch on any device; the gradients are the parameters' `grad` until the next call."""
@@ -86,6 +88,8 @@ def _places(tensors: Sequence[Tensor]) -> list[tuple[int, torch.dtype]]:
 class GraphedGradients:
     """`batch_gradients` of a trainer, by a graph of the first micro-batch's shape where a process has one in a step.
 
+    Fine-tuning has batches of several shapes: one that does not fit the graph is computed without it, and a new graph
+    is recorded when _IN_A_ROW batches had its shape.
     The sum over several processes comes after the graph. Where a state is carried, the graph reads it from where it is
     kept and leaves the next one in tensors of its own.
     """
@@ -96,6 +100,7 @@ class GraphedGradients:
         self._wanted = trainer.settings.graph and trainer.device.type == "cuda"
         self._part = slice(0)  # the rows that the graph is for
         self._state_after: State | None = None
+        self._odd: tuple[list[torch.Size], int] = ([], 0)  # the last shapes without a graph, how often in a row
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The gradients and the mean loss of a batch, by a graph where one can give them."""
@@ -108,6 +113,8 @@ class GraphedGradients:
             return batch_gradients(trainer, team, *batch)
         part = parts[mine[0]]
         inputs = _inputs(1, part, *batch)
+        if self._graph is not None and self._is_odd(part, inputs):
+            return batch_gradients(trainer, team, *batch)
         if self._graph is None or self._part != part or not self._graph.fits(inputs, self._reads()):
             self._graph = self._state_after = None  # before the next is recorded: there may be no memory for both
             self._part = part
@@ -129,6 +136,16 @@ class GraphedGradients:
     def _reads(self) -> list[Tensor]:
         state = self._trainer.carried and self._trainer.carried.state
         return [*state.conv, *state.ssm] if state else []
+
+    def _is_odd(self, part: slice, inputs: Sequence[Tensor]) -> bool:
+        """Whether a batch has another shape than the graph's, and came too seldom for a graph of its own."""
+        assert self._graph is not None
+        if self._part == part and self._graph.has_shapes_of(inputs):
+            self._odd = ([], 0)
+            return False
+        shapes = [t.shape for t in inputs]
+        self._odd = (shapes, self._odd[1] + 1 if self._odd[0] == shapes else 1)
+        return self._odd[1] < _IN_A_ROW
 
     def _record(self, batch: Sequence[Tensor]) -> str:
         """An empty string, or the reason why there is no graph. Raises where memory runs out."""
