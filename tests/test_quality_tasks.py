@@ -90,8 +90,9 @@ def test_reading_in_pieces_gives_the_accuracy_of_reading_at_once():
 def test_the_loss_is_that_of_the_answers():
     row = mqar.row(256, 32, 16, 1.0)
     model = synthetic.build(row, seed=0)
-    ids, targets = mqar.stage(64, True, tokens=256).draw(seeded())
-    loss, right = synthetic.answered(model, ids, targets, 16)
+    stage = mqar.stage(64, True, tokens=256)
+    ids, targets = stage.draw(seeded())
+    loss, right = synthetic.answered(model, *synthetic.questions(stage, seeded()))
     torch.testing.assert_close(loss, model.loss(ids, targets))
     wanted = model(ids)[0].argmax(-1) == targets
     assert right.sum() == wanted.sum() and right.shape == (len(ids), 16)

@@ -107,28 +107,26 @@ def train(
     limit, begun = 60 * min(plan.minutes, minutes), time.perf_counter()
     at, step, ended, history = 0, 0, "", []
     graph: StepGraph | None = None
+    graphed = device.type == "cuda"
     seen: list[Tensor] = []
     model.train()
     with devices.matmul_precision(device, precision), StepSizes(model) as sizes:
         while not ended:
             stage = stages[at]
 
-            def backward(input_ids: Tensor, targets: Tensor, stage: Stage = stage) -> Tensor:
+            def backward(input_ids: Tensor, places: Tensor, wanted: Tensor, stage: Stage = stage) -> Tensor:
                 with devices.autocast(device, precision):
-                    loss, right = answered(model, input_ids, targets, stage.questions)
+                    loss, right = answered(model, input_ids, places, wanted)
                 (loss + stage.still * sizes.mean_log() if stage.still else loss).backward()
                 return torch.stack([loss.detach().float(), right.float().mean()])
 
             progress = max(step / plan.steps, (time.perf_counter() - begun) / limit)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, step, progress)
-            batch = stage.draw(generator)
-            if device.type == "cuda":
-                if graph is None:
-                    graph = StepGraph(list(model.parameters()), backward, batch)
-                seen.append(graph(batch))
-            else:
-                seen.append(backward(*batch))
+            batch = questions(stage, generator)
+            if graph is None and graphed:
+                graph, graphed = record(model, backward, batch)
+            seen.append(graph(batch) if graph else backward(*batch))
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -185,14 +183,33 @@ def learning_rate(plan: Plan, step: int, progress: float) -> float:
     return plan.lr * min(1, (step + 1) / plan.warmup) * (0.01 + 0.99 * cosine)
 
 
-def answered(model: LanguageModel, input_ids: Tensor, targets: Tensor, questions: int) -> tuple[Tensor, Tensor]:
+def questions(stage: Stage, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch as input_ids (b, l), the places of its questions and their answers (b, questions)."""
+    input_ids, targets = stage.draw(generator)
+    places = (targets != IGNORE).int().topk(stage.questions, dim=1).indices
+    return input_ids, places, targets.gather(1, places)
+
+
+def answered(model: LanguageModel, input_ids: Tensor, places: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """The mean loss in nats of the answers, and which of them are right (b, questions). Nothing waits for a GPU."""
-    places = (targets != IGNORE).int().topk(questions, dim=1).indices
-    wanted = targets.gather(1, places)
     hidden, _ = model.hidden(input_ids)
     asked = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
     logits = model.lm_head(asked)[..., : model.config.vocab_size]
     return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten()), logits.argmax(-1) == wanted
+
+
+def record(
+    model: LanguageModel, backward: Callable[..., Tensor], batch: Sequence[Tensor]
+) -> tuple[StepGraph | None, bool]:
+    """The graph of a step and True; or None and False, with a line that says why. Raises where memory runs out."""
+    try:
+        return StepGraph(list(model.parameters()), backward, batch), True
+    except Exception as error:
+        model.zero_grad(set_to_none=True)
+        if devices.is_out_of_memory(error):
+            raise
+        print(f"no CUDA graph: {(str(error).splitlines() or [type(error).__name__])[0]}", flush=True)
+        return None, False
 
 
 @torch.no_grad()
@@ -203,7 +220,7 @@ def test(model: LanguageModel, stage: Stage, seed: int, batches: int, precision:
     found = []
     with evaluating(model), devices.matmul_precision(device, precision), devices.autocast(device, precision):
         for _ in range(batches):
-            found.append(answered(model, *stage.draw(generator), stage.questions)[1])
+            found.append(answered(model, *questions(stage, generator))[1])
     right = torch.cat(found)
     rows = right.all(1).double().mean()
     return {"accuracy": right.double().mean().item(), "rows_right": rows.item(), "answers": right.numel()}
