@@ -1,6 +1,7 @@
 """Fine-tuning from end to end: by the trainer, resumed to the bit, its files read back, its commands in one line."""
 
 import json
+import math
 import resource
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from mamba2_min.classify import classify
 from mamba2_min.classify import load as load_classifier
 from mamba2_min.finetune import adapter, labels, run
 from mamba2_min.finetune.chat import load_chat, split
-from mamba2_min.finetune.classifier import Classifier
+from mamba2_min.finetune.classifier import ABSENT, POOLS, Classifier, divergence
 from mamba2_min.finetune.conversations import TEMPLATES, TURNS, conversation, prompt_ids, tokenize
 from mamba2_min.finetune.load import load_completer, template_of
 from mamba2_min.finetune.lora import LoRAConfig
@@ -221,7 +222,7 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
 
 
 class TestSorting:
-    @pytest.mark.parametrize("pool", ["mean", "last"])
+    @pytest.mark.parametrize("pool", POOLS)
     def test_left_right_and_no_padding_are_equal(self, base, pool):
         classifier = Classifier(Mamba2LM.from_pretrained(base).double(), 3, pool).double().eval()
         ids = torch.randint(40, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -252,6 +253,40 @@ class TestSorting:
         found = SortingScore(3.0, 10, 10, ((4, 1, 0), (2, 3, 0), (0, 0, 0)))
         assert found.most_confused(["a", "b", "c"]) == ["b taken for a 2", "a taken for b 1"]
 
+    def test_words_are_taken_away_in_training_alone(self, base):
+        classifier = Classifier(Mamba2LM.from_pretrained(base), 2, word_dropout=0.4)
+        seen = []
+        classifier.model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        ids = torch.full((200, 30), 7)
+        mask = torch.ones_like(ids).bool()
+        mask[:, :5] = mask[:, 25:] = False
+        classifier.train()(ids, mask)
+        absent = seen[0] == ABSENT
+        assert not absent[~mask].any() and not absent[:, 5].any() and set(seen[0].unique().tolist()) == {ABSENT, 7}
+        assert absent[:, 6:25].float().mean().item() == pytest.approx(0.4, abs=0.03)
+        classifier.eval()(ids, mask)
+        assert torch.equal(seen[1], ids)
+
+    def test_two_readings_are_compared(self, base):
+        p, q = torch.tensor([[0.1, 0.9]]), torch.tensor([[0.6, 0.4]])
+        by_hand = sum(a * math.log(a / b) for a, b in ((0.1, 0.6), (0.9, 0.4), (0.6, 0.1), (0.4, 0.9))) / 2
+        assert divergence(p.log(), q.log()).item() == pytest.approx(by_hand, rel=1e-5)
+        data = [labels.Sample(torch.tensor([0, 5, 9, 7]), 1), labels.Sample(torch.tensor([0, 8]), 0)]
+        input_ids, targets, seq_idx = pad(data)
+        losses = []
+        for consistency in (0.0, 3.0):  # without dropout both readings are the same
+            classifier = Classifier(Mamba2LM.from_pretrained(base), 2, consistency=consistency).train()
+            losses.append(classifier.loss(input_ids, targets, seq_idx=seq_idx).item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        classifier.word_dropout = 0.5
+        torch.manual_seed(0)
+        different = classifier.loss(input_ids, targets, seq_idx=seq_idx)
+        torch.manual_seed(0)
+        classifier.consistency = 1e-9
+        assert different > classifier.loss(input_ids, targets, seq_idx=seq_idx)
+        different.backward()
+        assert all(p.grad is not None for p in classifier.head.parameters())
+
     def test_weights_let_each_label_weigh_the_same(self, base):
         data = labels.LabelData([labels.Sample(torch.tensor([0, 5]), k) for k in (0, 0, 0, 1)], [], ["a", "b"])
         f = FinetuneSettings(model="x", data="y", task="classify", class_weights=True)
@@ -280,6 +315,21 @@ class TestSorting:
             "classify", "--model", tmp_path / "out", stdin="Today the dog barks here.\nAt night the bee hums.\n"
         )
         assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["loud", "soft"]
+
+    def test_a_model_from_scratch_has_the_words_of_its_texts(self, base, tmp_path):
+        table = [{**t, "text": f"{t['text']} {'zonk' if t['label'] == 'loud' else 'pling'}"} for t in TEXTS]
+        data = write_lines(tmp_path / "a.jsonl", table)
+        how = {"task": "classify", "method": "scratch", "max_steps": 60, "eval_every": 30, "lr": 1e-2}
+        result = finetune(base, data, tmp_path / "out", **how, word_dropout=0.1, consistency=1.0, pool="mean+max")
+        assert result.best.accuracy > 0.9
+        classifier, tokenizer, names = load_classifier(tmp_path / "out")
+        assert {" zonk", " pling"} <= set(tokenizer.words) and " purrs" in tokenizer.words
+        assert " Who" not in tokenizer.words and classifier.config.vocab_size == len(tokenizer)
+        texts = ["Today the dog barks here. zonk", "At night the cat purrs outside. pling"]
+        assert [name for name, _ in classify(classifier, tokenizer, names, texts)] == ["loud", "soft"]
+        before = (tmp_path / "out" / "model.pt").read_bytes()
+        finetune(base, data, tmp_path / "out", True, **how, word_dropout=0.1, consistency=1.0, pool="mean+max")
+        assert (tmp_path / "out" / "model.pt").read_bytes() == before
 
     def test_a_score_does_not_change_the_modes(self, base):
         classifier = Classifier(Mamba2LM.from_pretrained(base), 2)

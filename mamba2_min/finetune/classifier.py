@@ -2,8 +2,12 @@
 
     ids of a text ─► model.hidden ─► one vector per text ─► head ─► a score per label
 
-The vector is the mean over the text's tokens ("mean"), or what stands at its last token, where the state has read all
-of it ("last").
+The vector is the mean over the text's tokens ("mean"), the largest number of each channel ("max"), both beside each
+other ("mean+max"), or what stands at the last token, where the state has read all of it ("last").
+
+Two things keep a small model from learning a few thousand texts by heart. Words are taken away from what it reads
+(`word_dropout`), and it has to give the same answer to two readings of a text that miss other words (`consistency`,
+R-Drop, arXiv:2106.14448).
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from torch.nn import functional as F
 from mamba2_min.models.base import LanguageModel
 from mamba2_min.ops.loss import IGNORE
 
-POOLS = ("mean", "last")
+POOLS = ("mean", "last", "max", "mean+max")
+ABSENT = 1  # stands for a word that is taken away: the zero byte, or in the pattern "whitespace" the unknown word
 
 
 class Classifier(nn.Module):
@@ -36,8 +41,11 @@ class Classifier(nn.Module):
         label_smoothing: float = 0.0,
         dropout: float = 0.0,
         seed: int = 0,
+        word_dropout: float = 0.0,
+        consistency: float = 0.0,
     ):
-        """Raises ValueError for fewer than two labels and an unknown pool."""
+        """word_dropout: the share of the tokens that training takes away; consistency: the weight of the divergence of
+        two readings, beside their loss. Raises ValueError for fewer than two labels and an unknown pool."""
         super().__init__()
         if labels < 2:
             raise ValueError(f"sorting needs at least two labels, not {labels}")
@@ -45,7 +53,9 @@ class Classifier(nn.Module):
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
         self.model, self.pool, self.label_smoothing, self.dropout = model, pool, label_smoothing, dropout
         like = model.lm_head.weight
-        self.head = nn.Linear(model.config.d_model, labels, device=like.device, dtype=like.dtype)
+        self.word_dropout, self.consistency = word_dropout, consistency
+        width = model.config.d_model * (1 + pool.count("+"))
+        self.head = nn.Linear(width, labels, device=like.device, dtype=like.dtype)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             bound = 1 / math.sqrt(self.head.in_features)
@@ -79,29 +89,51 @@ class Classifier(nn.Module):
             mask = torch.ones_like(input_ids, dtype=torch.bool)
         if not bool(mask.any(1).all()):
             raise ValueError("a text without a token cannot be sorted")
+        if self.training and self.word_dropout:
+            input_ids = self._without_words(input_ids, mask)
         hidden, _ = self.model.hidden(input_ids, seq_idx=mask.long())
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        if self.pool == "mean":
-            weight = mask.to(hidden.dtype)
-            vector = torch.where(mask[..., None], hidden, 0).sum(1) / weight.sum(1, keepdim=True)
-        else:
-            position = torch.arange(mask.shape[1], device=mask.device)
-            last = torch.where(mask, position, -1).amax(1)
-            vector = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        vector = torch.cat([pooled(hidden, mask, kind) for kind in self.pool.split("+")], -1)
         return self.head(F.dropout(vector, self.dropout, self.training).to(self.head.weight.dtype))
 
+    def _without_words(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Each token but the first of a text is ABSENT with probability `word_dropout`."""
+        absent = torch.rand(input_ids.shape, device=input_ids.device) < self.word_dropout
+        absent &= mask & F.pad(mask[:, :-1], (1, 0))
+        return input_ids.masked_fill(absent, ABSENT)
+
     def loss(self, input_ids: Tensor, targets: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats per text, weighted by class.
+        """Mean cross-entropy in nats per text, weighted by class; in training with what `consistency` adds.
 
         targets (b, l): the label of a row at one place, IGNORE elsewhere; seq_idx (b, l): 0 in the text, -1 in padding.
         """
         mask = None if seq_idx is None else seq_idx >= 0
         labels = torch.where(targets == IGNORE, -1, targets).amax(1)
+        twice = self.training and self.consistency > 0
+        if twice:
+            input_ids, labels = input_ids.repeat(2, 1), labels.repeat(2)
+            mask = None if mask is None else mask.repeat(2, 1)
         weights = self.class_weights[labels]
-        losses = F.cross_entropy(
-            self(input_ids, mask).float(),
-            labels,
-            reduction="none",
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-        )
+        scores = self(input_ids, mask).float()
+        smoothing = self.label_smoothing if self.training else 0.0
+        losses = F.cross_entropy(scores, labels, reduction="none", label_smoothing=smoothing)
+        if twice:
+            losses = losses + self.consistency * divergence(*scores.chunk(2)).repeat(2)
         return (losses * weights).mean()
+
+
+def pooled(hidden: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """hidden (b, l, d), mask (b, l) true in the text -> (b, d): "mean", "max" or "last" of POOLS."""
+    if kind == "mean":
+        return torch.where(mask[..., None], hidden, 0).sum(1) / mask.to(hidden.dtype).sum(1, keepdim=True)
+    if kind == "max":
+        return torch.where(mask[..., None], hidden, -torch.inf).amax(1)
+    position = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, position, -1).amax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def divergence(first: Tensor, second: Tensor) -> Tensor:
+    """The mean of KL(first, second) and KL(second, first) of two rows of scores (b, labels): (b,), in nats."""
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    return ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2

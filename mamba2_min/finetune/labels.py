@@ -21,6 +21,7 @@ from mamba2_min.finetune.rows import read_rows
 
 LABELS, HEAD, CONFUSION = "labels.json", "head.safetensors", "confusion.png"
 _MAX_LABELS = 10_000
+_MAX_WORDS = 8192  # in a vocabulary of the texts' own words
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Sample:
 
 @dataclass
 class LabelData:
-    """Samples to train on and to validate with, the labels' names in the order of their indices, and notes."""
+    """Samples to train on and to validate with, the labels' names in the order of their indices, notes, and the
+    tokenizer that made the samples where it is one of their own words."""
 
     train: list[Sample]
     validation: list[Sample]
     names: list[str]
     notes: list[str] = field(default_factory=list)
+    own_words: WordTokenizer | None = None
 
 
 def read_texts(
@@ -74,8 +77,12 @@ def load_texts(
     text: str = "text",
     label: str = "label",
     encoding: str | None = None,
+    own_words: bool = False,
 ) -> LabelData:
-    """Reads texts with labels and makes samples of them. Raises UserError."""
+    """Reads texts with labels and makes samples of them. Raises UserError.
+
+    own_words: the vocabulary is that of the training texts, cut by the pattern of `tokenizer`, instead of that one's.
+    """
     rows, notes = read_texts(data, text, label, encoding), []
     rows, repeats = _without_repeats(rows)
     if repeats:
@@ -95,8 +102,10 @@ def load_texts(
     counts = Counter(name for _, name, _ in train)
     notes.append(f"most frequent label: {counts.most_common(1)[0][0]} ({max(counts.values()) / len(train):.1%})")
     index = {name: k for k, name in enumerate(names)}
+    own = WordTokenizer.train([t for t, _, _ in train], _MAX_WORDS, 2, tokenizer.pattern) if own_words else None
+    tokenizer = own or tokenizer
     made = [[Sample(_ids(t, tokenizer, where), index[name]) for t, name, where in part] for part in (train, validation)]
-    return LabelData(made[0], made[1], names, notes)
+    return LabelData(made[0], made[1], names, notes, own)
 
 
 def _check_labels(

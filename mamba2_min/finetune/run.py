@@ -172,9 +172,14 @@ def lora_config(f: FinetuneSettings) -> LoRAConfig:
 
 
 def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer: WordTokenizer, out: Path) -> Prepared:
-    data = labels.load_texts(f.data, tokenizer, f.val_data, f.val_fraction, f.text_column, f.label_column, f.encoding)
-    if f.method == "scratch":
-        model, kept = Mamba2LM(model.config, seed=spec.training.seed), ModelFiles()
+    scratch = f.method == "scratch"
+    data = labels.load_texts(
+        f.data, tokenizer, f.val_data, f.val_fraction, f.text_column, f.label_column, f.encoding, own_words=scratch
+    )
+    if scratch:
+        tokenizer = data.own_words or tokenizer
+        config = dataclasses.replace(model.config, vocab_size=len(tokenizer))
+        model, kept = Mamba2LM(config, seed=spec.training.seed), ModelFiles()
     else:
         model, kept = _method(f, spec.training.seed, model)
     classifier = make_classifier(model, data, f, spec.training.seed)
@@ -191,7 +196,7 @@ def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer
             f"{len(data.names)} labels",
             *data.notes,
         ],
-        largest=(spec.training.batch_size, longest),
+        largest=(spec.training.batch_size * (2 if f.consistency else 1), longest),
         longest=f"one of {f.data}",
     )
 

@@ -277,4 +277,6 @@ def make_classifier(model: Mamba2LM, data: LabelData, f: FinetuneSettings, seed:
     if f.class_weights:
         counts = torch.bincount(torch.tensor([sample.label for sample in data.train]), minlength=len(data.names))
         weights = (len(data.train) / (len(data.names) * counts.double())).tolist()
-    return Classifier(model, len(data.names), f.pool, weights, f.label_smoothing, f.head_dropout, seed)
+    return Classifier(
+        model, len(data.names), f.pool, weights, f.label_smoothing, f.head_dropout, seed, f.word_dropout, f.consistency
+    )

@@ -18,7 +18,7 @@ from mamba2_min.settings import ACCEPTABLE, Settings, check_fields, setting
 SETTINGS = "settings.json"
 TASKS = ("chat", "classify")
 METHODS = ("full", "lora", "state", "scratch")
-POOLS = ("mean", "last")
+POOLS = ("mean", "last", "max", "mean+max")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FinetuneSettings:
     task: str = setting("chat", "answer requests, or sort texts", choices=TASKS, shown="chat")
     method: str = setting(
         "lora",
-        "train all weights, adapters, the initial state alone, or (classify) a new model of the same shape",
+        "train all weights, adapters, the first state alone, or (classify) a new model of the shape, with own words",
         choices=METHODS,
         shown="lora",
     )
@@ -48,6 +48,12 @@ class FinetuneSettings:
     pool: str = setting("mean", "classify: what of the text the head reads", choices=POOLS, shown="mean")
     class_weights: bool = setting(False, "classify: weigh rare labels more")
     label_smoothing: float = setting(0.0, "classify: share of the target spread over all labels", high=1)
+    word_dropout: float = setting(0.0, "classify: share of the words that training takes away", high=1)
+    consistency: float = setting(
+        0.0,
+        "classify: weight of the difference of two readings of a text (R-Drop); a step takes twice as long",
+        high=1e6,
+    )
     head_dropout: float = setting(0.1, "classify: dropout on what the head reads", high=1)
 
     def __post_init__(self) -> None:
@@ -56,7 +62,7 @@ class FinetuneSettings:
             raise ValueError("--model and --data are needed")
         if self.method == "scratch" and self.task != "classify":
             raise ValueError("--method scratch is for --task classify; train.py trains a language model from scratch")
-        for name in ("lora_dropout", "head_dropout", "label_smoothing"):
+        for name in ("lora_dropout", "head_dropout", "label_smoothing", "word_dropout"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be below 1")
 
