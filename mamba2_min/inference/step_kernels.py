@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mamba2_min.ops.triton_functions import softplus
+
 
 @triton.jit
 def _nothing():
@@ -146,16 +148,6 @@ def project_tiles(
 
 
 @triton.jit
-def _softplus(v):
-    """log(1 + exp(v)), to the last digits also where it is small: log(1 + e) = 2 artanh(e / (2 + e)), e <= 1."""
-    e = tl.exp(-tl.abs(v))
-    s = e / (2 + e)
-    q = s * s
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
-    return tl.maximum(v, 0.0) + 2 * s * series
-
-
-@triton.jit
 def advance(
     projected, ssm, dt_bias, A_log, D, out, h, heads_a_group, p, n, width, PAIRED: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr,
@@ -184,7 +176,7 @@ def advance(
     C_at = B_at + (h // heads_a_group) * n
     B = tl.load(B_at + N, mask=states, other=0.0).to(tl.float32)
     C = tl.load(C_at + N, mask=states, other=0.0).to(tl.float32)
-    dt = _softplus(tl.load(projected + width - h + head).to(tl.float32) + offset)
+    dt = softplus(tl.load(projected + width - h + head).to(tl.float32) + offset)
     state = state * tl.exp(-dt * rate) + (dt * x)[:, None] * B[None, :]
     tl.store(ssm + tile, state.to(ssm.dtype.element_ty), mask=inside)
     y = tl.sum(state * C[None, :], axis=1) + skip * x

@@ -88,13 +88,13 @@ class Core(torch.autograd.Function):
         z, xBC, dt = _parts(zxBCdt, s)
         taps_, bias_ = taps.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
         convolved = conv_kernels.forward(xBC, taps_, bias_)
-        dt, A, D_ = F.softplus(dt.float() + dt_bias.float()), -A_log.float().exp(), D.float()
+        D_ = D.float()
         start = zxBCdt.new_zeros(s.b, s.h, s.p, s.n, dtype=torch.float32)
         x, B, C = _heads(convolved, s)
-        y, last, H, *decays = triton.forward(x, dt, A, B, C, D_, start, None)
+        y, last, H, *decays = triton.forward(x, dt, A_log, B, C, D_, start, None, dt_bias=dt_bias)
         flat_y, flat_z = y.view(s.b * s.l, -1), z.flatten(0, 1)
         out, scale = norm_kernels.forward(flat_y, flat_z, weight, about["eps"], about["parts"], about["narrow"])
-        ctx.save_for_backward(zxBCdt, taps_, bias_, weight, convolved, dt, A, D_, y, scale, H, *decays)
+        ctx.save_for_backward(zxBCdt, taps_, bias_, weight, convolved, A_log, D_, y, scale, H, *decays)
         ctx.about, ctx.dtypes = about, [None if t is None else t.dtype for t in (taps, bias, dt_bias, A_log, D)]
         return out.view(s.b, s.l, -1), last
 
@@ -104,23 +104,21 @@ class Core(torch.autograd.Function):
         from mamba2_min.ops import conv_kernels, norm_kernels
         from mamba2_min.ssd import triton
 
-        zxBCdt, taps, bias, weight, convolved, dt, A, D, y, scale, H, *decays = ctx.saved_tensors
+        zxBCdt, taps, bias, weight, convolved, A_log, D, y, scale, H, *decays = ctx.saved_tensors
         s: Shape = ctx.about["sizes"]
         z, xBC, _ = _parts(zxBCdt, s)
         gradient = torch.empty_like(zxBCdt)
-        dz, dxBC, ddt_in = _parts(gradient, s)
+        dz, dxBC, ddt = _parts(gradient, s)
         dconvolved = torch.empty_like(convolved)
 
         flat_y, flat_z, flat_dz = y.view(s.b * s.l, -1), z.flatten(0, 1), dz.flatten(0, 1)
         flat_dout = gpu_kernels.rows_contiguous(dout.flatten(0, 1))
         dy, _, dweight = norm_kernels.backward(flat_y, flat_z, weight, scale, flat_dout, ctx.about["parts"], flat_dz)
         x, B, C = _heads(convolved, s)
-        into = _heads(dconvolved, s)
+        into = (*_heads(dconvolved, s), ddt)
         dy, dlast = dy.view(y.shape), dlast.contiguous()
-        _, ddt, dA, _, _, _, dD = triton.backward(dy, dlast, x, A, B, C, D, None, H, *decays, into=into)
+        _, ddt_bias, dA_log, _, _, _, dD = triton.backward(dy, dlast, x, A_log, B, C, D, None, H, *decays, into=into)
         _, dtaps, dbias = conv_kernels.backward(xBC, dconvolved, taps, bias, dxBC)
-        ddt *= -torch.expm1(-dt)  # the derivative of softplus, by its value
-        ddt_in.copy_(ddt)
-        small = [dtaps, None if bias is None else dbias, ddt.sum((0, 1)), dA * A, dD]
+        small = [dtaps, None if bias is None else dbias, ddt_bias, dA_log, dD]
         narrowed = [None if t is None else t.to(dtype) for t, dtype in zip(small, ctx.dtypes, strict=True)]
         return gradient, *narrowed, dweight.to(weight.dtype), None

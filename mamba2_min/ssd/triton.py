@@ -188,17 +188,21 @@ def _launch(x: Tensor, B: Tensor, documents: Tensor | None):
     return Launch(x, B, documents, tiles, product_precision(x.dtype))
 
 
-def forward(x, dt, A, B, C, D, start, documents):
+def forward(x, dt, A, B, C, D, start, documents, *, dt_bias=None):
+    """dt_bias: dt and A are then a mixer's, softplus(dt + dt_bias) the steps and -exp(A) the rates."""
     x, B, C = map(_aligned, (x, B, C))
     with on(x):
         launch = _launch(x, B, documents)
-        decays = launch.prepare(dt, A)
+        decays = launch.prepare(dt, A, dt_bias)
         H, last, _ = launch.states(x, B, decays, start, None)
         return launch.outputs(C, B, x, H, decays, D, reverse=False), last, H, *decays
 
 
-def backward(dy, dlast, x, A, B, C, D, documents, H, s, s_dt, enter, leave, steps, across, *, into=(None, None, None)):
-    """into: memory for the gradients of x, B and C."""
+def backward(
+    dy, dlast, x, A, B, C, D, documents, H, s, s_dt, enter, leave, steps, across, *, into=(None, None, None, None)
+):
+    """into: memory for the gradients of x, B, C and dt. With the last, dt and A are a mixer's, and the gradient of
+    dt_bias comes in the place of that of dt."""
     dy, x, B, C = map(_aligned, (dy, x, B, C))
     with on(x):
         launch, decays = _launch(x, B, documents), _decays(s, s_dt, enter, leave, steps, across)
@@ -206,8 +210,8 @@ def backward(dy, dlast, x, A, B, C, D, documents, H, s, s_dt, enter, leave, step
         dx = launch.outputs(B, C, dy, dH, decays, D, True, into[0])
         dC, *read, _ = launch.key_gradients(C, B, dy, x, H, decays, False, into[2])
         dB, *written = launch.key_gradients(B, C, x, dy, dH, decays, True, into[1])
-        ddt, dA = launch.step_gradients(B, C, steps, A, read, written, carried)
-        return dx, ddt, dA, dB, dC, dstart, written[-1].sum((0, 2))
+        ddt, dA, dbias = launch.step_gradients(B, C, steps, A, read, written, carried, into[3])
+        return dx, ddt if into[3] is None else dbias, dA, dB, dC, dstart, written[-1].sum((0, 2))
 
 
 def _decays(*tensors: Tensor):

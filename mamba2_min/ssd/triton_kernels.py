@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mamba2_min.ops.triton_functions import softplus, softplus_slope
+
 # A token that decays by more than exp(-88), the smallest normal float32, has forgotten everything.
 _FORGOTTEN = tl.constexpr(-88.0)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -29,11 +31,12 @@ _COUNTS = ["l", "chunks", "heads", "size", "bh"]
 
 @triton.jit(do_not_specialize=_COUNTS)
 def prepare(
-    dt, A, documents, s, s_dt, enter, leave, dt_out, across, dt_sb, dt_sl, dt_sh, l, h, chunks, size,
-    DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
+    dt, A, bias, documents, s, s_dt, enter, leave, dt_out, across, dt_sb, dt_sl, dt_sh, l, h, chunks, size,
+    RAW: tl.constexpr, DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """All that follows from dt and A: one program per chunk and BH heads. across (b, h, chunks): from start to end.
 
+    RAW: dt is what softplus(dt + bias) makes the steps of, and A its logarithm, as a mixer's parameters have them.
     With EXACT s has a second part, `size` numbers later, and their sum has twice the digits.
     """
     chunk = tl.program_id(0).to(tl.int64)
@@ -43,8 +46,12 @@ def prepare(
     there = (heads < h)[:, None]
     inside = there & (tokens < l - c * Q)[None, :]
     at = dt + b * dt_sb + c * Q * dt_sl + tokens[None, :].to(tl.int64) * dt_sl + heads.to(tl.int64)[:, None] * dt_sh
-    step = tl.load(at, mask=inside, other=0.0)
-    rate = tl.load(A + heads, mask=heads < h, other=0.0)
+    step = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    rate = tl.load(A + heads, mask=heads < h, other=0.0).to(tl.float32)
+    if RAW:
+        offset = tl.load(bias + heads, mask=heads < h, other=0.0).to(tl.float32)
+        step = tl.where(inside, softplus(step + offset[:, None]), 0.0)
+        rate = -tl.exp(rate)
     out = (b * h + heads.to(tl.int64))[:, None] * (chunks * Q) + c * Q + tokens[None, :]
     if EXACT:
         a = tl.maximum(step.to(tl.float64) * rate[:, None], _FORGOTTEN) * _LOG2_E
@@ -356,12 +363,13 @@ def key_gradients(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def step_gradients(
-    B, C, dt, A, read_pairs, read, written_pairs, written, own, carried, ddt, A_part,
-    B_sb, B_sl, B_sg, C_sb, C_sl, C_sg, l, h, chunks, heads_a_group, n, n_parts, part_stride,
-    Q: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    B, C, dt, A, read_pairs, read, written_pairs, written, own, carried, ddt, A_part, bias_part,
+    B_sb, B_sl, B_sg, C_sb, C_sl, C_sg, ddt_sb, ddt_sl, l, h, chunks, heads_a_group, n, n_parts, part_stride,
+    RAW: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of dt (b, l, h) and, by chunk, of A (b, chunks, h): one program per chunk, group and BH heads.
 
+    RAW, as in `prepare`: those of its dt and A, and by chunk of the bias.
     Directly, dt_j weighs what token j writes: to itself, to later tokens of the chunk and to the state that leaves it.
     By way of a_k it decays what tokens from k on read of earlier tokens and of the state that enters; and, in the state
     that leaves, what earlier tokens wrote and what entered.
@@ -387,7 +395,16 @@ def step_gradients(
     for k in range(0, n_parts):
         through += tl.load(carried + k * part_stride + chunk * h + heads, mask=within < heads_a_group, other=0.0)
     da = tl.cumsum(net, axis=1, reverse=True) + (tl.cumsum(wrote, axis=1) - wrote) + through[:, None]
-    rate = tl.load(A + heads, mask=within < heads_a_group, other=0.0)
-    place = (b * l + c * Q + tokens)[None, :] * h + heads[:, None]
-    tl.store(ddt + place, direct + da * rate[:, None], mask=there & (tokens < l - c * Q)[None, :])
-    tl.store(A_part + chunk * h + heads, tl.sum(da * step, axis=1), mask=within < heads_a_group)
+    rate = tl.load(A + heads, mask=within < heads_a_group, other=0.0).to(tl.float32)
+    by_rate = tl.sum(da * step, axis=1)
+    if RAW:
+        rate = -tl.exp(rate)
+        by_rate *= rate
+    by_step = direct + da * rate[:, None]
+    inside = there & (tokens < l - c * Q)[None, :]
+    if RAW:
+        by_step = tl.where(inside, by_step * softplus_slope(step), 0.0)
+        tl.store(bias_part + chunk * h + heads, tl.sum(by_step, axis=1), mask=within < heads_a_group)
+    place = b * ddt_sb + (c * Q + tokens)[None, :] * ddt_sl + heads[:, None]
+    tl.store(ddt + place, by_step.to(ddt.dtype.element_ty), mask=inside)
+    tl.store(A_part + chunk * h + heads, by_rate, mask=within < heads_a_group)

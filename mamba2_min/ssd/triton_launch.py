@@ -93,15 +93,16 @@ class Launch:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def prepare(self, dt: Tensor, A: Tensor) -> Decays:
-        """The decays of all tokens."""
+    def prepare(self, dt: Tensor, A: Tensor, dt_bias: Tensor | None = None) -> Decays:
+        """The decays of all tokens. With a dt_bias, dt and A are a mixer's: see RAW in triton_kernels.py."""
         s = self.empty(2 if self.exact else 1, self.b, self.h, self.padded)
         s_dt, enter, leave, steps = (self.empty(self.b, self.h, self.padded) for _ in range(4))
         across = self.empty(self.b, self.h, self.chunks)
         heads = 8
         kernels.prepare[(self.b * self.chunks, -(-self.h // heads))](
-            dt, A, self._documents(s), s, s_dt, enter, leave, steps, across, *dt.stride(), self.l, self.h, self.chunks,
-            self.size, **self.flags, Q=self.tiles.q, BH=heads, num_warps=4,
+            dt, A, A if dt_bias is None else dt_bias, self._documents(s), s, s_dt, enter, leave, steps, across,
+            *dt.stride(), self.l, self.h, self.chunks, self.size, RAW=dt_bias is not None, **self.flags,
+            Q=self.tiles.q, BH=heads, num_warps=4,
         )  # fmt: skip
         return Decays(s, s_dt, enter, leave, steps, across)
 
@@ -178,17 +179,22 @@ class Launch:
 
     def step_gradients(
         self, B: Tensor, C: Tensor, steps: Tensor, A: Tensor, read: tuple[Tensor, Tensor],
-        written: tuple[Tensor, Tensor, Tensor], carried: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The gradients of dt (b, l, h) and A (h,); read and written are what `key_gradients` gave, without R's."""
-        ddt, A_part = self.empty(self.b, self.l, self.h), self.empty(self.b * self.chunks, self.h)
+        written: tuple[Tensor, Tensor, Tensor], carried: Tensor, ddt: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The gradients of dt (b, l, h) and A (h,); read and written are what `key_gradients` gave, without R's.
+
+        With memory for `ddt`, they are those of a mixer's dt and A, and the third that of its dt_bias.
+        """
+        raw, (A_part, bias_part) = ddt is not None, self.empty(2, self.b * self.chunks, self.h)
+        if ddt is None:
+            ddt = self.empty(self.b, self.l, self.h)
         heads = 8
         kernels.step_gradients[(self.b * self.chunks, self.g, -(-self.r // heads))](
-            B, C, steps, A, *read, *written, carried, ddt, A_part, *B.stride()[:3], *C.stride()[:3], self.l, self.h,
-            self.chunks, self.r, self.n, len(carried), carried.stride(0), Q=self.tiles.q, BH=heads, BN=_power(self.n),
-            num_warps=4,
+            B, C, steps, A, *read, *written, carried, ddt, A_part, bias_part, *B.stride()[:3], *C.stride()[:3],
+            *ddt.stride()[:2], self.l, self.h, self.chunks, self.r, self.n, len(carried), carried.stride(0), RAW=raw,
+            Q=self.tiles.q, BH=heads, BN=_power(self.n), num_warps=4,
         )  # fmt: skip
-        return ddt, A_part.sum(0)
+        return ddt, A_part.sum(0), bias_part.sum(0) if raw else bias_part
 
     def _documents(self, other: Tensor) -> Tensor:
         return other if self.documents is None else self.documents
