@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tensorboard", action="store_true", help="also write what metrics.jsonl holds to DIR/tensorboard"
     )
     machine.add_argument("--context-parallel", type=int, default=1, metavar="N", help="processes that share each text")
+    machine.add_argument("--shard", action="store_true", help="divide weights and moments among the processes")
     machine.add_argument("--ignore-memory", action="store_true", help="start even where memory looks too small")
     return parser
 
@@ -70,7 +71,7 @@ def main() -> int:
     if not distributed.is_leader():
         console.silence()
     try:
-        with distributed.joined(device, args.context_parallel) as team, contextlib.ExitStack() as held:
+        with distributed.joined(device, args.context_parallel, args.shard) as team, contextlib.ExitStack() as held:
             if team.leads:
                 held.enter_context(files.locked(args.out, checkpoint.RUN_FILES))
             team.wait()
@@ -106,12 +107,12 @@ def train(args: argparse.Namespace, device: Device) -> int:
     screen.show_corpus(plan.data, corpus)
     context = min(plan.training.context, max(len(corpus.train) - 1, 1))  # no window is longer than the text
     bounded = dataclasses.replace(plan.training, context=context)
-    fitting = fit_to_memory(config, bounded, device, team.divides, team.stretches)
-    memory = check_memory(config, fitting, device, args.ignore_memory, team.stretches)
+    fitting = fit_to_memory(config, bounded, device, team)
+    memory = check_memory(config, fitting, device, args.ignore_memory, team)
     plan = dataclasses.replace(plan, training=dataclasses.replace(plan.training, micro_batch=fitting.micro_batch))
 
     model = plan.build(config)
-    view = screen.Screen(screen.sample_of(model, corpus.tokenizer))
+    view = screen.Screen(None if team.sharded else screen.sample_of(model, corpus.tokenizer))
     trainer = Trainer(model, corpus, plan.training, args.out, device, plan.resume, view.report, plan.accept_documents)
     team.wait()  # until every process has read what the folder held
     if team.leads:

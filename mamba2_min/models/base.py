@@ -87,6 +87,7 @@ class LanguageModel(nn.Module, ABC):
     config: Any
     backbone: Backbone
     lm_head: nn.Linear
+    sharded = False  # whether its weights are divided among processes, and are whole within `loss_and_state`
 
     @property
     def recompute(self) -> bool:
@@ -280,7 +281,7 @@ class LanguageModel(nn.Module, ABC):
 
     def is_called(self) -> bool:
         """Whether the model as a whole has to be called, because a call does more than `hidden` and the head."""
-        return is_hooked(self) or type(self).forward is not LanguageModel.forward
+        return (is_hooked(self) and not self.sharded) or type(self).forward is not LanguageModel.forward
 
 
 def _is_tied(model: LanguageModel) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba2_min.training.sharding import own_part, part_of
+
 
 class Average:
     """Keeps the average of the parameters of `model` that are trained, beside them. A decay of 0 keeps none."""
@@ -31,7 +33,8 @@ class Average:
         """Takes in the weights after another step; `n` steps were taken in before."""
         if self._average:
             weight = 1 - min(self.decay, (1 + n) / (10 + n))
-            torch._foreach_lerp_(self._average, self._parameters, weight)
+            average, parameters = ([own_part(t) for t in tensors] for tensors in (self._average, self._parameters))
+            torch._foreach_lerp_(average, parameters, weight)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -64,4 +67,4 @@ class Average:
                 raise ValueError(f"its average of {name} must have finite numbers")
 
         for name, mine in self.state_dict().items():
-            mine.copy_(saved[name])
+            mine.copy_(part_of(saved[name], mine))

@@ -40,12 +40,13 @@ class Team:
     """The processes of a training. The default one is a process alone.
 
     With `stretches` above 1, so many neighbours by rank share each micro-batch: each takes a stretch of its tokens.
+    With `sharded` each keeps a part of the model alone (sharding.py), and all run every block together.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, stretches: int = 1):
+    def __init__(self, rank: int = 0, size: int = 1, stretches: int = 1, sharded: bool = False):
         if size % stretches:
             raise UserError(f"{size} processes cannot share texts among {stretches}: it must divide their number")
-        self.rank, self.size, self.stretches = rank, size, stretches
+        self.rank, self.size, self.stretches, self.sharded = rank, size, stretches, sharded
         self.group = None
         if stretches > 1:  # every process makes every group
             groups = [dist.new_group(list(range(k, k + stretches))) for k in range(0, size, stretches)]
@@ -139,7 +140,7 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, stretches: int = 1) -> Iterator[Team]:
+def joined(device: torch.device, stretches: int = 1, sharded: bool = False) -> Iterator[Team]:
     """Within, this process trains with those that a launcher started beside it, if one did.
 
     Where a process leaves with an error, the others do not wait for it: the launcher ends them. Raises UserError where
@@ -149,6 +150,8 @@ def joined(device: torch.device, stretches: int = 1) -> Iterator[Team]:
     if not launched():
         if stretches > 1:
             raise UserError(f"--context-parallel {stretches} needs processes: torchrun --nproc-per-node {stretches}")
+        if sharded:
+            raise UserError("--shard needs several processes: torchrun --nproc-per-node 2")
         yield _team
         return
     if device.type == "cuda":
@@ -157,7 +160,7 @@ def joined(device: torch.device, stretches: int = 1) -> Iterator[Team]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot meet: {str(error).splitlines()[0][:200]}") from error
-    _team = Team(dist.get_rank(), dist.get_world_size(), stretches)
+    _team = Team(dist.get_rank(), dist.get_world_size(), stretches, sharded)
     try:
         yield _team
         _team.wait()

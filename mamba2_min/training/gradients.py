@@ -45,6 +45,8 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor, add: Callable[
     if team.size == 1 and (trainer.settings.rules == 1 or most == 1):
         losses = (add(trainer, team, counted, part, *batch) for part in parts)
         return sum(losses, torch.zeros((), device=trainer.device))
+    if team.sharded:
+        return _sharded_gradients(trainer, team, counted, parts, *batch)
     mine = team.share(len(parts))
     if most < team.divides:
         raise UserError(f"{team.size} processes share {most} micro-batch(es): lower --micro-batch")
@@ -75,7 +77,24 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor, add: Callable[
     return loss
 
 
-def share_of(targets: Tensor, counted: int) -> float:
+def _sharded_gradients(trainer: Trainer, team: Team, counted: int, parts: list[slice], *batch: Tensor) -> Tensor:
+    """`batch_gradients` of a sharded model: the backward pass of each micro-batch adds up the gradients of all
+    processes, and leaves each its own rows. So all compute as many micro-batches."""
+    if len(parts) % team.divides:
+        raise UserError(
+            f"with --shard {len(parts)} micro-batches cannot be shared among {team.divides} processes: "
+            "--micro-batch must divide them evenly"
+        )
+    loss = torch.zeros((), dtype=widest(trainer.device), device=trainer.device)
+    for k in team.share(len(parts)):
+        with _drawing(trainer, k):
+            # FSDP takes the mean over the processes where the sum is wanted: each counts as often as there are some.
+            loss += _add(trainer, team, counted / team.size, parts[k], *batch) / team.size
+    team.total([loss])
+    return loss
+
+
+def share_of(targets: Tensor, counted: float) -> float:
     """The weight of these targets' mean loss in that of a batch, which has `counted` targets."""
     return int((targets != IGNORE).sum()) / counted
 
@@ -83,7 +102,7 @@ def share_of(targets: Tensor, counted: int) -> float:
 def _add(
     trainer: Trainer,
     team: Team,
-    counted: int,
+    counted: float,
     part: slice,
     input_ids: Tensor,
     targets: Tensor,

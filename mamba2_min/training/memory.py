@@ -18,6 +18,7 @@ from mamba2_min.devices import size
 from mamba2_min.errors import UserError
 from mamba2_min.ops.loss import slice_elements
 from mamba2_min.settings import Settings
+from mamba2_min.training.distributed import Team
 
 if TYPE_CHECKING:
     from mamba2_min.training.trainer import Trainer
@@ -59,19 +60,16 @@ def training_memory(
     return 4 * ((4 + averaged) * config.num_parameters() + head + logits) + tokens * per_token + libraries
 
 
-def fit_to_memory(
-    config: Mamba2Config, settings: Settings, device: torch.device, processes: int = 1, stretches: int = 1
-) -> Settings:
+def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device, team: Team | None = None) -> Settings:
     """The settings with a micro-batch for each process and, where they ask for "auto", one that fits: the batch,
-    halved until there is room. Each text is shared among `stretches` processes.
+    halved until there is room.
 
     The choice is saved with the run. A resumed run that chose again might sum its gradients in another order.
     """
     if settings.micro_batch or not settings.adapt_micro_batch:
-        return shared_out(settings, processes)
-    micro, free = -(-settings.batch_size // processes), devices.free_memory(device)
-    own = -(-settings.context // stretches)
-    while micro > 1 and free is not None and _needed(config, settings, device, micro, own) > free:
+        return shared_out(settings, team.divides if team else 1)
+    micro, free = -(-settings.batch_size // (team.divides if team else 1)), devices.free_memory(device)
+    while micro > 1 and free is not None and _needed(config, settings, device, micro, settings.context, team) > free:
         micro = -(-micro // 2)
     return dataclasses.replace(settings, micro_batch=micro)
 
@@ -83,20 +81,20 @@ def shared_out(settings: Settings, processes: int) -> Settings:
 
 
 def check_memory(
-    config: Mamba2Config, settings: Settings, device: torch.device, ignore: bool = False, stretches: int = 1
+    config: Mamba2Config, settings: Settings, device: torch.device, ignore: bool = False, team: Team | None = None
 ) -> tuple[str, str]:
     """The memory that a step needs and the free memory, as text ("" where the system does not tell).
 
     If it needs too much, raises a UserError that says what to lower, and to what, unless `ignore`.
     """
     micro, context = settings.micro_batch or settings.batch_size, settings.context
-    needed, free = _needed(config, settings, device, micro, -(-context // stretches)), devices.free_memory(device)
+    needed, free = _needed(config, settings, device, micro, context, team), devices.free_memory(device)
     if free is None or needed <= free or ignore:
         return size(needed), "" if free is None else size(free)
     problem = f"training needs about {size(needed)}, and {size(free)} is free"
 
     def fits(batch: int, length: int) -> bool:
-        return _needed(config, settings, device, batch, -(-length // stretches)) <= free
+        return _needed(config, settings, device, batch, length, team) <= free
 
     if not fits(1, 1):
         raise UserError(f"{problem}: the model alone is too large; lower --d-model, --n-layer or --vocab-size")
@@ -147,6 +145,12 @@ def backward(trainer: Trainer, *batch: Tensor) -> Tensor:
         trainer.halve_micro_batch()
 
 
-def _needed(config: Mamba2Config, settings: Settings, device: torch.device, batch: int, context: int) -> int:
-    precision = devices.pick_precision(settings.precision, device)
-    return training_memory(config, batch, context, device, settings.recompute, precision, settings.ema_decay > 0)
+def _needed(
+    config: Mamba2Config, settings: Settings, device: torch.device, batch: int, context: int, team: Team | None
+) -> int:
+    """Bytes for this process's part of the texts and, where the model is sharded, of the weights."""
+    precision, averaged = devices.pick_precision(settings.precision, device), settings.ema_decay > 0
+    own = -(-context // team.stretches) if team else context
+    needed = training_memory(config, batch, own, device, settings.recompute, precision, averaged)
+    elsewhere = 1 - 1 / team.size if team and team.sharded else 0
+    return needed - int(4 * (4 + averaged) * config.num_parameters() * elsewhere)

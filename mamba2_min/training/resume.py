@@ -9,8 +9,10 @@ import torch
 
 from mamba2_min import files
 from mamba2_min.checkpoints import checkpoint
+from mamba2_min.checkpoints.weights import with_tied_head
 from mamba2_min.errors import UserError
 from mamba2_min.settings import ACCEPTABLE, BEFORE, Settings, defaults
+from mamba2_min.training import sharding
 from mamba2_min.training.last import check_fit, check_last, optimizer_state
 
 if TYPE_CHECKING:
@@ -18,13 +20,18 @@ if TYPE_CHECKING:
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:
-    """Everything that the next step depends on, and what distinguishes one run from another."""
+    """Everything that the next step depends on, and what distinguishes one run from another.
+
+    Where the model is sharded, all processes must call it, and the leader gets whole tensors.
+    """
+    sharded, keep = trainer.team.sharded, trainer.team.leads
+    optimizer, average = trainer.optimizer.state_dict(), trainer.average.state_dict()
     return {
-        "model": trainer.task.files.trained(trainer.model),
-        "optimizer": trainer.optimizer.state_dict(),
+        "model": sharding.whole_weights(trainer.model, keep) if sharded else trainer.task.files.trained(trainer.model),
+        "optimizer": sharding.whole(optimizer, keep) if sharded else optimizer,
         "windows": trainer.windows.state_dict(),
         "guard": trainer.guard.state_dict(),
-        "average": trainer.average.state_dict(),
+        "average": sharding.whole(average, keep) if sharded else average,
         "carried": trainer.carried.state_dict() if trainer.carried else {},
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else [],
@@ -56,8 +63,14 @@ def restore(trainer: Trainer, accept_documents: bool) -> None:
         check_fit(saved, trainer.model, trainer.optimizer, trainer.windows.state_dict() if same else None)
         task.files.check(saved["model"], trainer.model)
         best = task.restored_score(saved["best"]) if same and saved["best"] else None
-        task.files.restore(trainer.model, saved["model"], path)
-        trainer.optimizer.load_state_dict(optimizer_state(saved["optimizer"], trainer.optimizer))
+        state = optimizer_state(saved["optimizer"], trainer.optimizer)
+        if trainer.team.sharded:
+            weights = with_tied_head(saved["model"], trainer.model.config.tie_embeddings)
+            sharding.load_weights(trainer.model, weights)
+            state = sharding.with_parts(state, trainer.optimizer)
+        else:
+            task.files.restore(trainer.model, saved["model"], path)
+        trainer.optimizer.load_state_dict(state)
         _restore_counts(trainer, saved)
         trainer.guard.load_state_dict(saved["guard"])
         trainer.average.load_state_dict(saved.get("average", {}))
@@ -89,8 +102,15 @@ def restore(trainer: Trainer, accept_documents: bool) -> None:
 
 
 def prepare_folder(trainer: Trainer) -> None:
-    """Prepares the folder for the next step: that of a new run, or of the resumed one at its saved step."""
+    """Prepares the folder for the next step: that of a new run, or of the resumed one at its saved step.
+
+    All processes call it, and the leader writes.
+    """
     out = trainer.out
+    if not trainer.team.leads:
+        if trainer.resumed:
+            repair_best(trainer)
+        return
     if trainer.resumed:
         trainer.log.rewind(trainer.saved_records)
         repair_best(trainer)
@@ -106,7 +126,7 @@ def prepare_folder(trainer: Trainer) -> None:
 def repair_ended(trainer: Trainer) -> None:
     """Writes what a run lacks that was killed after its last save: the best model, and the curve."""
     repair_best(trainer)
-    if not files.exists(trainer.out / checkpoint.CURVE) and trainer.log.lines():
+    if trainer.team.leads and not files.exists(trainer.out / checkpoint.CURVE) and trainer.log.lines():
         trainer._draw()
 
 
@@ -115,8 +135,9 @@ def repair_best(trainer: Trainer) -> None:
     if trainer.best is None or trainer.best_step != trainer.step:
         return
     with trainer.average.in_place():
-        if not trainer.task.files.is_saved(trainer.out, trainer.model):
-            trainer.task.files.save(trainer.out, trainer.model)
+        model = trainer.whole_model()
+        if trainer.team.leads and not trainer.task.files.is_saved(trainer.out, model):
+            trainer.task.files.save(trainer.out, model)
 
 
 def _check_same_run(trainer: Trainer, saved: dict[str, Any], accept_documents: bool) -> None:

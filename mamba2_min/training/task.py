@@ -137,6 +137,7 @@ class Pretraining(Task):
 
     def evaluate(self, model: Any, autocast: AbstractContextManager) -> Score:
         c, starts = self.corpus, None if self.carried else self.corpus.validation_starts
+        together = team()  # the processes of a sharded model run each block together, and so read the same
         return evaluate(
             model,
             c.validation,
@@ -144,5 +145,5 @@ class Pretraining(Task):
             c.tokenizer.eos_id,
             autocast=autocast,
             starts=starts,
-            processes=team(),
+            processes=None if together.sharded else together,
         )

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from mamba2_min.models.base import LanguageModel, decay_groups
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.ops.loss import IGNORE
 from mamba2_min.settings import Settings, learning_rate
-from mamba2_min.training import distributed, memory
+from mamba2_min.training import distributed, memory, sharding
 from mamba2_min.training.averaging import Average
 from mamba2_min.training.carried import CarriedState
 from mamba2_min.training.compile_check import compile_checked
@@ -91,7 +92,13 @@ class Trainer:
         self.autocast = devices.autocast(self.device, self.precision)
         if settings.deterministic and self.device.type == "cuda":
             devices.make_deterministic()
-        self.model = task.files.unwrapped(model).to(self.device)
+        self.model = task.files.unwrapped(model)
+        if self.team.sharded:
+            if settings.compile or settings.graph:
+                raise UserError("--shard cannot be combined with --compile or --graph")
+            sharding.shard(self.model, self.device)
+        else:
+            self.model.to(self.device)
         self.model.recompute = settings.recompute
         self.windows = _batches(task, settings, self.model)
         self.asked, self.settings = settings, _resolved(settings, task, self.windows)
@@ -124,12 +131,10 @@ class Trainer:
         was saved before is then still there.
         """
         if self.resumed and self.evaluated_step == self.step and (reason := self.ended()):
-            if self.team.leads:
-                repair_ended(self)
+            repair_ended(self)
             return self._finish(reason)
         self.team.wait()  # until every process has read what the folder held
-        if self.team.leads:
-            prepare_folder(self)
+        prepare_folder(self)
         self._clock = self._drawn = time.perf_counter()
         precision = devices.matmul_precision(self.device, self.precision)
         with memory.explained(self), precision, deferred_signals() as signals:
@@ -160,7 +165,7 @@ class Trainer:
         total = memory.backward(self, *batch)
         if self.carried:
             self.carried.commit(len(input_ids))
-        total_norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf)
+        total_norm = self._clip()
         loss, norm = torch.stack([total, total_norm.to(total.dtype)]).tolist()  # the only wait for a GPU in a step
         loss, norm = self.team.agree(loss, norm)[0]
         self.step += 1
@@ -180,6 +185,22 @@ class Trainer:
         tokens, seconds = input_ids.numel(), time.perf_counter() - began
         self.report("step", {"step": self.step, "loss": loss, "lr": lr, "tokens": tokens, "seconds": seconds})
 
+    def _clip(self) -> Tensor:
+        """Scales the gradients down to the largest norm that is allowed; returns the norm that they had."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if sharding.is_sharded(norm):
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
+        nn.utils.clip_grads_with_norm_(parameters, self.settings.clip or math.inf, norm)
+        return norm
+
+    def whole_model(self) -> Any:
+        """The model; of a sharded one its config and whole weights, for the leader. All processes call it."""
+        if not self.team.sharded:
+            return self.model
+        weights = sharding.whole_weights(self.model, self.team.leads)
+        return SimpleNamespace(config=self.model.config, state_dict=lambda: weights)
+
     def halve_micro_batch(self) -> None:
         self.micro_batch = -(-self.micro_batch // 2)
         self._to_compile = self.settings.compile  # for the new sizes, at the next step
@@ -197,8 +218,9 @@ class Trainer:
             self.best, self.best_step = score, self.step
             self.save()  # before model.pt, which is then never ahead of last.pt
             with self.average.in_place():
+                model = self.whole_model()
                 if self.team.leads:
-                    self.task.files.save(self.out, self.model)
+                    self.task.files.save(self.out, model)
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_PLOTS:
             self._draw()
         with self.average.in_place():  # for a screen that has the model write
@@ -229,14 +251,15 @@ class Trainer:
         self._count_time()
         if self.carried:
             self.carried.gather(self.team, own_rows(self))
+        saved = capture(self) if self.team.leads or self.team.sharded else {}
         if self.team.leads:
             self.log.flush()
-            checkpoint.save_tensors(self.out / checkpoint.RESUME, capture(self))
+            checkpoint.save_tensors(self.out / checkpoint.RESUME, saved)
 
     def _finish(self, reason: str, signal: int = 0) -> Result:
         """Puts the best weights into the model, unless the run is to be resumed."""
         if reason != "signal":
-            if self.best is not None and self.team.leads:
+            if self.best is not None and self.team.leads and not self.team.sharded:
                 self.task.files.load(self.out, self.model)
             self.model.eval()
         return Result(reason, self.step, self.best_step, self.best, signal)
