@@ -3,10 +3,10 @@
     python -m benchmarks.several_gpus --device cuda --processes 2      starts the processes itself, one a GPU
     python -m benchmarks.several_gpus                                  two of one thread beside one of two threads
 
-    step, step-graph, step-compile   the base model, 8 windows of 2,048 tokens a process: as train.py takes its steps
-                                     alone, with --graph and with --compile. On a CPU the same batch for either side
-    text                             one text of 262,144 tokens with --context-parallel, beside the longest that one
-                                     GPU takes with --recompute
+    step, step-graph,           the base model, 8 windows of 2,048 tokens a process: as train.py takes its steps, with
+    step-compile, step-shard    --graph, with --compile, and several with --shard. On a CPU the same batch for either
+    text                        one text of 262,144 tokens with --context-parallel, beside the longest that one GPU
+                                takes with --recompute
 
 What is timed is `Trainer.train` from step to step, on random tokens. Either side starts anew in each round, by turns. A
 part that fails or exceeds its limit is left out; the others are written.
@@ -48,7 +48,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": {"batch": 8, "length": 256, "text": 16_384, "alone": [16_384]},
     "tiny": {"batch": 2, "length": 48, "text": 512, "alone": [512, 256]},
 }
-STEPS = {"step": {}, "step-graph": {"graph": True}, "step-compile": {"compile": True}}
+STEPS: dict[str, dict[str, Any]] = {
+    "step": {},
+    "step-graph": {"graph": True},
+    "step-compile": {"compile": True},
+    "step-shard": {},
+}
 PARTS = (*STEPS, "text")
 USUAL = {"cuda": PARTS, "cpu": ("step",)}
 WARM_UP = 4
@@ -65,7 +70,7 @@ def work(job: dict[str, Any]) -> None:
     options.prepare()
     device = distributed.local_device(torch.device(options.device))
     config = peers.MODELS[job["shape"]]
-    with distributed.joined(device, job["stretches"]) as team, tempfile.TemporaryDirectory() as folder:
+    with distributed.joined(device, job["stretches"], job["sharded"]) as team, tempfile.TemporaryDirectory() as folder:
         meter = MemoryMeter(options.device)
         words = WordTokenizer([f"word{k}" for k in range(config.vocab_size - 257)])
         tokens = torch.randint(config.vocab_size, (4 * job["batch"] * job["length"],), dtype=torch.int32)
@@ -171,6 +176,7 @@ def measure_steps(part: str, args: argparse.Namespace, options: Options, until: 
     for k in range(options.rounds):
         for side in (0, 1) if k % 2 == 0 else (1, 0):
             job = job_of(args, options, batches[side], shape["length"], STEPS[part]) | {"threads": threads[side]}
+            job["sharded"] = part == "step-shard" and side == 1
             sides[side].append(launch(job, (1, args.processes)[side], until))
         if any("skipped" in one[-1] for one in sides):
             break
@@ -211,6 +217,7 @@ def job_of(args: argparse.Namespace, options: Options, batch: int, length: int, 
         "batch": batch,
         "length": length,
         "stretches": 1,
+        "sharded": False,
         "steps": args.steps,
         "settings": settings,
     }

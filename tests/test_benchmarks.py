@@ -390,6 +390,6 @@ def test_processes_are_compared_round_by_round():
 
 
 def test_a_side_that_fails_or_takes_too_long_costs_itself_alone():
-    job = {"device": "nowhere", "threads": 1, "precision": "float32", "shape": "tiny", "stretches": 1}
+    job = {"device": "nowhere", "threads": 1, "precision": "float32", "shape": "tiny", "stretches": 1, "sharded": False}
     assert "nowhere" in several_gpus.launch(job, 1, time.monotonic() + 60)["skipped"]
     assert several_gpus.launch(job, 2, 0.0) == {"skipped": "it exceeded its time limit"}

@@ -79,7 +79,15 @@ def alone(tmp_path_factory, data):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "more",
-    [(), ("--compile",), ("--graph",), ("--context-parallel", "2"), ("--context-parallel", "2", "--recompute")],
+    [
+        (),
+        ("--compile",),
+        ("--graph",),
+        ("--shard",),
+        ("--shard", "--recompute"),
+        ("--context-parallel", "2"),
+        ("--context-parallel", "2", "--recompute"),
+    ],
     ids=" ".join,
 )
 def test_two_processes_reach_the_losses_of_one(tmp_path, data, alone, device, more):

@@ -14,7 +14,8 @@ from torch import nn
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.models.mamba2 import Mamba2LM
-from mamba2_min.training import sharding
+from mamba2_min.training import distributed, sharding
+from mamba2_min.training.distributed import Gone
 from mamba2_min.training.metrics import read_metrics
 
 _processes = multiprocessing.get_context("forkserver")
@@ -68,6 +69,26 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, data, alone, t
     count, more = then
     assert Processes(count, data, tmp_path / "run", "--resume", *more).wait() == [0] * count
     assert_near_run(alone, tmp_path / "run")
+
+
+class Lost(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error, becomes",
+    [
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), Gone),
+        (dist.DistBackendError("NCCL error in: ..., remote process exited or there was a network error"), Gone),
+        (Lost("something else"), Lost),
+    ],
+)
+def test_a_connection_that_closes_within_a_block_is_one_line(monkeypatch, error, becomes):
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    for name, value in (("init_process_group", None), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(dist, name, lambda *args, value=value, **more: value)
+    with pytest.raises(becomes), distributed.joined(torch.device("cpu")):
+        raise error
 
 
 def test_it_is_killed_and_goes_on_from_the_last_save(tmp_path, data):

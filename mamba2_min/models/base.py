@@ -57,6 +57,7 @@ class Backbone(nn.Module):
     """Embedding, blocks and last norm, under the names of the official checkpoints. A model adds the `forward`."""
 
     recompute = False  # whether training computes each block again in the backward pass, instead of keeping it
+    sharded = False  # whether the weights are divided among processes, and are whole within `loss_and_state`
     compiled: Mapping[type, Callable[..., Any]] = {}  # in training: each class of blocks with its compiled forward
 
     def __init__(self, config: Any, block: Callable[[Any], nn.Module]):
@@ -87,7 +88,6 @@ class LanguageModel(nn.Module, ABC):
     config: Any
     backbone: Backbone
     lm_head: nn.Linear
-    sharded = False  # whether its weights are divided among processes, and are whole within `loss_and_state`
 
     @property
     def recompute(self) -> bool:
@@ -281,7 +281,7 @@ class LanguageModel(nn.Module, ABC):
 
     def is_called(self) -> bool:
         """Whether the model as a whole has to be called, because a call does more than `hidden` and the head."""
-        return (is_hooked(self) and not self.sharded) or type(self).forward is not LanguageModel.forward
+        return (is_hooked(self) and not self.backbone.sharded) or type(self).forward is not LanguageModel.forward
 
 
 def _is_tied(model: LanguageModel) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
@@ -29,6 +30,7 @@ from torch import distributed as dist
 from mamba2_min.errors import UserError
 from mamba2_min.ssd.stretches import spread_over
 
+_GONE = "another process of this training ended; what was saved before is intact"
 _PATIENCE = timedelta(minutes=10)  # how long a process waits for the others, who may be validating or saving
 
 
@@ -112,7 +114,7 @@ class Team:
         try:
             exchange()
         except RuntimeError as error:  # a connection that was closed, or silence for too long
-            raise Gone("another process of this training ended; what was saved before is intact") from error
+            raise Gone(_GONE) from error
 
 
 def tree_sum(leaf: Callable[[int], list[Tensor]], start: int, stop: int) -> list[Tensor]:
@@ -165,6 +167,10 @@ def joined(device: torch.device, stretches: int = 1, sharded: bool = False) -> I
         yield _team
         _team.wait()
         dist.destroy_process_group()
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error)):  # within a block, or a long text
+            raise Gone(_GONE) from error
+        raise
     finally:
         _team = Team()
 

@@ -134,9 +134,14 @@ def repair_best(trainer: Trainer) -> None:
     """Writes model.pt where the run was killed between last.pt and model.pt: last.pt holds the same weights."""
     if trainer.best is None or trainer.best_step != trainer.step:
         return
+    save_best(trainer, only_where_missing=True)
+
+
+def save_best(trainer: Trainer, only_where_missing: bool = False) -> None:
+    """Writes the present model, averaged where that is asked for, as the best. All processes call it."""
     with trainer.average.in_place():
-        model = trainer.whole_model()
-        if trainer.team.leads and not trainer.task.files.is_saved(trainer.out, model):
+        model = sharding.whole_model(trainer.model, trainer.team.leads)
+        if trainer.team.leads and not (only_where_missing and trainer.task.files.is_saved(trainer.out, model)):
             trainer.task.files.save(trainer.out, model)
 
 

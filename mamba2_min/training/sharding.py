@@ -11,6 +11,7 @@ but it reads its index by pickle, which may run what it reads, and this package 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,19 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from mamba2_min.checkpoints import weights as tensors
+from mamba2_min.errors import UserError
 from mamba2_min.models.base import LanguageModel
+from mamba2_min.settings import Settings
+
+
+def placed(model: Any, device: torch.device, sharded: bool, settings: Settings) -> Any:
+    """The model on a device, or divided among those of all processes. Raises UserError for settings that exclude it."""
+    if not sharded:
+        return model.to(device)
+    if settings.compile or settings.graph:
+        raise UserError("--shard cannot be combined with --compile or --graph")
+    shard(model, device)
+    return model
 
 
 def shard(model: LanguageModel, device: torch.device) -> None:
@@ -32,7 +45,7 @@ def shard(model: LanguageModel, device: torch.device) -> None:
     # Also after evaluating: weights that are exchanged for their average must be brought together again.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, "loss_and_state")
-    model.sharded = True
+    model.backbone.sharded = True
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -65,6 +78,24 @@ def whole_weights(model: LanguageModel, keep: bool) -> dict[str, Tensor]:
     tied = model.config.tie_embeddings
     found = whole({name: weight for name, weight in weights.items() if not (tied and name == tensors.HEAD)}, keep)
     return {name: found[tensors.EMBEDDING if tied and name == tensors.HEAD else name] for name in weights}
+
+
+def whole_model(model: LanguageModel, keep: bool) -> Any:
+    """The model; of a sharded one its config and whole weights, for those that `keep` them. All processes call it."""
+    if not any(map(is_sharded, model.parameters())):
+        return model
+    weights = whole_weights(model, keep)
+    return SimpleNamespace(config=model.config, state_dict=lambda: weights)
+
+
+def clip_gradients(model: nn.Module, most: float) -> Tensor:
+    """Scales the gradients down to the norm `most`; returns the norm that they had, over all processes' parts."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if is_sharded(norm):
+        norm = norm.full_tensor()  # type: ignore[attr-defined]
+    nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:

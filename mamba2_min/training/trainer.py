@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ from mamba2_min.training.distributed import Team
 from mamba2_min.training.gradients import batch_gradients, own_rows
 from mamba2_min.training.guards import LossGuard, deferred_signals
 from mamba2_min.training.metrics import MetricsLog, NoLog, plot_run
-from mamba2_min.training.resume import capture, prepare_folder, repair_ended, restore
+from mamba2_min.training.resume import capture, prepare_folder, repair_ended, restore, save_best
 from mamba2_min.training.step_graph import GraphedGradients
 from mamba2_min.training.task import Pretraining, Task
 
@@ -92,13 +91,7 @@ class Trainer:
         self.autocast = devices.autocast(self.device, self.precision)
         if settings.deterministic and self.device.type == "cuda":
             devices.make_deterministic()
-        self.model = task.files.unwrapped(model)
-        if self.team.sharded:
-            if settings.compile or settings.graph:
-                raise UserError("--shard cannot be combined with --compile or --graph")
-            sharding.shard(self.model, self.device)
-        else:
-            self.model.to(self.device)
+        self.model = sharding.placed(task.files.unwrapped(model), self.device, self.team.sharded, settings)
         self.model.recompute = settings.recompute
         self.windows = _batches(task, settings, self.model)
         self.asked, self.settings = settings, _resolved(settings, task, self.windows)
@@ -165,7 +158,7 @@ class Trainer:
         total = memory.backward(self, *batch)
         if self.carried:
             self.carried.commit(len(input_ids))
-        total_norm = self._clip()
+        total_norm = sharding.clip_gradients(self.model, s.clip or math.inf)
         loss, norm = torch.stack([total, total_norm.to(total.dtype)]).tolist()  # the only wait for a GPU in a step
         loss, norm = self.team.agree(loss, norm)[0]
         self.step += 1
@@ -185,22 +178,6 @@ class Trainer:
         tokens, seconds = input_ids.numel(), time.perf_counter() - began
         self.report("step", {"step": self.step, "loss": loss, "lr": lr, "tokens": tokens, "seconds": seconds})
 
-    def _clip(self) -> Tensor:
-        """Scales the gradients down to the largest norm that is allowed; returns the norm that they had."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if sharding.is_sharded(norm):
-            norm = norm.full_tensor()  # type: ignore[attr-defined]
-        nn.utils.clip_grads_with_norm_(parameters, self.settings.clip or math.inf, norm)
-        return norm
-
-    def whole_model(self) -> Any:
-        """The model; of a sharded one its config and whole weights, for the leader. All processes call it."""
-        if not self.team.sharded:
-            return self.model
-        weights = sharding.whole_weights(self.model, self.team.leads)
-        return SimpleNamespace(config=self.model.config, state_dict=lambda: weights)
-
     def halve_micro_batch(self) -> None:
         self.micro_batch = -(-self.micro_batch // 2)
         self._to_compile = self.settings.compile  # for the new sizes, at the next step
@@ -217,10 +194,7 @@ class Trainer:
         if better:
             self.best, self.best_step = score, self.step
             self.save()  # before model.pt, which is then never ahead of last.pt
-            with self.average.in_place():
-                model = self.whole_model()
-                if self.team.leads:
-                    self.task.files.save(self.out, model)
+            save_best(self)
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_PLOTS:
             self._draw()
         with self.average.in_place():  # for a screen that has the model write
