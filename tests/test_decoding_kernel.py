@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from test_triton import BF16, FLOAT32, Recorder, needs_triton
 
 from mamba2_min.config import Mamba2Config
 from mamba2_min.inference import cuda_graph, kernel_decoding
+from mamba2_min.inference.cuda_graph import CompiledDecoder
+from mamba2_min.inference.decoding import Decoder
 from mamba2_min.inference.kernel_decoding import KernelDecoder, fits
 from mamba2_min.models.mamba2 import Mamba2LM
 
@@ -72,6 +75,36 @@ def test_what_they_take():
     assert fits(PUBLISHED, BF16) and fits(PUBLISHED, FLOAT32)
     assert not fits(PUBLISHED, torch.float64) and not fits(CONFIGS["gate after the norm"], BF16)
     assert not fits(Mamba2Config(vocab_size=9, d_model=8192), BF16)
+
+
+@pytest.mark.parametrize("for_them", [True, False])
+def test_which_steps_are_recorded(monkeypatch, for_them):
+    """Kernels where they take the model; a compiler where it is asked for, or where nothing else keeps a bf16 state."""
+    monkeypatch.setattr(kernel_decoding, "takes", lambda model: for_them)
+    model = stirred(CONFIGS["plain"])
+
+    def steps(compiled, state_dtype):
+        return type(cuda_graph._steps(model, model.initial_state(2), compiled, state_dtype))
+
+    assert steps(False, None) is steps(False, FLOAT32) is (KernelDecoder if for_them else Decoder)
+    assert steps(False, BF16) is (KernelDecoder if for_them else CompiledDecoder)
+    assert steps(True, None) is steps(True, BF16) is CompiledDecoder
+
+
+@pytest.mark.parametrize(
+    "outcome, told",
+    [(1e-3, None), (0.5, "off by 5.0e-01"), (float("nan"), "off by nan"), (RuntimeError("ptxas\nfailed"), "ptxas$")],
+)
+def test_a_gpu_on_which_they_are_wrong_does_not_use_them(monkeypatch, recwarn, outcome, told):
+    def check(*args):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(kernel_decoding, "self_check", check)
+    assert kernel_decoding._works.__wrapped__(torch.device("cuda", 0), BF16, 64, 128, 4) is (told is None)
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == (told is not None) and all(re.search(told, message) for message in messages)
 
 
 # -- On a GPU ---------------------------------------------------------------------------------------------------------

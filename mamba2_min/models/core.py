@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamba2_min.ops import gpu_kernels
@@ -37,7 +37,7 @@ def takes(mixer: Mamba2Mixer, zxBCdt: Tensor, *unusual: Tensor | None) -> bool:
         c.d_conv == _TAPS
         and not c.norm_before_gate
         and c.d_inner // mixer.norm.groups <= 8192
-        and all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
+        and all(type(w) in (nn.Parameter, Tensor) and w.dtype in (torch.float32, torch.bfloat16) for w in weights)
         and zxBCdt.is_contiguous()
         and len(zxBCdt) > 0
         and mixer.has_plain_norm()
