@@ -48,10 +48,11 @@ def interpreted():
 
 @needs_triton
 def test_values_and_gradients_in_the_interpreter(interpreted):
-    assert len(interpreted) == 15
+    assert len(interpreted) == 16
     for name, errors in interpreted.items():
         for what, error in errors.items():
-            assert error < (1e-4 if what == "dA" else 2e-6), (name, what, error)
+            small = what.endswith(("dA", "dD", "A_log", ".D"))  # a small difference of large sums
+            assert error < (1e-4 if small else 2e-6), (name, what, error)
 
 
 # -- Compiled for what is not here ------------------------------------------------------------------------------------

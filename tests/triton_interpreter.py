@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -19,9 +20,12 @@ from test_graph_decoding import stirred  # noqa: E402
 from test_ssd import by_definition, chunked, make, run, to  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from mamba2_min import ssd  # noqa: E402
 from mamba2_min.config import Mamba2Config  # noqa: E402
+from mamba2_min.models import mamba2, stream  # noqa: E402
 from mamba2_min.models.core import core  # noqa: E402
-from mamba2_min.ops import conv_kernels, norm  # noqa: E402
+from mamba2_min.models.stream import through  # noqa: E402
+from mamba2_min.ops import conv_kernels, gpu_kernels, norm  # noqa: E402
 from mamba2_min.ops.conv import conv_silu_by_taps  # noqa: E402
 from mamba2_min.ops.loss_kernels import softmax_gradient  # noqa: E402
 from mamba2_min.ops.norm_kernels import AddRMSNorm, RMSNorm  # noqa: E402
@@ -137,8 +141,26 @@ def between_projections():
         leaves = [t, *m.conv1d.parameters(), m.dt_bias, m.A_log, m.D, m.norm.weight]
         found.append([*out, *torch.autograd.grad(total, leaves)])
     errors = {str(i): relative_error(got, wanted) for i, (got, wanted) in enumerate(zip(*found, strict=True))}
-    errors["dA"] = errors.pop("8")
+    errors["dD"] = errors.pop("8")
     case("between the projections", started, errors)
+
+
+def a_whole_model():
+    """The loss's gradients as a GPU computes them: all of a model's training that our kernels do."""
+    config = Mamba2Config(vocab_size=61, d_model=16, n_layer=2, d_state=16, headdim=16, ngroups=2)
+    model = stirred(config).train()
+    wide, ids = copy.deepcopy(model).double(), torch.randint(61, (1, 34), generator=torch.Generator().manual_seed(0))
+    started, used = time.perf_counter(), []
+    with mock.patch.object(gpu_kernels, "takes", lambda t: t.dtype == torch.float32), ssd.using("triton"):
+        spies = [mock.patch.object(mamba2, "core", lambda *args: used.append("core") or core(*args))]
+        spies.append(mock.patch.object(stream, "through", lambda *args: used.append("stream") or through(*args)))
+        with spies[0], spies[1]:
+            model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    assert used == ["stream", "core", "core"], used
+    wide.loss(ids[:, :-1], ids[:, 1:]).backward()
+    pairs = zip(model.named_parameters(), wide.parameters(), strict=True)
+    errors = {name: relative_error(p.grad, q.grad) for (name, p), q in pairs}
+    case("a whole model", started, errors)
 
 
 if __name__ == "__main__":
@@ -146,3 +168,4 @@ if __name__ == "__main__":
     scans()
     operations()
     between_projections()
+    a_whole_model()
