@@ -55,7 +55,8 @@ class StepGraph:
                     self._forget()
             torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._graph):
+        # Other threads may go on meanwhile: NCCL's watchdog asks the GPU how far it is.
+        with torch.cuda.device(device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._loss = backward(*self._batch)
         self._gradients = [p.grad for p in self._parameters]
         self._forget()
