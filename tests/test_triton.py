@@ -24,6 +24,7 @@ from mamba2_min.models import core, mamba2
 from mamba2_min.ops import conv, norm
 from mamba2_min.ops.gpu_kernels import has_triton
 from mamba2_min.ops.loss import cross_entropy, linear_cross_entropy
+from mamba2_min.ops.seq_idx import document_numbers
 from mamba2_min.ssd import Shape, ssd_chunked
 from mamba2_min.ssd import triton as triton_scan
 
@@ -48,7 +49,7 @@ def interpreted():
 
 @needs_triton
 def test_values_and_gradients_in_the_interpreter(interpreted):
-    assert len(interpreted) == 16
+    assert len(interpreted) == 18
     for name, errors in interpreted.items():
         for what, error in errors.items():
             small = what.endswith(("dA", "dD", "A_log", ".D"))  # a small difference of large sums
@@ -275,6 +276,16 @@ def test_operations_on_a_gpu(dtype):
     check(
         lambda *t: conv.causal_conv_silu(*t)[0],
         lambda u, *t: conv.conv_silu_by_taps(F.pad(u, (0, 0, 3, 0)), *t),
+        zxBCdt[..., 1536:3328], normal(1792, 4), normal(1792),
+    )  # fmt: skip
+    before, seq_idx = normal(2, 3, 1792), (torch.arange(700, device="cuda") // 90)[None].expand(2, -1)
+    seq_idx = seq_idx + (torch.arange(700, device="cuda") > 400)  # and a document of one token
+    documents = F.pad(document_numbers(seq_idx, 2, 700, seq_idx.device), (3, 0))
+    check(
+        lambda *t: torch.cat(conv.causal_conv_silu(*t, before, seq_idx), 1),
+        lambda u, *t: torch.cat([
+            conv.conv_silu_by_taps(torch.cat([before.double(), u], 1), *t, documents), u[:, -3:]
+        ], 1),
         zxBCdt[..., 1536:3328], normal(1792, 4), normal(1792),
     )  # fmt: skip
     weight = normal(1536, dtype=FLOAT32)

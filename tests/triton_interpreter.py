@@ -96,6 +96,17 @@ def operations():
         padded = F.pad(wide[0], (0, 0, 3, 0))
         wanted = conv_silu_by_taps(padded, wide[1], wide[2] if bias else None)
         compare(f"convolution, {l} tokens", got, wanted, inputs, wide, normal(b, l, c))
+    # After other inputs, and with documents of which some are shorter than the taps.
+    documents = torch.tensor([0] * 2 + [1] + [2] * 9 + [3] * 2 + [4] * 6)[None].expand(2, -1).contiguous()
+    before = normal(2, 3, 24)
+    for seq_idx in (documents, None):
+        inputs, wide = leaves(normal(2, 20, 24), normal(24, 4), normal(24))
+        past = before.double()
+        wanted = conv_silu_by_taps(
+            torch.cat([past, wide[0]], 1), *wide[1:], None if seq_idx is None else F.pad(seq_idx, (3, 0))
+        )
+        got = conv_kernels.ConvSiLU.apply(*inputs, before, None if seq_idx is None else seq_idx.int())
+        compare(f"convolution after others, {seq_idx is not None}", got, wanted, inputs, wide, normal(2, 20, 24))
     for groups, width in ((1, 100), (2, 64)):
         inputs, wide = leaves(normal(3, 5, width + 8)[..., 8:], normal(3, 5, width), normal(width))
         got = RMSNorm.apply(*inputs, 1e-5, groups, False)

@@ -118,7 +118,7 @@ class Core(torch.autograd.Function):
         into = (*_heads(dconvolved, s), ddt)
         dy, dlast = dy.view(y.shape), dlast.contiguous()
         _, ddt_bias, dA_log, _, _, _, dD = triton.backward(dy, dlast, x, A_log, B, C, D, None, H, *decays, into=into)
-        _, dtaps, dbias = conv_kernels.backward(xBC, dconvolved, taps, bias, dxBC)
+        _, dtaps, dbias = conv_kernels.backward(xBC, dconvolved, taps, bias, du=dxBC)
         small = [dtaps, None if bias is None else dbias, ddt_bias, dA_log, dD]
         narrowed = [None if t is None else t.to(dtype) for t, dtype in zip(small, ctx.dtypes, strict=True)]
         return gradient, *narrowed, dweight.to(weight.dtype), None

@@ -53,13 +53,11 @@ def causal_conv_silu(
     K, (b, l, c) = weight.shape[1], u.shape
     weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
     fast = not is_traced()
+    if K == 4 and gpu_kernels.takes(u) and not (torch.is_grad_enabled() and state is not None and state.requires_grad):
+        return _by_kernel(u, weight, bias, state, seq_idx)
     if state is None and seq_idx is None and fast and (torch.compiler.is_compiling() or not _is_cpu(u)):
         last = u[:, max(0, l - (K - 1)) :]
         last = F.pad(last, (0, 0, K - 1 - last.shape[1], 0))
-        if K == 4 and gpu_kernels.takes(u):
-            from mamba2_min.ops.conv_kernels import ConvSiLU
-
-            return ConvSiLU.apply(u, weight, bias), last
         return _ShiftedConvSiLU.apply(u, weight, bias), last
     if state is None:
         state = u.new_zeros(b, K - 1, c)
@@ -67,10 +65,8 @@ def causal_conv_silu(
     new_state = padded[:, padded.shape[1] - (K - 1) :].clone()  # a view would keep all of `padded` alive
     documents = None
     if seq_idx is not None:
-        document = document_numbers(seq_idx, b, l, u.device)
-        documents = F.pad(document, (K - 1, 0))
-        same = (documents[:, documents.shape[1] - (K - 1) :] == document[:, -1:])[..., None]
-        new_state = torch.where(same, new_state, 0)
+        documents = F.pad(document_numbers(seq_idx, b, l, u.device), (K - 1, 0))
+        new_state = _of_last_document(new_state, documents)
     form = _on_cpu if seq_idx is None and fast and _is_cpu(u) else conv_silu_by_taps
     if not (fast and _is_cpu(u)) or torch.compiler.is_compiling() or bool(padded.detach().sum().isfinite()):
         return form(padded, weight, bias, documents), new_state
@@ -78,6 +74,30 @@ def causal_conv_silu(
     finite = padded.isfinite()
     reached = conv_silu_by_taps((~finite).to(u.dtype), torch.ones_like(weight), None, documents) > 0
     return form(padded.masked_fill(~finite, 0), weight, bias, documents).masked_fill(reached, torch.nan), new_state
+
+
+def _of_last_document(last: Tensor, documents: Tensor) -> Tensor:
+    """The last inputs (b, K - 1, c), zero where they are of another document than the last token: (b, K - 1 + l)."""
+    own = documents[:, documents.shape[1] - last.shape[1] :] == documents[:, -1:]
+    return torch.where(own[..., None], last, 0)
+
+
+def _by_kernel(
+    u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from mamba2_min.ops.conv_kernels import ConvSiLU
+
+    b, l, _ = u.shape
+    before, documents = None if state is None else state.to(u.dtype).contiguous(), None
+    last = u[:, max(0, l - 3) :]
+    if l >= 3 or before is None:
+        last = F.pad(last, (0, 0, 3 - last.shape[1], 0))  # memory of its own: a view would keep all of u alive
+    else:
+        last = torch.cat([before[:, l:], last], dim=1)
+    if seq_idx is not None:
+        documents = document_numbers(seq_idx, b, l, u.device).int().contiguous()
+        last = _of_last_document(last, F.pad(documents, (3, 0)))
+    return ConvSiLU.apply(u, weight, bias, before, documents), last
 
 
 def _is_cpu(t: Tensor) -> bool:
