@@ -49,7 +49,7 @@ def interpreted():
 
 @needs_triton
 def test_values_and_gradients_in_the_interpreter(interpreted):
-    assert len(interpreted) == 18
+    assert len(interpreted) == 19
     for name, errors in interpreted.items():
         for what, error in errors.items():
             small = what.endswith(("dA", "dD", "A_log", ".D"))  # a small difference of large sums
@@ -311,18 +311,18 @@ def test_operations_on_a_gpu(dtype):
     )  # fmt: skip
 
 
-def mixer_gradients(mixer, u, weights):
+def mixer_gradients(mixer, u, weights, given):
     """The output, the last states and all gradients of a mixer."""
     u = u.detach().requires_grad_()
     with torch.autocast("cuda", dtype=BF16, enabled=u.dtype == FLOAT32):
-        out = mixer(u, None, None, None)
+        out = mixer(u, *given)
     total = sum((value.double() * weight).sum() for value, weight in zip(out, weights, strict=True))
     return [*out, *torch.autograd.grad(total, [u, *mixer.parameters()])]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("b, l", [(3, 500), (8, 2048)])
-def test_a_mixer_between_its_projections_on_a_gpu(monkeypatch, b, l):
+@pytest.mark.parametrize("b, l, from_states", [(3, 500, False), (8, 2048, False), (3, 500, True)])
+def test_a_mixer_between_its_projections_on_a_gpu(monkeypatch, b, l, from_states):
     """One function, and the operations one by one: equally far from float64, and the same text for both states."""
     config = Mamba2Config(vocab_size=9, d_model=256, n_layer=1, d_state=128)
     mixer = mamba2.Mamba2LM(config, seed=0).cuda().backbone.layers[0].mixer
@@ -332,14 +332,19 @@ def test_a_mixer_between_its_projections_on_a_gpu(monkeypatch, b, l):
         shapes = [t.shape for t in mixer(u[:, :9], None, None, None)]
     shapes[0] = (b, l, 256)
     weights = [torch.randn(shape, generator=r, device="cuda", dtype=torch.float64) for shape in shapes]
+    given = wide_given = (None, None, None)
+    if from_states:
+        states = [torch.randn(shape, generator=r, device="cuda") for shape in shapes[1:]]
+        seq_idx = (torch.arange(l, device="cuda") // 90)[None].expand(b, -1)
+        given, wide_given = (*states, seq_idx), (*[t.double() for t in states], seq_idx)
     used = []
     monkeypatch.setattr(mamba2, "core", lambda *args: used.append(1) or core.core(*args))
-    got, again = mixer_gradients(mixer, u, weights), mixer_gradients(mixer, u, weights)
+    got, again = (mixer_gradients(mixer, u, weights, given) for _ in range(2))
     assert len(used) == 2 and all(map(torch.equal, got, again))
     monkeypatch.setattr(mamba2, "takes", lambda *args: False)
-    apart = mixer_gradients(mixer, u, weights)
+    apart = mixer_gradients(mixer, u, weights, given)
     assert len(used) == 2
-    wanted = mixer_gradients(copy.deepcopy(mixer).double(), u.double(), weights)
+    wanted = mixer_gradients(copy.deepcopy(mixer).double(), u.double(), weights, wide_given)
     for i, (a, b, c) in enumerate(zip(got, apart, wanted, strict=True)):
         assert relative_error(a.double(), c) < 1.2 * relative_error(b.double(), c) + 1e-3, i
         assert relative_error(a.double(), c) < 5e-2, i

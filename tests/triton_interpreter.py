@@ -141,19 +141,25 @@ def between_projections():
     model = stirred(config).train()
     mixer, wide = (m.backbone.layers[0].mixer for m in (model, copy.deepcopy(model).double()))
     wide.in_proj = wide.out_proj = torch.nn.Identity()
-    zxBCdt = torch.randn(2, 37, config.d_in_proj, generator=torch.Generator().manual_seed(0))
-    started = time.perf_counter()
-    found = []
-    for m, computed in ((mixer, lambda t: core(mixer, t)), (wide, lambda t: wide(t, None, None, None))):
-        r = torch.Generator().manual_seed(1)
-        t = zxBCdt.to(m.D.dtype).requires_grad_()
-        out = computed(t)
-        total = sum((value * torch.randn(value.shape, generator=r).to(value.dtype)).sum() for value in out)
-        leaves = [t, *m.conv1d.parameters(), m.dt_bias, m.A_log, m.D, m.norm.weight]
-        found.append([*out, *torch.autograd.grad(total, leaves)])
-    errors = {str(i): relative_error(got, wanted) for i, (got, wanted) in enumerate(zip(*found, strict=True))}
-    errors["dD"] = errors.pop("8")
-    case("between the projections", started, errors)
+    r = torch.Generator().manual_seed(0)
+    zxBCdt, window = torch.randn(2, 37, config.d_in_proj, generator=r), torch.randn(2, 3, config.conv_dim, generator=r)
+    state = torch.randn(2, config.nheads, 16, 16, generator=r)
+    documents = (torch.arange(37) // 11)[None].expand(2, -1)
+    for name, given in (("", (None, None, None)), (", from states, documents", (window, state, documents))):
+        started, found = time.perf_counter(), []
+        for m, computed in ((mixer, lambda *t: core(mixer, *t)), (wide, wide)):
+            r = torch.Generator().manual_seed(1)
+            t = zxBCdt.to(m.D.dtype).requires_grad_()
+            before, start, seq_idx = (None if v is None else v.to(m.D.dtype) for v in given)
+            leaves = [t, *m.conv1d.parameters(), m.dt_bias, m.A_log, m.D, m.norm.weight]
+            if start is not None:
+                leaves.append(start.requires_grad_())
+            out = computed(t, before, start, seq_idx)
+            total = sum((value * torch.randn(value.shape, generator=r).to(value.dtype)).sum() for value in out)
+            found.append([*out, *torch.autograd.grad(total, leaves)])
+        errors = {str(i): relative_error(got, wanted) for i, (got, wanted) in enumerate(zip(*found, strict=True))}
+        errors["dA"], errors["dD"] = errors.pop("7"), errors.pop("8")
+        case("between the projections" + name, started, errors)
 
 
 def a_whole_model():

@@ -2,7 +2,7 @@
 
 It computes what `Mamba2Mixer.forward` does there and launches the same kernels. Alone, each operation returns the
 gradient of its part of in_proj's output, and PyTorch copies the parts into one tensor. Here each is written to its
-place in that tensor. For training on a GPU; a state to start from, packed documents and compilers go the usual way.
+place in that tensor. For training on a GPU, not compiled.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mamba2_min.ops import gpu_kernels
 from mamba2_min.ops.autograd import autocast_off, handwritten_backward
+from mamba2_min.ops.conv import kernel_documents, last_inputs
 from mamba2_min.ops.norm import writes_bf16
 from mamba2_min.ssd import Shape, chosen
 from mamba2_min.ssd.stretches import is_spread
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 _TAPS = 4  # that the kernel of the convolution has
 
 
-def takes(mixer: Mamba2Mixer, zxBCdt: Tensor, *unusual: Tensor | None) -> bool:
-    """Whether `core` computes the mixer's part: without the `unusual` arguments, states and documents."""
-    if is_spread() or any(t is not None for t in unusual):
+def takes(mixer: Mamba2Mixer, zxBCdt: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None) -> bool:
+    """Whether `core` computes the mixer's part from these states. That of the convolution gets no gradient there."""
+    if is_spread() or (conv_state is not None and conv_state.requires_grad):
+        return False
+    if ssm_state is not None and ssm_state.dtype not in (torch.float32, torch.bfloat16):
         return False
     c = mixer.config
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not gpu_kernels.takes(zxBCdt):
@@ -51,19 +53,22 @@ def shape_of(mixer: Mamba2Mixer, zxBCdt: Tensor) -> Shape:
     return Shape(b, l, c.nheads, c.headdim, c.ngroups, c.d_state, c.chunk_size)
 
 
-def core(mixer: Mamba2Mixer, zxBCdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def core(
+    mixer: Mamba2Mixer, zxBCdt: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """in_proj's output (b, l, d_in_proj) -> what out_proj reads (b, l, d_inner), and both states after the last token.
 
     As the norm's kernel, it writes bf16 under autocast, and otherwise the dtype of the norm's weight.
     """
     c, conv, norm = mixer.config, mixer.conv1d, mixer.norm
-    l = zxBCdt.shape[1]
-    window = zxBCdt[:, max(0, l - (_TAPS - 1)) :, c.d_inner : c.d_inner + c.conv_dim]
-    window = F.pad(window, (0, 0, _TAPS - 1 - window.shape[1], 0))
+    before = None if conv_state is None else conv_state.to(zxBCdt.dtype).contiguous()
+    start = None if ssm_state is None else ssm_state.float().contiguous()
+    documents = kernel_documents(zxBCdt, seq_idx)
+    window = last_inputs(zxBCdt[..., c.d_inner : c.d_inner + c.conv_dim], before, documents)
     about = {"sizes": shape_of(mixer, zxBCdt), "eps": norm.eps, "parts": norm.groups, "narrow": writes_bf16()}
     with autocast_off(zxBCdt):
         weights = (conv.weight[:, 0], conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight)
-        y, ssm_state = Core.apply(zxBCdt, *weights, about)
+        y, ssm_state = Core.apply(zxBCdt, start, *weights, before, documents, about)
     return y, window, ssm_state
 
 
@@ -80,21 +85,26 @@ def _heads(xBC: Tensor, s: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 class Core(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, zxBCdt, taps, bias, dt_bias, A_log, D, weight, about: dict[str, Any]):
+    def forward(
+        ctx, zxBCdt, start, taps, bias, dt_bias, A_log, D, weight, before, documents, about: dict[str, Any]
+    ):  # fmt: skip
         from mamba2_min.ops import conv_kernels, norm_kernels
         from mamba2_min.ssd import triton
 
         s, dtype = about["sizes"], zxBCdt.dtype
         z, xBC, dt = _parts(zxBCdt, s)
         taps_, bias_ = taps.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
-        convolved = conv_kernels.forward(xBC, taps_, bias_)
+        convolved = conv_kernels.forward(xBC, taps_, bias_, before, documents)
         D_ = D.float()
-        start = zxBCdt.new_zeros(s.b, s.h, s.p, s.n, dtype=torch.float32)
+        ctx.from_a_state = start is not None
+        if start is None:
+            start = zxBCdt.new_zeros(s.b, s.h, s.p, s.n, dtype=torch.float32)
         x, B, C = _heads(convolved, s)
-        y, last, H, *decays = triton.forward(x, dt, A_log, B, C, D_, start, None, dt_bias=dt_bias)
+        y, last, H, *decays = triton.forward(x, dt, A_log, B, C, D_, start, documents, dt_bias=dt_bias)
         flat_y, flat_z = y.view(s.b * s.l, -1), z.flatten(0, 1)
         out, scale = norm_kernels.forward(flat_y, flat_z, weight, about["eps"], about["parts"], about["narrow"])
-        ctx.save_for_backward(zxBCdt, taps_, bias_, weight, convolved, A_log, D_, y, scale, H, *decays)
+        kept = (before, documents, zxBCdt, taps_, bias_, weight, convolved, A_log, D_, y, scale, H)
+        ctx.save_for_backward(*kept, *decays)
         ctx.about, ctx.dtypes = about, [None if t is None else t.dtype for t in (taps, bias, dt_bias, A_log, D)]
         return out.view(s.b, s.l, -1), last
 
@@ -104,7 +114,8 @@ class Core(torch.autograd.Function):
         from mamba2_min.ops import conv_kernels, norm_kernels
         from mamba2_min.ssd import triton
 
-        zxBCdt, taps, bias, weight, convolved, A_log, D, y, scale, H, *decays = ctx.saved_tensors
+        before, documents, *kept = ctx.saved_tensors
+        zxBCdt, taps, bias, weight, convolved, A_log, D, y, scale, H, *decays = kept
         s: Shape = ctx.about["sizes"]
         z, xBC, _ = _parts(zxBCdt, s)
         gradient = torch.empty_like(zxBCdt)
@@ -117,8 +128,10 @@ class Core(torch.autograd.Function):
         x, B, C = _heads(convolved, s)
         into = (*_heads(dconvolved, s), ddt)
         dy, dlast = dy.view(y.shape), dlast.contiguous()
-        _, ddt_bias, dA_log, _, _, _, dD = triton.backward(dy, dlast, x, A_log, B, C, D, None, H, *decays, into=into)
-        _, dtaps, dbias = conv_kernels.backward(xBC, dconvolved, taps, bias, du=dxBC)
+        arguments = (dy, dlast, x, A_log, B, C, D, documents, H, *decays)
+        _, ddt_bias, dA_log, _, _, dstart, dD = triton.backward(*arguments, into=into)
+        _, dtaps, dbias = conv_kernels.backward(xBC, dconvolved, taps, bias, before, documents, dxBC)
         small = [dtaps, None if bias is None else dbias, ddt_bias, dA_log, dD]
         narrowed = [None if t is None else t.to(dtype) for t, dtype in zip(small, ctx.dtypes, strict=True)]
-        return gradient, *narrowed, dweight.to(weight.dtype), None
+        dstart = dstart if ctx.from_a_state else None
+        return gradient, dstart, *narrowed, dweight.to(weight.dtype), None, None, None

@@ -105,8 +105,8 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         zxBCdt = self.in_proj(u)
-        if takes(self, zxBCdt, conv_state, ssm_state, seq_idx):
-            y, conv_state, ssm_state = core(self, zxBCdt)
+        if takes(self, zxBCdt, conv_state, ssm_state):
+            y, conv_state, ssm_state = core(self, zxBCdt, conv_state, ssm_state, seq_idx)
             return self.out_proj(y), conv_state, ssm_state
         z, xBC, dt = zxBCdt.split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
         xBC, conv_state = self._convolve(xBC, conv_state, seq_idx)

@@ -87,17 +87,25 @@ def _by_kernel(
 ) -> tuple[Tensor, Tensor]:
     from mamba2_min.ops.conv_kernels import ConvSiLU
 
-    b, l, _ = u.shape
-    before, documents = None if state is None else state.to(u.dtype).contiguous(), None
+    before = None if state is None else state.to(u.dtype).contiguous()
+    documents = kernel_documents(u, seq_idx)
+    return ConvSiLU.apply(u, weight, bias, before, documents), last_inputs(u, before, documents)
+
+
+def kernel_documents(u: Tensor, seq_idx: Tensor | None) -> Tensor | None:
+    """`document_numbers` as the kernels read them: (b, l) int32, contiguous; None where there is one document."""
+    return None if seq_idx is None else document_numbers(seq_idx, u.shape[0], u.shape[1], u.device).int().contiguous()
+
+
+def last_inputs(u: Tensor, before: Tensor | None, documents: Tensor | None) -> Tensor:
+    """The last three inputs of the last document, (b, 3, c): of u (b, l, c), after those `before` (b, 3, c)."""
+    l = u.shape[1]
     last = u[:, max(0, l - 3) :]
     if l >= 3 or before is None:
         last = F.pad(last, (0, 0, 3 - last.shape[1], 0))  # memory of its own: a view would keep all of u alive
     else:
         last = torch.cat([before[:, l:], last], dim=1)
-    if seq_idx is not None:
-        documents = document_numbers(seq_idx, b, l, u.device).int().contiguous()
-        last = _of_last_document(last, F.pad(documents, (3, 0)))
-    return ConvSiLU.apply(u, weight, bias, before, documents), last
+    return last if documents is None else _of_last_document(last, F.pad(documents, (3, 0)))
 
 
 def _is_cpu(t: Tensor) -> bool:
