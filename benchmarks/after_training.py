@@ -145,6 +145,7 @@ def learn(task: str, method: str, o: Options) -> dict[str, Any]:
     data, validation, test = records_of(task, o)
     out = o.work / f"{task}-{method}"
     how = {**HOW[task], "context": 512, "patience": 0, "precision": o.precision, "compile": o.compile}
+    how["graph"] = o.device == "cuda"
     if o.quick:
         how |= {"max_steps": 4, "eval_every": 2}
     if validation is not None:

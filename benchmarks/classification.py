@@ -8,10 +8,11 @@ llama-stories/, as published. Each row of the result is one task, model, method 
 already is left out, so that a benchmark that was stopped goes on; --only names the rows to make (--list shows them).
 
 Both models get the same vocabulary, the same pretraining (llama-stories and the texts of the training parts), the same
-trainer, batches, epochs and number of tried learning rates. `full` trains every weight, `lora` has r 16, alpha 32 and
-dropout 0.1 on every projection of a block, `scratch` skips the pretraining. A twentieth of the training part chooses
-the best epoch; the test part is used once, at the end. `tfidf` is TF-IDF with logistic regression: of words with
-scikit-learn's defaults, and of words and letters with what is known to work well.
+trainer, batches, epochs, number of tried learning rates, and the same means against learning the texts by heart.
+`full` trains every weight, `lora` has r 16, alpha 32 and dropout 0.1 on every projection of a block, `state` trains the
+first state alone, `scratch` skips the pretraining. A twentieth of the training part chooses the best epoch; the test
+part is used once, at the end. `tfidf` is TF-IDF with logistic regression: of words with scikit-learn's defaults, and of
+words and letters with what is known to work well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 import random
 import sys
 import tempfile
@@ -45,6 +47,7 @@ from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.data.windows import Windows
 from mamba2_min.evaluation.perplexity import Score
 from mamba2_min.finetune.classifier import Classifier
+from mamba2_min.finetune.initial_state import TunedStateLM
 from mamba2_min.finetune.labels import LabelData, Sample
 from mamba2_min.finetune.lora import LoRAConfig, add_lora, trainable
 from mamba2_min.finetune.sorting import Sorting, score
@@ -55,12 +58,15 @@ from mamba2_min.training.task import ModelFiles, Task
 from mamba2_min.training.trainer import Trainer
 
 TASKS = ("banking77", "banking77-10", "sms", "sms-book")
-MODELS = ("mamba2", "mamba2-last", "gpt-neo")  # -last: the head reads the last token instead of the mean
-METHODS = ("scratch", "full", "lora")
+MODELS = ("mamba2", "mamba2-mean", "mamba2-last", "gpt-neo")  # -mean, -last: what the head reads instead of POOL
+METHODS = ("scratch", "full", "lora", "state")
+POOL = "mean+max"
+# What keeps a model from learning the texts by heart, for both families; an epoch reads each text twice.
+WORD_DROPOUT, CONSISTENCY, EMA = 0.15, 2.0, 0.995
 BASELINES = ("tfidf-default", "tfidf-best")
 WIDTH, LAYERS = 128, 4
 LORA = {"mamba2": ("in_proj", "out_proj"), "gpt-neo": ("q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj")}
-RATES = {"scratch": 4e-3, "full": 2e-3, "lora": 5e-3}
+RATES = {"scratch": 4e-3, "full": 2e-3, "lora": 5e-3, "state": 2e-2}
 CONTEXT = 128  # tokens of a pretraining window
 
 Texts = list[tuple[str, str]]  # (text, label)
@@ -195,23 +201,23 @@ class GPTNeoSorter(nn.Module):
 
     recompute = False
     config = SimpleNamespace(to_dict=lambda: {"family": "gpt-neo"})
+    word_dropout, consistency, label_smoothing = WORD_DROPOUT, CONSISTENCY, 0.1
+    loss, _without_words = Classifier.loss, Classifier._without_words
 
-    def __init__(self, vocab_size: int, labels: int, smoothing: float, seed: int):
+    def __init__(self, vocab_size: int, labels: int, seed: int):
         super().__init__()
         from transformers import GPTNeoForSequenceClassification
 
         torch.manual_seed(seed)
         self.inner = GPTNeoForSequenceClassification(gpt_neo_config(vocab_size, num_labels=labels))
-        self.pad, self.smoothing = vocab_size, smoothing
+        self.pad = vocab_size
+        self.register_buffer("class_weights", torch.ones(labels), persistent=False)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        if self.training:
+            input_ids = self._without_words(input_ids, mask)
         ids = input_ids.masked_fill(~mask, self.pad)
         return self.inner(input_ids=ids, attention_mask=mask.long()).logits
-
-    def loss(self, input_ids: Tensor, targets: Tensor, seq_idx: Tensor) -> Tensor:
-        labels = torch.where(targets == IGNORE, -1, targets).amax(1)
-        smoothing = self.smoothing if self.training else 0.0
-        return F.cross_entropy(self(input_ids, seq_idx >= 0).float(), labels, label_smoothing=smoothing)
 
 
 def gpt_neo_config(vocab_size: int, **more: Any) -> Any:
@@ -317,9 +323,16 @@ def pretrain(family: str, o: Options) -> dict[str, Any]:
     return about
 
 
+def split_name(model: str) -> tuple[str, str]:
+    """The family of a model, and what its head reads: "mamba2-last" is "mamba2" and "last"."""
+    family = "gpt-neo" if model == "gpt-neo" else "mamba2"
+    return family, model.removeprefix(family).lstrip("-") or POOL
+
+
 def sorter(model: str, method: str, labels: int, tokenizer: WordTokenizer, seed: int, o: Options) -> nn.Module:
     """A classifier, with the pretrained weights unless it is from scratch, and adapters where the method is lora."""
-    family, size = model.removesuffix("-last"), len(tokenizer)
+    family, pool = split_name(model)
+    size = len(tokenizer)
     weights = {}
     if method != "scratch":
         pretrain(family, o)
@@ -331,8 +344,10 @@ def sorter(model: str, method: str, labels: int, tokenizer: WordTokenizer, seed:
             checkpoint.load_weights(lm, weights, "the pretraining")
         if method == "lora":
             add_lora(lm, lora, seed)
-        return Classifier(lm, labels, "last" if model.endswith("-last") else "mean", None, 0.1, 0.2, seed)
-    neo = GPTNeoSorter(size, labels, 0.1, seed)
+        elif method == "state":
+            lm = TunedStateLM.of(lm)
+        return Classifier(lm, labels, pool, None, 0.1, 0.2, seed, WORD_DROPOUT, CONSISTENCY)
+    neo = GPTNeoSorter(size, labels, seed)
     if weights:
         body = {n.removeprefix("inner.transformer."): t for n, t in weights.items() if "transformer." in n}
         neo.inner.transformer.load_state_dict(body)
@@ -341,10 +356,17 @@ def sorter(model: str, method: str, labels: int, tokenizer: WordTokenizer, seed:
     return neo
 
 
-def learn(task: str, model: str, method: str, seed: int, o: Options) -> dict[str, Any]:
-    """One row: fine-tunes a classifier and scores it on the test part."""
+def begin(o: Options) -> None:
+    """Settles a worker's threads, and which GPU it has where there are several."""
     torch.set_num_threads(o.threads)
     devices.keep_freed_memory()
+    if o.device == "cuda":
+        torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
+
+
+def learn(task: str, model: str, method: str, seed: int, o: Options) -> dict[str, Any]:
+    """One row: fine-tunes a classifier and scores it on the test part."""
+    begin(o)
     tokenizer, _, _ = prepared(o)
     parts = read_task(task, o.data, o.share, seed)
     names = sorted({label for _, label in parts[0]})
@@ -368,6 +390,7 @@ def learn(task: str, model: str, method: str, seed: int, o: Options) -> dict[str
         eval_every=per_epoch,
         lr=lr,
         weight_decay=0.3,
+        ema_decay=EMA,
         seed=seed,
     )
     autocast = devices.autocast(torch.device(o.device), devices.pick_precision(o.precision, torch.device(o.device)))
@@ -433,8 +456,10 @@ def rows(seeds: list[int]) -> Iterator[str]:
         yield from (f"{task}/{kind}/-/{seed}" for kind in BASELINES for seed in (seeds if "-10" in task else seeds[:1]))
         for model in MODELS:
             for method in METHODS:
-                if model == "mamba2-last" and method != "full":
+                if split_name(model)[1] != POOL and method != "full":
                     continue  # the head's question is asked once
+                if model == "gpt-neo" and method == "state":
+                    continue  # it has none
                 yield from (f"{task}/{model}/{method}/{seed}" for seed in seeds)
 
 
@@ -507,10 +532,12 @@ def main() -> int:
 
     print(f"{len(left)} rows to make, {len(wanted) - len(left)} are there; results go to {out}", flush=True)
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        if any("/full/" in row or "/lora/" in row for row in left):  # before the rows, which then find it done
+        if any(
+            row.split("/")[2] in ("full", "lora", "state") for row in left
+        ):  # before the rows, which then find it done
             pool.submit(_prepare, o).result()
             families = {
-                row.split("/")[1].removesuffix("-last") for row in left if row.split("/")[2] in ("full", "lora")
+                split_name(row.split("/")[1])[0] for row in left if row.split("/")[2] in ("full", "lora", "state")
             }
             for one in as_completed([pool.submit(_pretrain, family, o) for family in sorted(families)]):
                 keep(one.result())
@@ -527,8 +554,7 @@ def _prepare(o: Options) -> None:
 
 
 def _pretrain(family: str, o: Options) -> dict[str, Any]:
-    torch.set_num_threads(o.threads)
-    devices.keep_freed_memory()
+    begin(o)
     return pretrain(family, o)
 
 

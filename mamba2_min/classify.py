@@ -60,6 +60,7 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Classifier
     from mamba2_min.finetune import adapter, labels
     from mamba2_min.finetune.classifier import POOLS, Classifier
     from mamba2_min.finetune.sorting import ClassifierFiles
+    from mamba2_min.finetune.spelling import Spelling
     from mamba2_min.models.mamba2 import Mamba2LM
     from mamba2_min.training.task import ModelFiles
 
@@ -71,8 +72,10 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Classifier
     about = files.load_json(folder / labels.LABELS)
     names, pool = (about.get("labels"), about.get("pool")) if isinstance(about, dict) else (None, None)
     good = isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) and n for n in names)
-    if not isinstance(names, list) or not good or pool not in POOLS:
-        raise UserError(f"{folder / labels.LABELS} does not name at least two labels and a pool")
+    spelling = about.get("spelling", 0) if isinstance(about, dict) else 0
+    possible = isinstance(spelling, int) and not isinstance(spelling, bool) and 0 <= spelling <= 1 << 20
+    if not isinstance(names, list) or not good or pool not in POOLS or not possible or spelling == 1:
+        raise UserError(f"{folder / labels.LABELS} does not name at least two labels, a pool and a spelling")
     if files.is_file(folder / adapter.CONFIG):
         model, source = adapter.load_base(folder, base)
         model = adapter.load_adapter(folder, model)
@@ -80,8 +83,9 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Classifier
         model, source = Mamba2LM.from_pretrained(folder), str(folder)
     beside = folder if files.is_file(folder / checkpoint.TOKENIZER) else source
     tokenizer = checkpoint.load_tokenizer(beside, model.config.vocab_size)
-    classifier = Classifier(model, len(names), str(pool))
-    ClassifierFiles(ModelFiles(), names, str(pool)).load_head(folder, classifier)
+    parts = Spelling(tokenizer, model.config.d_model, spelling) if spelling else None
+    classifier = Classifier(model, len(names), str(pool), spelling=parts)
+    ClassifierFiles(ModelFiles(), names, str(pool), spelling).load_head(folder, classifier)
     return classifier.eval(), tokenizer, names
 
 

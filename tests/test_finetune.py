@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from mamba2_min.finetune.lora import LoRAConfig
 from mamba2_min.finetune.packing import batches_of, lay_out
 from mamba2_min.finetune.sorting import SortingScore, make_classifier, pad, score
 from mamba2_min.finetune.spec import FinetuneSettings, plan
+from mamba2_min.finetune.spelling import Spelling, parts_of
 from mamba2_min.finetune.sweep import sweep
 from mamba2_min.finetune.talk import Chat
 from mamba2_min.finetune.talk import load as load_talk
@@ -290,7 +292,7 @@ class TestSorting:
     def test_weights_let_each_label_weigh_the_same(self, base):
         data = labels.LabelData([labels.Sample(torch.tensor([0, 5]), k) for k in (0, 0, 0, 1)], [], ["a", "b"])
         f = FinetuneSettings(model="x", data="y", task="classify", class_weights=True)
-        classifier = make_classifier(Mamba2LM.from_pretrained(base), data, f, seed=0)
+        classifier = make_classifier(Mamba2LM.from_pretrained(base), data, f, 0, WordTokenizer(["a"]))
         assert classifier.class_weights.tolist() == pytest.approx([4 / (2 * 3), 4 / (2 * 1)])
         input_ids, targets, seq_idx = pad(data.train)
         plain = torch.nn.functional.cross_entropy(classifier.eval()(input_ids), targets[:, -1], reduction="none")
@@ -340,6 +342,64 @@ class TestSorting:
 
         score(classifier, [labels.Sample(torch.tensor([0, 5]), 1)], 2, contextlib.nullcontext())
         assert [m.training for m in classifier.modules()] == before
+
+
+class TestSpelling:
+    def test_parts(self):
+        assert parts_of(" Cat") == ["<cat>", "<ca", "cat", "at>", "<cat", "cat>"]
+        assert parts_of("?") == ["<?>"] and parts_of(" ") == ["<>"]
+
+    @pytest.mark.parametrize("pattern", ["words", "llama3", "whitespace"])
+    def test_it_is_the_mean_of_the_parts(self, pattern):
+        """Also of a word that no vocabulary has, at each of its bytes; neighbours and padding change nothing."""
+        tokenizer = WordTokenizer.train(["the cat sat"], min_count=1, pattern=pattern)
+        spelling = Spelling(tokenizer, 4, 1000).double()
+
+        def mean(word):
+            rows = [1 + zlib.crc32(part.encode()) % 999 for part in parts_of(word)]
+            return spelling.parts.weight[rows].mean(0)
+
+        text = "the cat" if pattern == "whitespace" else "the cät, the xylophone sat"
+        ids = torch.tensor([tokenizer.encode(text)])
+        found = spelling(ids)[0]
+        words = [piece for piece in tokenizer.pieces(text) for _ in tokenizer.piece_ids(piece)]
+        words += ["<eos>"] * (len(found) - len(words))
+        for vector, word in zip(found, words, strict=True):
+            if word not in ("\n", "<eos>"):
+                assert relative_error(vector, mean(word)) < 1e-12
+        padded = torch.nn.functional.pad(ids, (2, 3)).repeat(2, 1)
+        assert torch.equal(spelling(padded)[1, 2:-3], found)
+        spelling(ids).sum().backward()
+        assert not spelling.parts.weight.grad[0].any()
+
+    @pytest.mark.parametrize("method", ["full", "lora", "scratch"])
+    def test_from_a_table_to_labels(self, base, tmp_path, method):
+        data = write_lines(tmp_path / "a.jsonl", TEXTS)
+        how = {"task": "classify", "method": method, "max_steps": 60, "eval_every": 30, "lr": 1e-2}
+        how |= {"spelling": 500, "word_dropout": 0.1}
+        best = finetune(base, data, tmp_path / "out", **how).best
+        classifier, tokenizer, names = load_classifier(tmp_path / "out", base)
+        assert classifier.spelling.buckets == 500
+        given = list(classify(classifier, tokenizer, names, [t["text"] for t in TEXTS]))
+        right = sum(name == t["label"] for (name, _), t in zip(given, TEXTS, strict=True)) / len(TEXTS)
+        assert best.accuracy > 0.8 and right > 0.8
+        kept = (tmp_path / "out" / labels.HEAD).read_bytes()
+        about = json.loads((tmp_path / "out" / labels.LABELS).read_text())
+        finetune(base, data, tmp_path / "out", True, **how)  # it had ended: nothing changes
+        assert (tmp_path / "out" / labels.HEAD).read_bytes() == kept
+        for wrong in (1, -1, True, "x", 400):
+            (tmp_path / "out" / labels.LABELS).write_text(json.dumps({**about, "spelling": wrong}))
+            with pytest.raises(UserError):
+                load_classifier(tmp_path / "out", base)
+
+    def test_a_step_reads_equal_texts_padded_or_not(self, base):
+        tokenizer = WordTokenizer.load(base / "tokenizer.json")
+        model = Mamba2LM.from_pretrained(base)
+        classifier = Classifier(model, 2, "mean+max", spelling=Spelling(tokenizer, 32, 200)).double().eval()
+        ids = torch.tensor([[0, *tokenizer.encode("the qqq zz dog")]])
+        padded = torch.nn.functional.pad(ids, (3, 2), value=70)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 2)).bool()
+        assert relative_error(classifier(padded, mask), classifier(ids)) < 1e-10
 
 
 class TestData:
@@ -531,6 +591,8 @@ def test_a_label_that_training_never_saw(base, tmp_path):
         ({"lora_targets": "lm_head"}, "tied to the embedding"),
         ({"method": "scratch"}, "is for --task classify"),
         ({"lora_r": 0}, "lora_r must be an integer"),
+        ({"spelling": 1}, "at least 2 vectors"),
+        ({"word_dropout": 1.0}, "word_dropout must be below 1"),
         ({"model": "nowhere"}, "nowhere is not a folder"),
     ],
 )

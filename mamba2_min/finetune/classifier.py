@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mamba2_min.finetune.spelling import Spelling
 from mamba2_min.models.base import LanguageModel
 from mamba2_min.ops.loss import IGNORE
 
@@ -43,9 +44,13 @@ class Classifier(nn.Module):
         seed: int = 0,
         word_dropout: float = 0.0,
         consistency: float = 0.0,
+        spelling: Spelling | None = None,
     ):
-        """word_dropout: the share of the tokens that training takes away; consistency: the weight of the divergence of
-        two readings, beside their loss. Raises ValueError for fewer than two labels and an unknown pool."""
+        """spelling: is added to the embeddings; word_dropout: the share of the tokens that training takes away;
+        consistency: the weight of the divergence of two readings, beside their loss.
+
+        Raises ValueError for fewer than two labels and an unknown pool.
+        """
         super().__init__()
         if labels < 2:
             raise ValueError(f"sorting needs at least two labels, not {labels}")
@@ -53,7 +58,7 @@ class Classifier(nn.Module):
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
         self.model, self.pool, self.label_smoothing, self.dropout = model, pool, label_smoothing, dropout
         like = model.lm_head.weight
-        self.word_dropout, self.consistency = word_dropout, consistency
+        self.word_dropout, self.consistency, self.spelling = word_dropout, consistency, spelling
         width = model.config.d_model * (1 + pool.count("+"))
         self.head = nn.Linear(width, labels, device=like.device, dtype=like.dtype)
         generator = torch.Generator().manual_seed(seed)
@@ -89,9 +94,12 @@ class Classifier(nn.Module):
             mask = torch.ones_like(input_ids, dtype=torch.bool)
         if not bool(mask.any(1).all()):
             raise ValueError("a text without a token cannot be sorted")
-        if self.training and self.word_dropout:
-            input_ids = self._without_words(input_ids, mask)
-        hidden, _ = self.model.hidden(input_ids, seq_idx=mask.long())
+        seen = self._without_words(input_ids, mask) if self.training and self.word_dropout else input_ids
+        if self.spelling is None:
+            hidden, _ = self.model.hidden(seen, seq_idx=mask.long())
+        else:
+            embeds = self.model.backbone.embedding(seen) + self._spelled(input_ids, seen, mask)
+            hidden, _ = self.model.hidden(inputs_embeds=embeds, seq_idx=mask.long())
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         vector = torch.cat([pooled(hidden, mask, kind) for kind in self.pool.split("+")], -1)
         return self.head(F.dropout(vector, self.dropout, self.training).to(self.head.weight.dtype))
@@ -101,6 +109,15 @@ class Classifier(nn.Module):
         absent = torch.rand(input_ids.shape, device=input_ids.device) < self.word_dropout
         absent &= mask & F.pad(mask[:, :-1], (1, 0))
         return input_ids.masked_fill(absent, ABSENT)
+
+    def _spelled(self, input_ids: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
+        """What the spelling adds; in training half of the absent words lose that too, and a tenth of the others."""
+        assert self.spelling is not None
+        added = self.spelling(input_ids.masked_fill(~mask, 0))  # padding spells nothing
+        if self.training and self.word_dropout:
+            share = torch.where(seen == input_ids, 0.1, 0.5)
+            added = added * (torch.rand(input_ids.shape, device=added.device) >= share)[..., None]
+        return added
 
     def loss(self, input_ids: Tensor, targets: Tensor, state: Any = None, seq_idx: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats per text, weighted by class; in training with what `consistency` adds.

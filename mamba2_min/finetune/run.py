@@ -182,8 +182,8 @@ def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer
         model, kept = Mamba2LM(config, seed=spec.training.seed), ModelFiles()
     else:
         model, kept = _method(f, spec.training.seed, model)
-    classifier = make_classifier(model, data, f, spec.training.seed)
-    task = Sorting(data, tokenizer, ClassifierFiles(kept, data.names, f.pool))
+    classifier = make_classifier(model, data, f, spec.training.seed, tokenizer)
+    task = Sorting(data, tokenizer, ClassifierFiles(kept, data.names, f.pool, f.spelling))
     longest = max(len(sample) for sample in data.train)
     return Prepared(
         model=classifier,

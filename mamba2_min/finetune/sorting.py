@@ -23,6 +23,7 @@ from mamba2_min.finetune.classifier import Classifier
 from mamba2_min.finetune.labels import HEAD, LABELS, LabelData, Sample
 from mamba2_min.finetune.packing import Batch
 from mamba2_min.finetune.spec import FinetuneSettings
+from mamba2_min.finetune.spelling import Spelling
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.ops.loss import IGNORE
 from mamba2_min.settings import Settings
@@ -119,13 +120,22 @@ class TextBatches(Epochs):
         self._batches = [batches[i] for i in shuffled]
 
 
+_OWN = ("head.", "spelling.")  # what a classifier has beside its language model
+
+
 @dataclass
 class ClassifierFiles(ModelFiles):
-    """What `inner` keeps of the language model, and beside it the head and the labels' names."""
+    """What `inner` keeps of the language model, and beside it the head, the spelling and the labels' names."""
 
     inner: ModelFiles
     names: list[str]
     pool: str
+    spelling: int = 0
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What labels.json says."""
+        return {"labels": self.names, "pool": self.pool, "spelling": self.spelling}
 
     @property
     def best(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -136,7 +146,7 @@ class ClassifierFiles(ModelFiles):
         return model
 
     def check(self, tensors: dict[Any, Any], model: Any) -> None:
-        head = {name: t for name, t in tensors.items() if isinstance(name, str) and name.startswith("head.")}
+        head = {name: t for name, t in tensors.items() if isinstance(name, str) and name.startswith(_OWN)}
         self.inner.check({name: t for name, t in tensors.items() if name not in head}, model.model)
         check_tensors(head, self._head(model))
 
@@ -147,7 +157,7 @@ class ClassifierFiles(ModelFiles):
         return {**self.inner.trained(model.model), **self._head(model)}
 
     def restore(self, model: Any, tensors: dict[str, Tensor], source: Path) -> None:
-        head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
+        head = {name: tensor for name, tensor in tensors.items() if name.startswith(_OWN)}
         self.inner.restore(model.model, {n: t for n, t in tensors.items() if n not in head}, source)
         try:
             copy_tensors(head, self._head(model))
@@ -157,7 +167,7 @@ class ClassifierFiles(ModelFiles):
     def save(self, out: Path, model: Any) -> None:
         self.inner.save(out, model.model)
         save_safetensors(out / HEAD, self._head(model))
-        files.save_json(out / LABELS, {"labels": self.names, "pool": self.pool})
+        files.save_json(out / LABELS, self.about)
 
     def load(self, out: Path, model: Any) -> None:
         self.inner.load(out, model.model)
@@ -178,11 +188,12 @@ class ClassifierFiles(ModelFiles):
             return False
         here = self._head(model)
         same = there.keys() == here.keys() and all(torch.equal(there[name], here[name].cpu()) for name in here)
-        return same and labels == {"labels": self.names, "pool": self.pool} and self.inner.is_saved(out, model.model)
+        return same and labels == self.about and self.inner.is_saved(out, model.model)
 
     @staticmethod
     def _head(model: Classifier) -> dict[str, Tensor]:
-        return {f"head.{name}": tensor.detach() for name, tensor in model.head.state_dict().items()}
+        state = model.state_dict()
+        return {name: tensor.detach() for name, tensor in state.items() if name.startswith(_OWN)}
 
 
 class Sorting(Task):
@@ -271,12 +282,23 @@ def score(
     return SortingScore(nats, len(samples), len(samples), tuple(map(tuple, confusion.tolist())))
 
 
-def make_classifier(model: Mamba2LM, data: LabelData, f: FinetuneSettings, seed: int) -> Classifier:
+def make_classifier(
+    model: Mamba2LM, data: LabelData, f: FinetuneSettings, seed: int, tokenizer: WordTokenizer
+) -> Classifier:
     """A classifier on `model` as the settings ask. With class weights, each label weighs the same in all."""
     weights = None
     if f.class_weights:
         counts = torch.bincount(torch.tensor([sample.label for sample in data.train]), minlength=len(data.names))
         weights = (len(data.train) / (len(data.names) * counts.double())).tolist()
     return Classifier(
-        model, len(data.names), f.pool, weights, f.label_smoothing, f.head_dropout, seed, f.word_dropout, f.consistency
+        model,
+        len(data.names),
+        f.pool,
+        weights,
+        f.label_smoothing,
+        f.head_dropout,
+        seed,
+        f.word_dropout,
+        f.consistency,
+        Spelling(tokenizer, model.config.d_model, f.spelling, seed) if f.spelling else None,
     )

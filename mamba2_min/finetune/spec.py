@@ -54,6 +54,9 @@ class FinetuneSettings:
         "classify: weight of the difference of two readings of a text (R-Drop); a step takes twice as long",
         high=1e6,
     )
+    spelling: int = setting(
+        0, "classify: vectors for the parts of words, added to the embeddings; 0 for none", low=0, high=1 << 20
+    )
     head_dropout: float = setting(0.1, "classify: dropout on what the head reads", high=1)
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class FinetuneSettings:
         for name in ("lora_dropout", "head_dropout", "label_smoothing", "word_dropout"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be below 1")
+        if self.spelling == 1:
+            raise ValueError("spelling must be 0, or at least 2 vectors")
 
 
 # Where fine-tuning differs from training: the rates of each method, from docs/LOG.md, a weak decay, and an evaluation
