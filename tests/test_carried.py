@@ -147,17 +147,18 @@ def test_a_step_that_is_computed_again_starts_from_the_same_state():
 
 def test_a_state_that_is_not_finite_does_not_outlive_its_step(tmp_path, data):
     trainer = make_trainer(tmp_path / "run", data, max_steps=6, **EVERYTHING)
-    after, broken = trainer.carried.after, []
+    scored, broken = trainer.model.loss_and_state, []
 
-    def breaks(part, state):
+    def breaks(*args, **more):
+        loss, state = scored(*args, **more)
         if trainer.step == 2 and not broken:
-            broken.append(part)
-            state = state.detach().clone()
+            broken.append(state)
+            state = state.clone()
             state.ssm[0][0, 0] = math.nan
             state.conv[0][1] = math.inf
-        after(part, state)
+        return loss, state
 
-    trainer.carried.after = breaks
+    trainer.model.loss_and_state = breaks
     trainer.train()
     assert broken and trainer.guard.skipped == 0
     assert all(t.isfinite().all() for t in (*trainer.carried.state.conv, *trainer.carried.state.ssm))

@@ -11,6 +11,11 @@ from mamba2_min.models.mamba2 import Mamba2LM, State
 from mamba2_min.training.distributed import Team
 
 
+def handed_on(state: State) -> State:
+    """A state without its history and with 0 for what is not finite: a bad step must not spoil those that follow."""
+    return State(*([torch.where(t.isfinite(), t, 0) for t in ts] for ts in (state.detach().conv, state.detach().ssm)))
+
+
 class CarriedState:
     """The `State` of all rows of a batch. `before` and `after` enclose each micro-batch, `commit` ends a step.
 
@@ -34,7 +39,7 @@ class CarriedState:
         return State(rows(state.conv), rows(state.ssm))
 
     def after(self, part: slice, state: State) -> None:
-        """Takes the state after a micro-batch."""
+        """Takes the state after a micro-batch, as `handed_on` gives it."""
         self._next[part.start, part.stop] = state.detach()
 
     def forget(self) -> None:
@@ -42,16 +47,12 @@ class CarriedState:
         self._next = {}
 
     def commit(self, rows: int) -> None:
-        """Ends a step of a batch of so many rows: its states are those from which the next one starts.
-
-        What is not finite in them becomes 0: a bad step is skipped, and must not spoil those that follow.
-        """
+        """Ends a step of a batch of so many rows: its states are those from which the next one starts."""
         self.state = self.state or self.model.initial_state(rows)
         for (start, stop), new in self._next.items():
             for mine, theirs in ((self.state.conv, new.conv), (self.state.ssm, new.ssm)):
-                for i, tensor in enumerate(theirs):
-                    mine[i] = mine[i].to(tensor.dtype)
-                    mine[i][start:stop] = torch.where(tensor.isfinite(), tensor, 0)
+                mine[:] = [tensor.to(other.dtype) for tensor, other in zip(mine, theirs, strict=True)]
+                torch._foreach_copy_([tensor[start:stop] for tensor in mine], theirs)
         self._next = {}
 
     def gather(self, team: Team, rows: slice) -> None:

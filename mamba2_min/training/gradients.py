@@ -13,6 +13,7 @@ from mamba2_min.data.epochs import seed_of
 from mamba2_min.errors import UserError
 from mamba2_min.ops.autograd import widest
 from mamba2_min.ops.loss import IGNORE
+from mamba2_min.training.carried import handed_on
 from mamba2_min.training.distributed import Team, tree_sum
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _add(
         with trainer.autocast:
             if trainer.carried and fresh is not None:
                 loss, state = trainer.model.loss_and_state(ids, wanted, trainer.carried.before(part, fresh), **more)
-                trainer.carried.after(part, state)
+                trainer.carried.after(part, handed_on(state))
             else:
                 loss = trainer.model.loss(ids, wanted, **more)
         loss = loss * share_of(targets[here], counted)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mamba2_min import devices
 from mamba2_min.models.mamba2 import State
 from mamba2_min.ops.autograd import widest
+from mamba2_min.training.carried import handed_on
 from mamba2_min.training.distributed import Team
 from mamba2_min.training.gradients import batch_gradients, parts_of, share_of
 
@@ -177,7 +178,7 @@ class GraphedGradients:
             if trainer.carried and fresh is not None:
                 before = trainer.carried.before(self._part, fresh)
                 loss, state = trainer.model.loss_and_state(input_ids, targets, before, **packed)
-                self._state_after = state.detach()
+                self._state_after = handed_on(state)
             else:
                 loss = trainer.model.loss(input_ids, targets, **packed)
         loss = loss * share
