@@ -16,7 +16,11 @@ from test_graph_decoding import CONFIGS, stirred
 from test_triton import BF16, FLOAT32, Recorder, needs_triton
 
 from mamba2_min.config import Mamba2Config
-from mamba2_min.inference import cuda_graph, kernel_decoding
+from mamba2_min.inference import (
+    cuda_graph,
+    kernel_decoding,
+    stepping,  # noqa: F401  the fast forms of `Mamba2LM.step`
+)
 from mamba2_min.inference.cuda_graph import CompiledDecoder
 from mamba2_min.inference.decoding import Decoder
 from mamba2_min.inference.kernel_decoding import KernelDecoder, fits

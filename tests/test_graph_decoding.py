@@ -8,6 +8,7 @@ from instruments import relative_error
 from torch import nn
 
 from mamba2_min.config import Mamba2Config
+from mamba2_min.inference import stepping  # noqa: F401  the fast forms of `Mamba2LM.step`
 from mamba2_min.inference.cuda_graph import CompiledDecoder, is_recordable
 from mamba2_min.models.mamba2 import Mamba2LM
 
