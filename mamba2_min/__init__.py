@@ -7,6 +7,7 @@ The names below are the whole interface. Each is imported when it is first used,
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from mamba2_min.ops.sampling import Sampler
     from mamba2_min.settings import Settings
     from mamba2_min.training.trainer import Trainer
+
+# Read when torch is first imported. Threads that wait for each other in a loop take the cores that the others need: on
+# two cores that are not all ours, a step of training took 0.8 to 5 s, and takes 0.3 s where they sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _MODULE_OF = {
     "Completer": "inference.completer",

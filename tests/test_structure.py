@@ -1,6 +1,7 @@
 """The house: imports run downwards only, nothing goes in a circle, and `--help` stays free of torch."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,13 @@ def test_no_import_of_ours_imports_the_compiler():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait_unless_the_user_wants_otherwise(own):
+    """PyTorch's threads read the variable once, when torch is imported."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": own} if own else {}
+    script = "import os, sys, mamba2_min; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.stdout.split() == ["False", own or "PASSIVE"], done.stderr
