@@ -46,11 +46,12 @@ from mamba2_min.data.documents import read_documents
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.data.windows import Windows
 from mamba2_min.evaluation.perplexity import Score
-from mamba2_min.finetune.classifier import Classifier
+from mamba2_min.finetune.classifier import POOLS, Classifier
 from mamba2_min.finetune.initial_state import TunedStateLM
 from mamba2_min.finetune.labels import LabelData, Sample
 from mamba2_min.finetune.lora import LoRAConfig, add_lora, trainable
 from mamba2_min.finetune.sorting import Sorting, score
+from mamba2_min.finetune.spelling import Spelling
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.ops.loss import IGNORE
 from mamba2_min.settings import Settings
@@ -58,13 +59,16 @@ from mamba2_min.training.task import ModelFiles, Task
 from mamba2_min.training.trainer import Trainer
 
 TASKS = ("banking77", "banking77-10", "sms", "sms-book")
-MODELS = ("mamba2", "mamba2-mean", "mamba2-last", "gpt-neo")  # -mean, -last: what the head reads instead of POOL
+# -two: the mean of two models, MEMBERS; -mean, -last: what the head reads instead of POOL
+MODELS = ("mamba2", "mamba2-two", "mamba2-mean", "mamba2-last", "gpt-neo")
 METHODS = ("scratch", "full", "lora", "state")
 POOL = "mean+max"
-# What keeps a model from learning the texts by heart, for both families; an epoch reads each text twice.
-WORD_DROPOUT, CONSISTENCY, EMA = 0.15, 2.0, 0.995
+# What helps a small model with a few thousand texts, for both families.
+WORD_DROPOUT, EMA = 0.15, 0.995
+# (spelling, consistency): the first is the model alone, for both families; the second knows words by their ids alone.
+MEMBERS = ((8192, 0.0), (0, 2.0))
 BASELINES = ("tfidf-default", "tfidf-best")
-WIDTH, LAYERS = 128, 4
+WIDTH, LAYERS = 128, 2
 LORA = {"mamba2": ("in_proj", "out_proj"), "gpt-neo": ("q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj")}
 RATES = {"scratch": 4e-3, "full": 2e-3, "lora": 5e-3, "state": 2e-2}
 CONTEXT = 128  # tokens of a pretraining window
@@ -201,23 +205,24 @@ class GPTNeoSorter(nn.Module):
 
     recompute = False
     config = SimpleNamespace(to_dict=lambda: {"family": "gpt-neo"})
-    word_dropout, consistency, label_smoothing = WORD_DROPOUT, CONSISTENCY, 0.1
-    loss, _without_words = Classifier.loss, Classifier._without_words
+    word_dropout, consistency, label_smoothing = WORD_DROPOUT, MEMBERS[0][1], 0.1
+    loss, _without_words, _spelled = Classifier.loss, Classifier._without_words, Classifier._spelled
 
-    def __init__(self, vocab_size: int, labels: int, seed: int):
+    def __init__(self, vocab_size: int, labels: int, seed: int, spelling: Spelling):
         super().__init__()
         from transformers import GPTNeoForSequenceClassification
 
         torch.manual_seed(seed)
         self.inner = GPTNeoForSequenceClassification(gpt_neo_config(vocab_size, num_labels=labels))
-        self.pad = vocab_size
+        self.spelling = spelling
         self.register_buffer("class_weights", torch.ones(labels), persistent=False)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        if self.training:
-            input_ids = self._without_words(input_ids, mask)
-        ids = input_ids.masked_fill(~mask, self.pad)
-        return self.inner(input_ids=ids, attention_mask=mask.long()).logits
+        """As GPTNeoForSequenceClassification, which reads the last token of a text, from embeddings with a spelling."""
+        seen = self._without_words(input_ids, mask) if self.training else input_ids
+        embeds = self.inner.transformer.wte(seen) + self._spelled(input_ids, seen, mask)
+        hidden = self.inner.transformer(inputs_embeds=embeds, attention_mask=mask.long()).last_hidden_state
+        return self.inner.score(hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1])
 
 
 def gpt_neo_config(vocab_size: int, **more: Any) -> Any:
@@ -229,7 +234,7 @@ def gpt_neo_config(vocab_size: int, **more: Any) -> Any:
         vocab_size=vocab_size + 1,
         hidden_size=WIDTH,
         num_layers=half,
-        attention_types=[[["global", "local"], half // 2]],
+        attention_types=[[["global"], half]],
         num_heads=4,
         max_position_embeddings=512,
         resid_dropout=0.1,
@@ -326,13 +331,28 @@ def pretrain(family: str, o: Options) -> dict[str, Any]:
 def split_name(model: str) -> tuple[str, str]:
     """The family of a model, and what its head reads: "mamba2-last" is "mamba2" and "last"."""
     family = "gpt-neo" if model == "gpt-neo" else "mamba2"
-    return family, model.removeprefix(family).lstrip("-") or POOL
+    pool = model.removeprefix(family).lstrip("-")
+    return family, pool if pool in POOLS else POOL
 
 
-def sorter(model: str, method: str, labels: int, tokenizer: WordTokenizer, seed: int, o: Options) -> nn.Module:
+class Together(nn.Module):
+    """The logarithm of the mean of the probabilities of several classifiers, as `classify` with several folders."""
+
+    def __init__(self, members: list[nn.Module]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.stack([member(input_ids, mask).float().softmax(-1) for member in self.members]).mean(0).log()
+
+
+def sorter(
+    model: str, method: str, labels: int, tokenizer: WordTokenizer, seed: int, o: Options, member: int = 0
+) -> nn.Module:
     """A classifier, with the pretrained weights unless it is from scratch, and adapters where the method is lora."""
     family, pool = split_name(model)
-    size = len(tokenizer)
+    size, (buckets, consistency) = len(tokenizer), MEMBERS[member]
+    spelling = Spelling(tokenizer, WIDTH, buckets, seed) if buckets else None
     weights = {}
     if method != "scratch":
         pretrain(family, o)
@@ -346,8 +366,8 @@ def sorter(model: str, method: str, labels: int, tokenizer: WordTokenizer, seed:
             add_lora(lm, lora, seed)
         elif method == "state":
             lm = TunedStateLM.of(lm)
-        return Classifier(lm, labels, pool, None, 0.1, 0.2, seed, WORD_DROPOUT, CONSISTENCY)
-    neo = GPTNeoSorter(size, labels, seed)
+        return Classifier(lm, labels, pool, None, 0.1, 0.2, seed, WORD_DROPOUT, consistency, spelling)
+    neo = GPTNeoSorter(size, labels, seed, spelling)
     if weights:
         body = {n.removeprefix("inner.transformer."): t for n, t in weights.items() if "transformer." in n}
         neo.inner.transformer.load_state_dict(body)
@@ -375,26 +395,32 @@ def learn(task: str, model: str, method: str, seed: int, o: Options) -> dict[str
         [Sample(torch.tensor([tokenizer.eos_id, *tokenizer.encode(t)]), names.index(label)) for t, label in part]
         for part in kept
     ]
-    net = sorter(model, method, len(names), tokenizer, seed, o)
-    sorting = Sorting(LabelData(samples[0], samples[1], names), tokenizer, InMemory())  # type: ignore[arg-type]
+    data = LabelData(samples[0], samples[1], names)
     epochs = o.epochs * (3 if task in ("banking77-10", "sms-book") else 1)  # as many steps where texts are few
     per_epoch = -(-len(samples[0]) // 32)
     lr = o.lr or RATES[method]
-    best, seconds, speed = train(
-        net,
-        sorting,
-        o,
-        context=CONTEXT,
-        batch_size=32,
-        max_steps=max(per_epoch * epochs, 1),
-        eval_every=per_epoch,
-        lr=lr,
-        weight_decay=0.3,
-        ema_decay=EMA,
-        seed=seed,
-    )
+    nets: list[nn.Module] = []
+    loss, seconds = 0.0, 0.0
+    for member in range(len(MEMBERS) if model == "mamba2-two" else 1):
+        net = sorter(model, method, len(names), tokenizer, seed, o, member)
+        best, took, speed = train(
+            net,
+            Sorting(data, tokenizer, InMemory()),  # type: ignore[arg-type]
+            o,
+            context=CONTEXT,
+            batch_size=32,
+            max_steps=max(per_epoch * epochs, 1),
+            eval_every=per_epoch,
+            lr=lr,
+            weight_decay=0.3,
+            ema_decay=EMA,
+            seed=seed,
+        )
+        nets.append(net)
+        loss, seconds = loss + best.loss, seconds + took
+    net = Together(nets) if len(nets) > 1 else nets[0]
     autocast = devices.autocast(torch.device(o.device), devices.pick_precision(o.precision, torch.device(o.device)))
-    test = score(net, samples[2], len(names), autocast)  # type: ignore[arg-type]
+    validation, test = (score(net, part, len(names), autocast) for part in samples[1:])  # type: ignore[arg-type]
     missing = len(parts[2]) - len(samples[2])  # of a small share of the data: labels that training never saw
     trained, everything = trainable(net)
     return {
@@ -402,7 +428,8 @@ def learn(task: str, model: str, method: str, seed: int, o: Options) -> dict[str
         "accuracy": test.accuracy * len(samples[2]) / (len(samples[2]) + missing),
         "macro_f1": test.macro_f1,
         **({"spam_f1": test.f1[names.index("spam")]} if "spam" in names else {}),
-        "validation_loss": best.loss,
+        "validation_accuracy": validation.accuracy,
+        "validation_loss": loss / len(nets),
         "trained_parameters": trained,
         "parameters": everything,
         "lr": lr,
@@ -458,6 +485,8 @@ def rows(seeds: list[int]) -> Iterator[str]:
             for method in METHODS:
                 if split_name(model)[1] != POOL and method != "full":
                     continue  # the head's question is asked once
+                if model == "mamba2-two" and method not in ("scratch", "full"):
+                    continue
                 if model == "gpt-neo" and method == "state":
                     continue  # it has none
                 yield from (f"{task}/{model}/{method}/{seed}" for seed in seeds)

@@ -2,13 +2,16 @@
 
 python -m mamba2_min.classify --model runs/spam < texts.txt
 echo "You have won a prize" | python -m mamba2_min.classify --model runs/spam
+python -m mamba2_min.classify --model runs/one runs/other < texts.txt
+
+Several models that were trained apart err apart: the mean of their probabilities is right more often.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from mamba2_min.data.tokenizer import WordTokenizer
     from mamba2_min.finetune.classifier import Classifier
 
+    Sorters = Sequence[tuple[Classifier, WordTokenizer]]
+
 _BATCH = 32
 
 
@@ -27,7 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m mamba2_min.classify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="the folder of a fine-tuning with --task classify"
+        "--model",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="the folder of a fine-tuning with --task classify; of several, the mean of their probabilities counts",
     )
     parser.add_argument("--base", metavar="DIR", help="the base of an adapter, where it has moved")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
@@ -42,11 +51,12 @@ def main() -> int:
     from mamba2_min import devices
 
     device = devices.pick_device(args.device)
-    classifier, tokenizer, names = load(args.model, args.base)
-    classifier.to(device)
+    sorters = load_all(args.model, args.base)
+    for classifier, _ in sorters[0]:
+        classifier.to(device)
     lines = (line.rstrip("\n") for line in _lines(sys.stdin.buffer))
     escape = printable if sys.stdout.isatty() else str
-    for name, probability in classify(classifier, tokenizer, names, lines):
+    for name, probability in classify_together(*sorters, lines):
         console.print(f"{escape(name)}\t{probability:.4f}")
         if console.failure():  # nobody gets the rest
             break
@@ -89,10 +99,25 @@ def load(folder: str | Path, base: str | Path | None = None) -> tuple[Classifier
     return classifier.eval(), tokenizer, names
 
 
+def load_all(folders: Sequence[str | Path], base: str | Path | None = None) -> tuple[Sorters, list[str]]:
+    """The classifiers in several folders with their tokenizers, and the labels' names. Raises UserError."""
+    found = [load(folder, base) for folder in folders]
+    names = found[0][2]
+    other = next((folder for folder, one in zip(folders, found, strict=True) if one[2] != names), None)
+    if other is not None:
+        raise UserError(f"{other} has other labels than {folders[0]}: their probabilities have no mean")
+    return [(classifier, tokenizer) for classifier, tokenizer, _ in found], names
+
+
 def classify(
     classifier: Classifier, tokenizer: WordTokenizer, names: list[str], texts: Iterable[str]
 ) -> Iterator[tuple[str, float]]:
     """The likeliest label of each text and its probability. Raises UserError for a text that is empty or not text."""
+    return classify_together([(classifier, tokenizer)], names, texts)
+
+
+def classify_together(sorters: Sorters, names: list[str], texts: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """As `classify`, by the mean of the probabilities of several classifiers of the same labels."""
     import itertools
 
     import torch
@@ -100,18 +125,19 @@ def classify(
     from mamba2_min.finetune.labels import Sample, encode
     from mamba2_min.finetune.sorting import pad
 
-    device = next(classifier.parameters()).device
     numbered = enumerate(texts, 1)
     while part := list(itertools.islice(numbered, 1 if sys.stdin.isatty() else _BATCH)):
-        samples = []
         for number, text in part:
             if not text.strip():
                 raise UserError(f"line {number} is empty: there is nothing to sort")
-            ids = [tokenizer.eos_id, *encode(text.strip(), tokenizer, f"line {number}")]
-            samples.append(Sample(torch.tensor(ids), 0))
-        input_ids, _, seq_idx = (t.to(device) for t in pad(samples))
-        with torch.inference_mode():
-            probabilities = classifier(input_ids, seq_idx >= 0).float().softmax(-1).cpu()
+        total = torch.zeros(len(part), len(names))
+        for classifier, tokenizer in sorters:
+            device = next(classifier.parameters()).device
+            ids = [[tokenizer.eos_id, *encode(text.strip(), tokenizer, f"line {number}")] for number, text in part]
+            input_ids, _, seq_idx = (t.to(device) for t in pad([Sample(torch.tensor(row), 0) for row in ids]))
+            with torch.inference_mode():
+                total += classifier(input_ids, seq_idx >= 0).float().softmax(-1).cpu()
+        probabilities = total / len(sorters)
         for row in probabilities:
             best = int(row.argmax())
             yield names[best], float(row[best])

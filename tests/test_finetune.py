@@ -15,7 +15,7 @@ import torch
 from instruments import relative_error
 
 from mamba2_min import Completer, Mamba2Config, Mamba2LM, Sampler, UserError, WordTokenizer
-from mamba2_min.classify import classify
+from mamba2_min.classify import classify, classify_together, load_all
 from mamba2_min.classify import load as load_classifier
 from mamba2_min.finetune import adapter, labels, run
 from mamba2_min.finetune.chat import load_chat, split
@@ -332,6 +332,26 @@ class TestSorting:
         before = (tmp_path / "out" / "model.pt").read_bytes()
         finetune(base, data, tmp_path / "out", True, **how, word_dropout=0.1, consistency=1.0, pool="mean+max")
         assert (tmp_path / "out" / "model.pt").read_bytes() == before
+
+    def test_several_models_sort_together(self, base, tmp_path):
+        """By the mean of their probabilities, each with its own words; other labels are refused."""
+        data, how = write_lines(tmp_path / "a.jsonl", TEXTS), {"task": "classify", "max_steps": 8, "lr": 1e-2}
+        finetune(base, data, tmp_path / "one", **how, method="full")
+        finetune(base, data, tmp_path / "two", **how, method="scratch", seed=1, spelling=100)
+        folders = [tmp_path / "one", tmp_path / "two"]
+        texts = [t["text"] for t in TEXTS[:40]]
+        sorters, names = load_all(folders)
+        together = list(classify_together(sorters, names, texts))
+        apart = [list(classify(*load_classifier(folder), texts)) for folder in folders]
+        for (name, probability), *ones in zip(together, *apart, strict=True):
+            of_name = [p if given == name else 1 - p for given, p in ones]  # there are two labels
+            assert probability == pytest.approx(sum(of_name) / 2, abs=1e-5) and probability >= 0.5
+        done = command("classify", "--model", *folders, stdin="Today the dog barks here.\n")
+        assert done.returncode == 0 and done.stdout.split("\t")[0] in ("loud", "soft")
+        other = write_lines(tmp_path / "b.jsonl", [{**t, "label": t["label"].upper()} for t in TEXTS])
+        finetune(base, other, tmp_path / "three", **how, method="full")
+        with pytest.raises(UserError, match="three has other labels than"):
+            load_all([*folders, tmp_path / "three"])
 
     def test_a_score_does_not_change_the_modes(self, base):
         classifier = Classifier(Mamba2LM.from_pretrained(base), 2)
