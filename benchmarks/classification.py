@@ -522,7 +522,7 @@ def main() -> int:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="rows that hold one of these texts")
     p.add_argument("--lr", type=float, help="another peak learning rate, for a study; put --out elsewhere")
-    p.add_argument("--epochs", type=int, default=20, help="passes over the training texts (%(default)s)")
+    p.add_argument("--epochs", type=int, default=14, help="passes over the training texts (%(default)s)")
     p.add_argument("--pretrain-steps", type=int, default=2000, help="of 2,048 tokens (%(default)s)")
     p.add_argument("--share", type=float, default=1.0, help="of the data, to try it (%(default)s)")
     p.add_argument("--work", type=Path, default=Path("runs/classification"), help="what is kept between calls")
