@@ -66,12 +66,14 @@ class Spelling(nn.Module):
             words = iter(self.tokenizer.pieces(self.tokenizer.decode(ids[start:end])))
             position = reach = 0  # bytes before a token, and to the end of its word
             word: list[int] = []
+            found = []
             for k in range(start, end):
                 while position >= reach:
                     piece = next(words).encode()
                     word, reach = self._rows(piece), reach + len(piece)
-                rows[k] = torch.tensor(word, device=rows.device)
+                found.append(word)
                 position += len(self.tokenizer.token_bytes(ids[k]))
+            rows[start:end] = torch.tensor(found, device=rows.device)
 
 
 def parts_of(word: str) -> list[str]:
