@@ -35,22 +35,23 @@ MODEL: dict[str, Any] = {
     "n_layer": 6,
     "d_state": 64,
     "chunk_size": 128,
-    "dropout": 0.4,
+    "dropout": 0.45,
     "embedding_dropout": 0.1,
-    "variational_dropout": 0.4,
+    "variational_dropout": 0.45,
 }
 TRAINING = Settings(
     context=256,
     batch_size=32,
-    max_steps=13_000,
-    eval_every=500,
+    max_steps=24_000,
+    eval_every=1000,
     save_every=10**6,
     patience=0,
     lr=3e-3,
     weight_decay=1.0,
     beta2=0.99,
     carry_state=True,
-    ema_decay=0.998,
+    ema_decay=0.999,
+    graph=True,
 )
 
 
@@ -64,7 +65,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=0.0, help="time limit; the learning rate falls with the clock")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values of model or training")
     return parser.parse_args()
 
@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 def chosen(args: argparse.Namespace, seed: int) -> tuple[dict[str, Any], Settings]:
     """The values of the model and the settings, with those of --set. Raises SystemExit for a name that neither has."""
     model, training = dict(MODEL), dataclasses.asdict(TRAINING)
-    training |= {"seed": seed, "max_minutes": args.minutes, "compile": not args.no_compile}
+    training |= {"seed": seed, "max_minutes": args.minutes}
     for text in args.set:
         name, _, value = text.partition("=")
         place = training if name in training else model
