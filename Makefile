@@ -6,9 +6,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 .PHONY: demo test test-all test-llama notebooks lint clean
 
 demo: .venv/installed            ## train on the bundled stories for four minutes at most, then continue a sentence
-	$(BIN)/python train.py --data training_data/stories --out runs/demo --resume --max-minutes 4 --max-steps 900 \
-		--preset tiny --d-model 160 --dropout 0.2 --ema-decay 0.99 --lr 8e-3 --vocab-size 2000 --min-count 3 \
-		--eval-every 100 --patience 0
+	$(BIN)/python train.py --data training_data/stories --out runs/demo --resume --max-minutes 4 --max-steps 1200 \
+		--preset tiny --n-layer 2 --d-model 192 --dropout 0 --ema-decay 0.99 --lr 1e-2 --weight-decay 0.5 \
+		--vocab-size 1800 --min-count 3 --eval-every 200 --patience 0
 	$(BIN)/python run.py --model runs/demo --prompt "One morning" --max-tokens 120 --seed 3
 
 test: .venv/installed-dev        ## lint and the default tests: under six minutes on two cores

@@ -27,9 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import AbstractContextManager
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -560,7 +559,7 @@ def main() -> int:
         print(f"{time.strftime('%H:%M:%S')} {json.dumps(one)}", flush=True)
 
     print(f"{len(left)} rows to make, {len(wanted) - len(left)} are there; results go to {out}", flush=True)
-    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+    with harness.pool(args.workers) as pool:
         if any(
             row.split("/")[2] in ("full", "lora", "state") for row in left
         ):  # before the rows, which then find it done

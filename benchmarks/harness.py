@@ -19,6 +19,7 @@ import re
 import resource
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -275,11 +276,25 @@ def _noting(entry: dict[str, Any]) -> Iterator[None]:
         entry["skipped"] = str(reason)
 
 
+def pool(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes, which end when this one does, however it ends."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),))
+
+
+def _end_with(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) in a process of its own. Raises Unavailable where that runs out of memory."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with pool(1) as fresh:
         try:
-            return in_this_process(pool.submit(function, *args).result)
+            return in_this_process(fresh.submit(function, *args).result)
         except BrokenProcessPool:  # the system stopped it
             raise Unavailable("out of memory") from None
 
