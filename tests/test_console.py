@@ -195,7 +195,7 @@ class Failing(io.StringIO):
 def test_labels_that_cannot_be_written_end_the_sorting(monkeypatch, error):
     """Also of texts without an end, as in `yes TEXT | … | head`; and nobody takes a part for the whole."""
     monkeypatch.setattr(classify, "load", lambda model, base: (torch.nn.Linear(1, 1), None, ["a"]))
-    monkeypatch.setattr(classify, "classify", lambda *given: itertools.repeat(("a", 0.5)))
+    monkeypatch.setattr(classify, "classify_together", lambda *given: itertools.repeat(("a", 0.5)))
     monkeypatch.setattr(sys, "argv", ["classify", "--model", "x", "--device", "cpu"])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     monkeypatch.setattr(sys, "stdout", stream := Failing(2, error))

@@ -153,7 +153,7 @@ def test_stopping_says_how_to_go_on(server, tmp_path, sign, status):
     process.send_signal(sign)
     begun = time.monotonic()
     table, said = process.communicate(timeout=20)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
     assert process.returncode == status
     kept = len(entries(out))
     assert 2 <= kept < 20

@@ -55,7 +55,10 @@ def finetuned(base, out, count, task, method, *more):
 
 @pytest.mark.parametrize(
     ("task", "method"),
-    [("chat", "full"), ("chat", "lora"), pytest.param("classify", "lora", marks=pytest.mark.slow)],
+    [
+        ("chat", "lora"),
+        *(pytest.param(*names, marks=pytest.mark.slow) for names in (("chat", "full"), ("classify", "lora"))),
+    ],
     ids=str,
 )
 def test_two_processes_leave_the_files_of_one(base, tmp_path, task, method):

@@ -136,7 +136,9 @@ def small(name):
     return synthetic.Row(name, {"vocab_size": vocabulary, **shape}, stages, plan)
 
 
-@pytest.mark.parametrize("name", ["copying", "induction", "pairs"])
+@pytest.mark.parametrize(
+    "name", ["copying", *(pytest.param(n, marks=pytest.mark.slow) for n in ("induction", "pairs"))]
+)
 def test_a_small_model_learns_it(name):
     row = small(name)
     model = synthetic.build(row, seed=0)
