@@ -123,7 +123,8 @@ def test_whatever_their_number_the_files_are_the_same(tmp_path, data, alone, cou
 
 
 @pytest.mark.parametrize(  # four: two groups of two
-    "count, more", [(2, ()), (2, ("--recompute",)), pytest.param(4, (), marks=pytest.mark.slow)]
+    "count, more",
+    [(2, ()), pytest.param(2, ("--recompute",), marks=pytest.mark.slow), pytest.param(4, (), marks=pytest.mark.slow)],
 )
 def test_processes_that_share_each_text_train_the_same_model(tmp_path, data, count, more):
     flags = ("--context", "33", "--dropout", "0", "--variational-dropout", "0.2", "--embedding-dropout", "0.1", *more)
@@ -154,7 +155,7 @@ def test_a_signal_to_one_of_them_saves_and_another_number_goes_on(tmp_path, data
     assert_same_run(alone, tmp_path / "run")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_is_killed_ends_the_others_in_one_line(tmp_path, data, alone, victim):
     processes = Processes(2, data, tmp_path / "run")
     processes.after(4)

@@ -111,7 +111,14 @@ def test_twenty_five_kills_at_random_moments_change_nothing(tmp_path, training, 
     killed_again_and_again(tmp_path, training, kills=25, steps=200, seed=seed)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, training, number, status):
     flags = ("--max-steps", 40, "--eval-every", 20, "--save-every", 1000)
     one = training(*flags)

@@ -137,7 +137,7 @@ def test_a_model_is_copied(build, copied):
     assert_close(gradients(other, other.loss(IDS, TARGETS)), gradients(model, model.loss(IDS, TARGETS)))
 
 
-@pytest.mark.parametrize("how", ["wrapper", "in place"])
+@pytest.mark.parametrize("how", [pytest.param("wrapper", marks=pytest.mark.slow), "in place"])
 def test_a_compiled_model_is_used_and_saved_as_one_that_is_not(how):
     model = mamba()
     expected = model(IDS)[0], model.loss(IDS, TARGETS), list(model.generate([1], 4, temperature=0))

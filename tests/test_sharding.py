@@ -91,6 +91,7 @@ def test_a_connection_that_closes_within_a_block_is_one_line(monkeypatch, error,
         raise error
 
 
+@pytest.mark.slow
 def test_it_is_killed_and_goes_on_from_the_last_save(tmp_path, data):
     assert Processes(2, data, tmp_path / "whole", "--shard").wait() == [0, 0]
     processes = Processes(2, data, tmp_path / "run", "--shard")
