@@ -72,7 +72,8 @@ def _checked(index: int, dtype: torch.dtype, p: int, n: int) -> bool:
     try:
         error = self_check(device, dtype, p, n)
     except Exception as fault:  # whatever a compiler or a driver raises: the next scan of the table does the work
-        warnings.warn(f"the Triton scan does not run on {device}: {str(fault).splitlines()[0]}", stacklevel=2)
+        reason = (str(fault).splitlines() or [type(fault).__name__])[0]
+        warnings.warn(f"the Triton scan does not run on {device}: {reason}", stacklevel=2)
         return False
     if not error <= _TOLERANCE[dtype]:
         warnings.warn(f"the Triton scan is off by {error:.1e} on {device} and is not used", stacklevel=2)

@@ -13,7 +13,8 @@ from mamba2_min.training.distributed import Team
 
 def handed_on(state: State) -> State:
     """A state without its history and with 0 for what is not finite: a bad step must not spoil those that follow."""
-    return State(*([torch.where(t.isfinite(), t, 0) for t in ts] for ts in (state.detach().conv, state.detach().ssm)))
+    state = state.detach()
+    return State(*([torch.where(t.isfinite(), t, 0) for t in tensors] for tensors in (state.conv, state.ssm)))
 
 
 class CarriedState:
