@@ -6,13 +6,16 @@
 DIR holds banking77/{train,test}.csv, sms_spam/SMSSpamCollection, sms_spam/{train,validation,test}.csv and
 llama-stories/, as published. Each row of the result is one task, model, method and seed. A row that is in the results
 already is left out, so that a benchmark that was stopped goes on; --only names the rows to make (--list shows them).
+They are made in the order of --only, all of the first seed before those of the second, so that a benchmark that is cut
+off has one figure of everything rather than three of something.
 
 Both models get the same vocabulary, the same pretraining (llama-stories and the texts of the training parts), the same
 trainer, batches, epochs, number of tried learning rates, and the same means against learning the texts by heart.
 `full` trains every weight, `lora` has r 16, alpha 32 and dropout 0.1 on every projection of a block, `state` trains the
-first state alone, `scratch` skips the pretraining; `mamba2-two` is the mean of two models. A twentieth of the training
-part chooses the best epoch; the test part is used once, at the end. `tfidf` is TF-IDF with logistic regression: of
-words with scikit-learn's defaults, and of words and letters with what is known to work well.
+first state alone, `scratch` skips the pretraining; `mamba2-two` is the mean of two models. A table of a million numbers
+for the spelling of words is added to the embeddings, and every method trains it; `-words` is without. A twentieth of
+the training part chooses the best epoch; the test part is used once, at the end. `tfidf` is TF-IDF with logistic
+regression: of words with scikit-learn's defaults, and of words and letters with what is known to work well.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -58,8 +61,9 @@ from mamba2_min.training.task import ModelFiles, Task
 from mamba2_min.training.trainer import Trainer
 
 TASKS = ("banking77", "banking77-10", "sms", "sms-book")
-# -two: the mean of two models, MEMBERS; -mean, -last: what the head reads instead of POOL
-MODELS = ("mamba2", "mamba2-two", "mamba2-mean", "mamba2-last", "gpt-neo")
+# -two: the mean of two models, MEMBERS; -words: without the spelling, whose table every method trains, lora too;
+# -mean, -last: what the head reads instead of POOL
+MODELS = ("mamba2", "mamba2-two", "mamba2-words", "mamba2-mean", "mamba2-last", "gpt-neo", "gpt-neo-words")
 METHODS = ("scratch", "full", "lora", "state")
 POOL = "mean+max"
 # What helps a small model with a few thousand texts, for both families.
@@ -207,7 +211,7 @@ class GPTNeoSorter(nn.Module):
     word_dropout, consistency, label_smoothing = WORD_DROPOUT, MEMBERS[0][1], 0.1
     loss, _without_words, _spelled = Classifier.loss, Classifier._without_words, Classifier._spelled
 
-    def __init__(self, vocab_size: int, labels: int, seed: int, spelling: Spelling):
+    def __init__(self, vocab_size: int, labels: int, seed: int, spelling: Spelling | None):
         super().__init__()
         from transformers import GPTNeoForSequenceClassification
 
@@ -219,7 +223,9 @@ class GPTNeoSorter(nn.Module):
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """As GPTNeoForSequenceClassification, which reads the last token of a text, from embeddings with a spelling."""
         seen = self._without_words(input_ids, mask) if self.training else input_ids
-        embeds = self.inner.transformer.wte(seen) + self._spelled(input_ids, seen, mask)
+        embeds = self.inner.transformer.wte(seen)
+        if self.spelling is not None:
+            embeds = embeds + self._spelled(input_ids, seen, mask)
         hidden = self.inner.transformer(inputs_embeds=embeds, attention_mask=mask.long()).last_hidden_state
         return self.inner.score(hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1])
 
@@ -329,7 +335,7 @@ def pretrain(family: str, o: Options) -> dict[str, Any]:
 
 def split_name(model: str) -> tuple[str, str]:
     """The family of a model, and what its head reads: "mamba2-last" is "mamba2" and "last"."""
-    family = "gpt-neo" if model == "gpt-neo" else "mamba2"
+    family = "gpt-neo" if model.startswith("gpt-neo") else "mamba2"
     pool = model.removeprefix(family).lstrip("-")
     return family, pool if pool in POOLS else POOL
 
@@ -350,7 +356,7 @@ def sorter(
 ) -> nn.Module:
     """A classifier, with the pretrained weights unless it is from scratch, and adapters where the method is lora."""
     family, pool = split_name(model)
-    size, (buckets, consistency) = len(tokenizer), MEMBERS[member]
+    size, (buckets, consistency) = len(tokenizer), MEMBERS[member] if not model.endswith("-words") else (0, 0.0)
     spelling = Spelling(tokenizer, WIDTH, buckets, seed) if buckets else None
     weights = {}
     if method != "scratch":
@@ -434,6 +440,7 @@ def learn(task: str, model: str, method: str, seed: int, o: Options) -> dict[str
         "lr": lr,
         "epochs": epochs,
         "texts": [len(part) for part in parts],
+        "device": o.device,
         "seconds": seconds,
         "tokens_per_second": speed,
     }
@@ -486,9 +493,20 @@ def rows(seeds: list[int]) -> Iterator[str]:
                     continue  # the head's question is asked once
                 if model == "mamba2-two" and method not in ("scratch", "full"):
                     continue
-                if model == "gpt-neo" and method == "state":
+                if model.endswith("-words") and method not in ("full", "lora"):
+                    continue
+                if model.startswith("gpt-neo") and method == "state":
                     continue  # it has none
                 yield from (f"{task}/{model}/{method}/{seed}" for seed in seeds)
+
+
+def in_turn(found: Iterable[str], only: list[str], seeds: list[int]) -> list[str]:
+    """The rows that hold one of the texts in `only`: those of the first seed first, and then in the order of `only`."""
+
+    def turn(row: str) -> tuple[int, int]:
+        return seeds.index(int(row.rpartition("/")[2])), next(k for k, text in enumerate(only) if text in row)
+
+    return sorted((row for row in found if any(text in row for text in only)), key=turn)
 
 
 def summary(found: list[dict[str, Any]]) -> str:
@@ -519,7 +537,9 @@ def main() -> int:
     p.add_argument("--workers", type=int, default=1, help="rows at a time (%(default)s)")
     p.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="(%(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="rows that hold one of these texts")
+    p.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="rows that hold one of these texts, in this order"
+    )
     p.add_argument("--lr", type=float, help="another peak learning rate, for a study; put --out elsewhere")
     p.add_argument("--epochs", type=int, default=12, help="passes over the training texts (%(default)s)")
     p.add_argument("--pretrain-steps", type=int, default=2000, help="of 2,048 tokens (%(default)s)")
@@ -531,7 +551,7 @@ def main() -> int:
     out = args.out or (
         harness.RESULTS / f"classification-{args.device}.json" if args.share == 1 else args.work / "part.json"
     )
-    wanted = [row for row in rows(args.seeds) if any(text in row for text in args.only)]
+    wanted = in_turn(rows(args.seeds), args.only, args.seeds)
     result = files.load_json(out) if files.is_file(out) else {"rows": []}
     done = {one["row"] for one in result["rows"]}
     left = [row for row in wanted if row not in done]

@@ -6,20 +6,22 @@ What stands between two lines like these is replaced by the table of benchmarks/
     <!-- /benchmark:train_step-cpu -->
 
 Between `<!-- figure:faults-cpu -->` and `<!-- /figure:faults-cpu -->`, within a line, stands its one figure.
-`benchmark:decode-cpu/small` takes only the settings whose names begin with "small". A benchmark over lengths (scan,
-memory) also becomes a picture, docs/images/NAME.png, where one of the documents shows it.
+`benchmark:decode-cpu/small` takes only the settings whose names begin with "small", and `classification-cpu/sms/` only
+the rows of that task. A benchmark over lengths (scan, memory) also becomes a picture, docs/images/NAME.png, where one
+of the documents shows it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import harness, sorting_table
 from benchmarks.harness import FLOOR, OURS, Measurement
 
 ROOT = Path(__file__).parent.parent
@@ -222,10 +224,21 @@ def caption(results: list[Measurement]) -> str:
 def block(name: str, folder: Path) -> str | None:
     """What belongs between the markers of `name`; None where there are no results for it."""
     stem, _, prefix = name.partition("/")
+    if stem.startswith("classification-"):
+        return sorting_block(folder / f"{stem}.json", prefix)
     results = [r for r in harness.load(folder / f"{stem}.json") if r["setting"].startswith(prefix)]
     if not results:
         return None
     return f"\n{TABLES[results[0]['benchmark']](results)}\n{caption(results)}\n"
+
+
+def sorting_block(path: Path, prefix: str) -> str | None:
+    """The block of benchmarks/classification.py, whose results are rows of their own kind."""
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    rows = [row for row in result["rows"] if row["row"].startswith(prefix)]
+    return f"\n{sorting_table.table(rows)}\n{sorting_table.caption(result)}\n" if rows else None
 
 
 def rewrite(text: str, folder: Path) -> tuple[str, list[str]]:
