@@ -79,6 +79,20 @@ def test_a_state_that_is_kept_in_bf16_is_rounded_once_a_token(batch):
     assert relative_error(got, wanted[:, 0]) < 2e-5
 
 
+def test_a_state_that_was_decoded_may_be_trained_from():
+    model = stirred(PLAIN)
+    with torch.no_grad():
+        _, state = model.prefill(torch.tensor([[1, 2, 3]]))
+    with torch.inference_mode():
+        decoder = CompiledDecoder(model, state, compiled=False)
+        for token in (4, 5, 6):
+            decoder(torch.tensor([token]))
+            state.conv[:] = decoder.conv
+            assert not any(t.is_inference() for t in (*state.conv, *state.ssm))
+    logits, _ = model(torch.tensor([[7, 8]]), state)
+    logits.sum().backward()
+
+
 def test_a_projection_that_is_wrapped_is_not_gone_around():
     model = stirred(PLAIN)
     assert is_recordable(model)

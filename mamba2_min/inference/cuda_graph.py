@@ -92,7 +92,8 @@ class CompiledDecoder(StepBuffers):
 
     def __init__(self, model: Mamba2LM, state: State, state_dtype: torch.dtype | None = None, compiled: bool = True):
         super().__init__(model, state, state_dtype)
-        buffers = [self.conv, [torch.empty_like(t) for t in self.conv]]
+        with torch.inference_mode(False):  # so that the state may still be trained from
+            buffers = [self.conv, [torch.empty_like(t) for t in self.conv]]
         self._buffers = [(buffer, [t.unbind(1) for t in buffer]) for buffer in buffers]  # as a whole, and by tokens
         options: dict[str, Any] = {"coordinate_descent_tuning": True}  # tries a few sizes for each kernel
 
