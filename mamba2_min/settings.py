@@ -83,6 +83,9 @@ class Settings:
     ema_decay: float = setting(  # see Average
         0.0, "of the average of weights that is validated and kept, such as 0.998; 0: none", high=1
     )
+    input_noise: float = setting(  # see UnigramNoise
+        0.0, "share of the input tokens that training reads as other ones, against learning by heart", high=1
+    )
     lr: float = setting(5e-3, "peak learning rate", acceptable=True)
     min_lr: float = setting(1e-5, "final learning rate", acceptable=True)
     warmup_steps: int = setting(100, "steps of linear warm-up")

@@ -25,7 +25,7 @@ from mamba2_min.training.runs import read_plan
 from mamba2_min.training.task import ModelFiles
 from mamba2_min.training.trainer import Trainer
 
-EVERYTHING = {"carry_state": True, "ema_decay": 0.9}
+EVERYTHING = {"carry_state": True, "ema_decay": 0.9, "input_noise": 0.2}
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def _add(
     counted: the targets of the whole batch.
     """
     device, here = trainer.device, (part, team.stretch(input_ids.shape[1]))
-    ids, wanted = input_ids[here].to(device), targets[here].to(device)
+    ids, wanted = trainer.noise(input_ids[here].to(device)), targets[here].to(device)
     more = {} if seq_idx is None else {"seq_idx": seq_idx[here].to(device)}
     with team.spread():  # the backward pass too: --recompute computes blocks again there
         with trainer.autocast:

@@ -173,6 +173,7 @@ class GraphedGradients:
     ) -> Tensor:
         """Nothing here waits for the device, or asks it for a value."""
         trainer = self._trainer
+        input_ids = trainer.noise(input_ids)
         packed = {} if seq_idx is None else {"seq_idx": seq_idx}
         with trainer.autocast:
             if trainer.carried and fresh is not None:

@@ -94,6 +94,12 @@ class Task(ABC):
         """The validation score. The model's mode is put back as it was."""
 
     @property
+    def text(self) -> Tensor | None:
+        """(l,): the tokens of a training text whose distribution `input_noise` draws from, or None where it is not for
+        this task."""
+        return None
+
+    @property
     @abstractmethod
     def validation_size(self) -> tuple[int, int]:
         """The number of predictions that `evaluate` scores, and of the bytes that they spell."""
@@ -121,6 +127,10 @@ class Pretraining(Task):
     @property
     def digest(self) -> str:
         return self.corpus.digest
+
+    @property
+    def text(self) -> Tensor:
+        return self.corpus.train
 
     @property
     def validation_size(self) -> tuple[int, int]:

@@ -44,6 +44,7 @@ from mamba2_min.training.distributed import Team
 from mamba2_min.training.gradients import batch_gradients, own_rows
 from mamba2_min.training.guards import LossGuard, deferred_signals
 from mamba2_min.training.metrics import MetricsLog, NoLog, plot_run
+from mamba2_min.training.noise import UnigramNoise
 from mamba2_min.training.resume import capture, prepare_folder, repair_ended, restore, save_best
 from mamba2_min.training.step_graph import GraphedGradients
 from mamba2_min.training.task import Pretraining, Task
@@ -99,6 +100,7 @@ class Trainer:
         self.optimizer = _adamw(self.model, settings, fused=self.device.type in ("cpu", "cuda"))
         self.average = Average(self.model, settings.ema_decay)
         self.carried = CarriedState(self.model) if isinstance(self.windows, Streams) else None
+        self.noise = _noise(task, settings.input_noise, self.device)
         self.guard = LossGuard(settings.spike)
         self.log = (MetricsLog if self.team.leads else NoLog)(self.out / checkpoint.METRICS)
         self.step, self.seconds = 0, 0.0  # seconds of training, over all sittings
@@ -280,6 +282,15 @@ def _batches(task: Task, settings: Settings, model: nn.Module) -> Epochs:
     if settings.carry_state:
         raise UserError(f"carry-state needs a Mamba-2, not a {type(model).__name__}")
     return task.batches(dataclasses.replace(settings, carry_state=False))
+
+
+def _noise(task: Task, p: float, device: torch.device) -> UnigramNoise:
+    text = task.text
+    if text is None:
+        if p:
+            raise UserError("input-noise is for training on documents, not for this task")
+        text = torch.zeros(1)
+    return UnigramNoise(text, p, task.tokenizer.eos_id, device)
 
 
 def _resolved(settings: Settings, task: Task, batches: Epochs) -> Settings:
