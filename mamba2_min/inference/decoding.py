@@ -94,7 +94,7 @@ class Decoder(StepBuffers):
         ]
         norm = model.backbone.norm_f
         self._norm_f = _RMSNormStep(norm.weight, norm.eps, self.batch)
-        self._head = _product(model.lm_head)
+        self._head = product(model.lm_head)
         self._weight_dtype = norm.weight.dtype
 
     @without_autocast
@@ -116,7 +116,7 @@ class _BlockStep:
         self.dtype = dtype
         self.norm = _RMSNormStep(block.norm.weight, block.norm.eps, b)
 
-        self.in_proj = _product(mixer.in_proj)
+        self.in_proj = product(mixer.in_proj)
         self.projected = new(b, c.d_in_proj, dtype=dtype)
         self.z, xBC, self.dt_in = self.projected.split([c.d_inner, c.conv_dim, c.nheads], dim=-1)
 
@@ -143,7 +143,7 @@ class _BlockStep:
         self.state_rows = ssm_state.view(b, c.ngroups, c.d_inner // c.ngroups, c.d_state)  # (b, g, r p, n)
 
         self.gated_norm = _GatedRMSNormStep(mixer.norm, b)
-        self.out_proj = _product(mixer.out_proj)
+        self.out_proj = product(mixer.out_proj)
         self.shape = (b, c.nheads, c.headdim)
 
     def __call__(self, x: Tensor) -> None:
@@ -214,7 +214,7 @@ def lay_out_columns(model: Mamba2LM) -> Mamba2LM:
     return model
 
 
-def _product(module: nn.Module) -> Callable[..., Tensor]:
+def product(module: nn.Module) -> Callable[..., Tensor]:
     """`module` as a function (x, out=None)."""
     if not is_plain(module, _KNOWN):
         return lambda x, out=None: module(x) if out is None else out.copy_(module(x))

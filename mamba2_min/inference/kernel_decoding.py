@@ -1,4 +1,4 @@
-"""One token at a time by our own kernels (step_kernels.py): three a layer, and one norm and one product at the end.
+"""One token at a time by our own kernels (step_kernels.py): one to three a layer, and for many texts PyTorch's products.
 
 A CUDA graph records them (cuda_graph.py). It needs no compiler and no half minute of waiting. Where a model, a size or
 a GPU is not for them, `Decoder` or `CompiledDecoder` computes the same.
@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mamba2_min.config import Mamba2Config
-from mamba2_min.inference.decoding import Decoder, StepBuffers
+from mamba2_min.inference.decoding import Decoder, StepBuffers, product
+from mamba2_min.models.base import RMSNorm
 from mamba2_min.models.mamba2 import Mamba2LM, Mamba2Mixer, State
 from mamba2_min.ops.autograd import autocast_off
-from mamba2_min.ops.gpu_kernels import has_triton, on, product_precision
-from mamba2_min.ops.norm import rms_norm
+from mamba2_min.ops.gpu_kernels import has_triton, on
 
 _ROWS = 2  # up to so many rows are read by `project_rows`, each by its own programs
 _LONGEST = 8192  # numbers of a row that it holds
@@ -33,65 +32,92 @@ class KernelDecoder(StepBuffers):
 
     def __init__(self, model: Mamba2LM, state: State, state_dtype: torch.dtype | None = None):
         super().__init__(model, state, state_dtype)
-        c, weight = model.config, model.lm_head.weight
-        self._projected = torch.empty(self.batch, c.d_in_proj, dtype=weight.dtype, device=weight.device)
-        self._gated = torch.empty(self.batch, c.d_inner, dtype=weight.dtype, device=weight.device)
-        self._result = torch.empty(self.batch, c.padded_vocab_size, dtype=weight.dtype, device=weight.device)
-        self._paired = _can_pair(weight.device)
+        c, b, like = model.config, self.batch, model.lm_head.weight
+        new = functools.partial(torch.empty, dtype=like.dtype, device=like.device)
+        self._projected, self._gated, self._result = new(b, c.d_in_proj), new(b, c.d_inner), new(b, c.padded_vocab_size)
+        self._normed, self._added = new(b, c.d_model), new(b, c.d_model)
+        self._state_size = state_sizes(b, c.headdim, c.d_state)
+        self._squares = new(b, c.nheads * -(-c.headdim // self._state_size["BP"]), dtype=torch.float32)
+        self._pairing = {"PAIRED": True, "launch_pdl": True} if _can_pair(like.device) else {"PAIRED": False}
 
     def _logits(self, x: Tensor) -> Tensor:
-        backbone, head = self.model.backbone, self.model.lm_head
         with autocast_off(x), on(x):
-            for block, window, ssm in zip(backbone.blocks, self.conv, self.ssm, strict=True):
-                m = block.mixer
-                self._project(x, block.norm, m.in_proj, self._projected, window=window, conv=m.conv1d)
-                self._advance(m, ssm)
-                self._project(self._gated, m.norm, m.out_proj, x, m.norm.groups, add=True)
-            if self.batch > _ROWS:  # the head is large enough for the library's products
-                x = rms_norm(x, backbone.norm_f.weight, backbone.norm_f.eps)
-                return F.linear(x, head.weight, head.bias)
-            self._project(x, backbone.norm_f, head, self._result)
+            if self.batch <= _ROWS:
+                self._by_rows(x)
+            else:
+                self._by_products(x)
         return self._result
 
+    def _by_rows(self, x: Tensor) -> None:
+        backbone = self.model.backbone
+        for block, window, ssm in zip(backbone.blocks, self.conv, self.ssm, strict=True):
+            m = block.mixer
+            self._project(x, block.norm, m.in_proj, self._projected)
+            self._advance(m, window, ssm)
+            self._project(self._gated, m.norm, m.out_proj, x, m.norm.groups, window)
+        self._project(x, backbone.norm_f, self.model.lm_head, self._result)
+
+    def _by_products(self, x: Tensor) -> None:
+        from mamba2_min.ops import norm_kernels
+
+        backbone = self.model.backbone
+        norms = [*(block.norm for block in backbone.blocks), backbone.norm_f]
+        self._join(x, norms[0])
+        for block, norm, window, ssm in zip(backbone.blocks, norms[1:], self.conv, self.ssm, strict=True):
+            m, gated = block.mixer, self._gated
+            product(m.in_proj)(self._normed, self._projected)
+            self._advance(m, window, ssm)
+            if m.norm.groups > 1:  # after the product, it is too late to divide by an rms for each group
+                gated, _ = norm_kernels.forward(gated, None, m.norm.weight, m.norm.eps, m.norm.groups, False)
+            torch.mm(gated, m.out_proj.weight.t(), out=self._added)
+            self._join(x, norm, m, window)
+        product(self.model.lm_head)(self._normed, self._result)
+
     def _project(
-        self, u: Tensor, norm: Any, linear: nn.Linear, out: Tensor, parts: int = 1, add: bool = False,
-        window: Tensor | None = None, conv: nn.Conv1d | None = None,
-    ) -> None:  # fmt: skip
-        """out (b, outputs) = linear(norm(u)), with `add` added to it; with a window, its x, B and C convolved."""
+        self, u: Tensor, norm: Any, linear: nn.Linear, out: Tensor, parts: int = 1, window: Tensor | None = None
+    ) -> None:
+        """out (b, outputs) = linear(norm(u)); with a window, added to out, and the window moves on."""
         from mamba2_min.inference import step_kernels as kernels
 
-        c, unused, weight = self.model.config, self._projected, linear.weight
-        outputs, k = weight.shape
-        taps, bias = (unused, None) if conv is None else (conv.weight, conv.bias)
-        arguments = (
-            u, norm.weight, weight, unused if linear.bias is None else linear.bias, out, k, outputs, norm.eps,
-            unused if window is None else window, taps, unused if bias is None else bias, c.d_inner, c.conv_dim,
+        c, (outputs, k) = self.model.config, linear.weight.shape
+        size = row_sizes(k)
+        programs = -(-outputs // size["BR"])
+        kernels.project_rows[(programs, self.batch)](
+            u, norm.weight, linear.weight, linear.weight if linear.bias is None else linear.bias, out, k, outputs,
+            norm.eps, *self._moving(window), BIAS=linear.bias is not None, ADD=window is not None, PARTS=parts,
+            TAPS=1 if window is None else c.d_conv, BC=_power(-(-c.conv_dim // programs)), **self._pairing, **size,
         )  # fmt: skip
-        how: dict[str, Any] = {
-            "BIAS": linear.bias is not None, "ADD": add, "PARTS": parts, "CONVOLVE": window is not None,
-            "CONV_BIAS": bias is not None, "TAPS": c.d_conv, **self._pairing(),
-        }  # fmt: skip
-        if self.batch <= _ROWS:
-            size = row_sizes(k)
-            kernels.project_rows[(-(-outputs // size["BR"]), self.batch)](*arguments, **how, **size)
-            return
-        size = tile_sizes(self.batch, outputs)
-        kernels.project_tiles[(-(-outputs // size["BR"]), -(-self.batch // size["BM"]))](
-            *arguments, self.batch, **how, PRECISION=product_precision(weight.dtype), **size
-        )
 
-    def _advance(self, m: Mamba2Mixer, ssm: Tensor) -> None:
+    def _join(self, x: Tensor, norm: RMSNorm, m: Mamba2Mixer | None = None, window: Tensor | None = None) -> None:
+        """The norm of x, to which what the mixer m computed is added first; its window moves on."""
         from mamba2_min.inference import step_kernels as kernels
 
-        c = m.config
-        size = state_sizes(self.batch, c.headdim, c.d_state)
-        kernels.advance[(self.batch * c.nheads, -(-c.headdim // size["BP"]))](
-            self._projected, ssm, m.dt_bias, m.A_log, m.D, self._gated, c.nheads, c.nheads // c.ngroups, c.headdim,
-            c.d_state, c.d_in_proj, **self._pairing(), **size,
+        c, d = self.model.config, x.shape[1]
+        bias = None if m is None else m.out_proj.bias
+        taps = 1 if window is None else c.d_conv
+        parts = self._squares.shape[1]
+        kernels.join[(self.batch, 1 if taps == 1 else 2)](
+            x, self._added, self._added if bias is None else bias, self._squares, parts, c.d_inner, c.norm_eps,
+            norm.weight, norm.eps, self._normed, d, *self._moving(window), ADD=m is not None, BIAS=bias is not None,
+            DIVIDE=m is not None and m.norm.groups == 1, TAPS=taps, BD=_power(d), BS=_power(parts),
+            BC=_power(c.conv_dim), num_warps=8, **self._pairing,
         )  # fmt: skip
 
-    def _pairing(self) -> dict[str, Any]:
-        return {"PAIRED": True, "launch_pdl": True} if self._paired else {"PAIRED": False}
+    def _moving(self, window: Tensor | None) -> tuple[Tensor, Tensor, int, int, int]:
+        """A window, and where in which rows of the projection its channels are."""
+        c = self.model.config
+        return self._gated if window is None else window, self._projected, c.d_in_proj, c.d_inner, c.conv_dim
+
+    def _advance(self, m: Mamba2Mixer, window: Tensor, ssm: Tensor) -> None:
+        from mamba2_min.inference import step_kernels as kernels
+
+        c, taps, bias = m.config, m.conv1d.weight, m.conv1d.bias
+        kernels.advance[(self.batch * c.nheads, -(-c.headdim // self._state_size["BP"]))](
+            self._projected, window, taps, taps if bias is None else bias, ssm, m.dt_bias, m.A_log, m.D, m.norm.weight,
+            self._gated, self._squares, c.nheads, c.nheads // c.ngroups, c.headdim, c.d_state, c.d_in_proj, c.conv_dim,
+            CONV_BIAS=bias is not None, TAPS=c.d_conv, SQUARES=self.batch > _ROWS and m.norm.groups == 1,
+            **self._pairing, **self._state_size,
+        )  # fmt: skip
 
 
 def _power(size: int) -> int:
@@ -105,12 +131,6 @@ def row_sizes(k: int) -> dict[str, int]:
     """Of `project_rows`, for rows of k numbers."""
     width = _power(k)
     return {"BR": max(1, min(8, _TILE // width)), "BK": width, "num_warps": 4}
-
-
-def tile_sizes(batch: int, outputs: int) -> dict[str, int]:
-    """Of `project_tiles`: small enough that there are about as many programs as multiprocessors."""
-    tokens = 16 if batch <= 16 else 32
-    return {"BM": tokens, "BR": 32 if outputs >= 2048 else 16, "BK": 128, "num_warps": 4, "num_stages": 3}
 
 
 def state_sizes(batch: int, p: int, n: int) -> dict[str, int]:
