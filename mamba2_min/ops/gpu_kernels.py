@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,6 +46,21 @@ def has_triton() -> bool:
 def takes(t: Tensor) -> bool:
     """Whether a kernel can take this tensor: on a GPU, bf16 or float32, where no transform of torch.func runs."""
     return t.is_cuda and t.dtype in (torch.bfloat16, torch.float32) and has_triton() and not is_traced()
+
+
+def is_right(kernels: str, device: torch.device, check: Callable[[], Iterable[float]], tolerance: float) -> bool:
+    """Whether `kernels` run on this device and the errors that `check` finds are at most the tolerance. Otherwise a
+    warning says why not, and the device goes without them."""
+    try:
+        too_large = [error for error in check() if not error <= tolerance]
+    except Exception as fault:  # whatever a compiler or a driver raises
+        reason = (str(fault).splitlines() or [type(fault).__name__])[0]
+    else:
+        if not too_large:
+            return True
+        reason = f"they are off by {too_large[0]:.1e}"
+    warnings.warn(f"{device} goes without {kernels}: {reason}", stacklevel=3)
+    return False
 
 
 def operator(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
