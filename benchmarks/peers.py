@@ -29,6 +29,7 @@ from mamba2_min.models.transformer import KVCache, TransformerConfig, Transforme
 
 SMALL = Mamba2Config(vocab_size=13_148, d_model=256, n_layer=4, d_state=64)  # 5 million parameters
 BASE = Mamba2Config(vocab_size=50_288, d_model=768, n_layer=24, d_state=128, chunk_size=128)  # 130 million
+LARGE = Mamba2Config(vocab_size=50_288, d_model=2048, n_layer=48, d_state=128, chunk_size=128)  # 1.3 billion
 TINY = Mamba2Config(vocab_size=499, d_model=64, n_layer=2, d_state=16, headdim=16)  # for --quick
 
 MODELS = {"small": SMALL, "base": BASE, "tiny": TINY}

@@ -49,6 +49,8 @@ SETTINGS = {
         "small-b64-l768": Setting(peers.SMALL, 64, 768),
         # The same number of tokens in texts of every length: where the cost of attention outgrows that of a scan.
         **{f"base-b{32768 // l}-l{l}": Setting(peers.BASE, 32768 // l, l) for l in (512, 4096, 8192, 16384, 32768)},
+        # Alone, with --peers mamba2_min+graph: beside others it does not fit into a GPU's memory.
+        "large-b4-l4096": Setting(peers.LARGE, 4, 4096),
     },
 }
 QUICK = {"tiny-b2-l48": Setting(peers.TINY, 2, 48)}
