@@ -187,26 +187,20 @@ def forward(x, dt, A, B, C, D, start, documents, *, dt_bias=None):
         return launch.outputs(C, B, x, H, decays, D, reverse=False), last, H, *decays
 
 
-def backward(
-    dy, dlast, x, A, B, C, D, documents, H, s, s_dt, enter, leave, steps, across, *, into=(None, None, None, None)
-):
+def backward(dy, dlast, x, A, B, C, D, documents, H, *decays, into=(None, None, None, None)):
     """into: memory for the gradients of x, B, C and dt. With the last, dt and A are a mixer's, and the gradient of
     dt_bias comes in the place of that of dt."""
+    from mamba2_min.ssd.triton_launch import Decays
+
     dy, x, B, C = map(_aligned, (dy, x, B, C))
     with on(x):
-        launch, decays = _launch(x, B, documents), _decays(s, s_dt, enter, leave, steps, across)
+        launch, decays = _launch(x, B, documents), Decays(*decays)
         dH, dstart, carried = launch.states(dy, C, decays, dlast, H)
         dx = launch.outputs(B, C, dy, dH, decays, D, True, into[0])
         dC, *read, _ = launch.key_gradients(C, B, dy, x, H, decays, False, into[2])
         dB, *written = launch.key_gradients(B, C, x, dy, dH, decays, True, into[1])
-        ddt, dA, dbias = launch.step_gradients(B, C, steps, A, read, written, carried, into[3])
+        ddt, dA, dbias = launch.step_gradients(B, C, decays.dt, A, read, written, carried, into[3])
         return dx, ddt if into[3] is None else dbias, dA, dB, dC, dstart, written[-1].sum((0, 2))
-
-
-def _decays(*tensors: Tensor):
-    from mamba2_min.ssd.triton_launch import Decays
-
-    return Decays(*tensors)
 
 
 def _fake_forward(x, dt, A, B, C, D, start, documents):

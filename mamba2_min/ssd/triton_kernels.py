@@ -141,6 +141,15 @@ def states(
 
 
 @triton.jit
+def _place(chunks, heads_a_group, heads, blocks: tl.constexpr):
+    """Of a program: which block of rows of chunk c of row b, and of group g the part of `heads` heads from `first`."""
+    program, parts = tl.program_id(0).to(tl.int64), heads_a_group // heads
+    chunk = program // blocks
+    g, part = (tl.program_id(1) // parts).to(tl.int64), (tl.program_id(1) % parts).to(tl.int64)
+    return (program % blocks).to(tl.int32), chunk // chunks, chunk % chunks, g, part, g * heads_a_group + part * heads
+
+
+@triton.jit
 def _scores(
     R, K, documents, R_sl, K_sl, rows, columns, left, n, REVERSE: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, BN: tl.constexpr,
@@ -158,6 +167,14 @@ def _scores(
         K + (columns[:, None] * K_sl + N[None, :]), mask=(columns < left)[:, None] & (N < n)[None, :], other=0.0
     )
     return r, keys, tl.dot(r, tl.trans(keys), input_precision=PRECISION), seen
+
+
+@triton.jit
+def _needed(columns, block, left, REVERSE: tl.constexpr, BR: tl.constexpr):
+    """The columns that some row of a block sees, of `left` tokens."""
+    if REVERSE:
+        return (columns >= block * BR) & (columns < left)
+    return (columns < block * BR + BR) & (columns < left)
 
 
 @triton.jit
@@ -189,13 +206,7 @@ def outputs(
     Forwards v = x, near = enter, and out is y; in reverse v = dy, near = leave, and out is dx. D is part of the pairs'
     matrix, on its diagonal. One program per BR rows and `heads` heads, which share R K^T.
     """
-    blocks: tl.constexpr = Q // BR
-    program = tl.program_id(0).to(tl.int64)
-    block, chunk = (program % blocks).to(tl.int32), program // blocks
-    b, c = chunk // chunks, chunk % chunks
-    parts = heads_a_group // heads
-    g = (tl.program_id(1) // parts).to(tl.int64)
-    first = g * heads_a_group + (tl.program_id(1) % parts) * heads
+    block, b, c, g, _, first = _place(chunks, heads_a_group, heads, Q // BR)
     P, N, columns = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
     rows, left, token = block * BR + tl.arange(0, BR), (l - c * Q).to(tl.int32), c * Q
     R += b * R_sb + g * R_sg + token * R_sl
@@ -208,11 +219,8 @@ def outputs(
     out += b * out_sb + token * out_sl + first * p
     D += first
     at = (b * h + first) * chunks * Q + token
-    if REVERSE:
-        needed = columns >= block * BR
-    else:
-        needed = columns < block * BR + BR
-    v_tile, v_inside = columns[:, None] * v_sl + P[None, :], (needed & (columns < left))[:, None] & (P < p)[None, :]
+    needed = _needed(columns, block, left, REVERSE, BR)
+    v_tile, v_inside = columns[:, None] * v_sl + P[None, :], needed[:, None] & (P < p)[None, :]
     out_tile, out_inside = rows[:, None] * out_sl + P[None, :], (rows < left)[:, None] & (P < p)[None, :]
     state_tile, state_inside = P[:, None] * n + N[None, :], (P < p)[:, None] & (N < n)[None, :]
     high, by_state, step = tl.load(s + at + rows), tl.load(near + at + rows), tl.load(dt + at + rows)
@@ -257,14 +265,8 @@ def pair_gradients(
     a_{j+1} + ... + a_i, and `pairs` (b, h, L) its sum over a row; in reverse it lacks the factor dt of the row, and
     `own` is dy . x of each row. One program per BR rows and `heads` heads.
     """
-    blocks: tl.constexpr = Q // BR
-    program = tl.program_id(0).to(tl.int64)
-    block, chunk = (program % blocks).to(tl.int32), program // blocks
-    b, c = chunk // chunks, chunk % chunks
-    parts = heads_a_group // heads
+    block, b, c, g, part, first = _place(chunks, heads_a_group, heads, Q // BR)
     groups = h // heads_a_group
-    g, part = (tl.program_id(1) // parts).to(tl.int64), (tl.program_id(1) % parts).to(tl.int64)
-    first = g * heads_a_group + part * heads
     P, N, columns = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
     rows, left, token = block * BR + tl.arange(0, BR), (l - c * Q).to(tl.int32), c * Q
     R += b * R_sb + g * R_sg + token * R_sl
@@ -277,11 +279,8 @@ def pair_gradients(
     v += b * v_sb + token * v_sl + first * v_sh
     u += b * u_sb + token * u_sl + first * u_sh
     at = (b * h + first) * chunks * Q + token
-    if REVERSE:
-        needed = columns >= block * BR
-    else:
-        needed = columns < block * BR + BR
-    v_tile, v_inside = columns[:, None] * v_sl + P[None, :], (needed & (columns < left))[:, None] & (P < p)[None, :]
+    needed = _needed(columns, block, left, REVERSE, BR)
+    v_tile, v_inside = columns[:, None] * v_sl + P[None, :], needed[:, None] & (P < p)[None, :]
     u_tile, u_inside = rows[:, None] * u_sl + P[None, :], (rows < left)[:, None] & (P < p)[None, :]
     high, step = tl.load(s + at + rows), tl.load(dt + at + rows)
     low = high
@@ -324,14 +323,8 @@ def key_gradients(
     `through` (b, h, L) is the derivative by the exponent between a row and the state; in reverse it lacks the factor dt
     of the row. Programs, parts and the rest as in `pair_gradients`.
     """
-    blocks: tl.constexpr = Q // BR
-    program = tl.program_id(0).to(tl.int64)
-    block, chunk = (program % blocks).to(tl.int32), program // blocks
-    b, c = chunk // chunks, chunk % chunks
-    parts = heads_a_group // heads
+    block, b, c, g, part, first = _place(chunks, heads_a_group, heads, Q // BR)
     groups = h // heads_a_group
-    g, part = (tl.program_id(1) // parts).to(tl.int64), (tl.program_id(1) % parts).to(tl.int64)
-    first = g * heads_a_group + part * heads
     P, N = tl.arange(0, BP), tl.arange(0, BN)
     rows, left, token = block * BR + tl.arange(0, BR), (l - c * Q).to(tl.int32), c * Q
     inside = (rows < left)[:, None] & (N < n)[None, :]
