@@ -1,21 +1,18 @@
 """Trainings that are small enough to run dozens: documents, a model, a trainer, and train.py in its own process.
 
-The processes are forked from one that has already imported torch. Otherwise they are real: they write to a terminal, a
-pipe or a file, have limits, and receive signals.
+The processes (forked.py) write to a terminal, a pipe or a file, have limits, and receive signals.
 """
 
 import importlib.util
-import multiprocessing
 import os
 import random
 import resource
 import signal
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
 
-import pytest
 import torch
+from forked import ROOT, fork, status_of
 
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
@@ -25,7 +22,6 @@ from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.settings import Settings
 from mamba2_min.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"d_model": 16, "n_layer": 1, "d_state": 4, "headdim": 8, "chunk_size": 8}
 STATE = (
     "model",
@@ -42,10 +38,6 @@ STATE = (
     "stale",
     "micro_batch",
 )
-
-# AdamW imports torch._dynamo, which takes seconds, when it is first made.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["small_runs", "mamba2_min.plots", "mamba2_min.training.runs", "torch._dynamo"])
 
 
 def write_documents(folder, count=12, words=60, seed=0):
@@ -131,25 +123,17 @@ class Training:
 
     def __init__(self, *arguments, said, **options):
         self.said = said
-        with pytest.MonkeyPatch.context() as patch:  # the server of forks looks for modules there
-            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-            patch.setenv("OMP_NUM_THREADS", "1")
-            forkserver.ensure_running()
-        self.process = _processes.Process(target=_child, args=(list(map(str, arguments)), said), kwargs=options)
-        self.process.start()
+        self.process = fork(_child, (list(map(str, arguments)), said), options)
 
     @property
     def pid(self):
         return self.process.pid
 
     def wait(self, timeout=120):
-        """The exit status as a shell would give it: 128 + the signal that ended it, if one did."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise AssertionError(f"still running after {timeout} seconds: {self.text()}")
-        status = self.process.exitcode
-        return 128 - status if status < 0 else status
+        """The exit status, as `status_of` has it."""
+        status = status_of(self.process, timeout)
+        assert status is not None, f"still running after {timeout} seconds: {self.text()}"
+        return status
 
     def text(self):
         return self.said.read_text() if self.said.exists() else ""

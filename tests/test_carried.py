@@ -28,11 +28,6 @@ from mamba2_min.training.trainer import Trainer
 EVERYTHING = {"carry_state": True, "ema_decay": 0.9, "input_noise": 0.2}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_documents(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setattr(Trainer, "_draw", lambda self: None)

@@ -1,14 +1,11 @@
 """Several processes fine-tune one model as one process does: the same files, whatever their number."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
-from small_runs import ROOT
+from forked import Command
 
 from mamba2_min import Mamba2Config, Mamba2LM, WordTokenizer
 from mamba2_min.checkpoints.checkpoint import load_tensors
@@ -39,18 +36,16 @@ def finetuned(base, out, count, task, method, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mamba2_min.finetune", "--model", base, "--data", base / f"{task}.jsonl"]
-    command += ["--out", out, "--task", task, "--method", method, *FLAGS.split(), *more]
-    command += ["--device", "cpu", "--threads", "1", "--precision", "float32", "--val-fraction", "0.3"]
+    words = ["-m", "mamba2_min.finetune", "--model", base, "--data", base / f"{task}.jsonl"]
+    words += ["--out", out, "--task", task, "--method", method, *FLAGS.split(), *more]
+    words += ["--device", "cpu", "--threads", "1", "--precision", "float32", "--val-fraction", "0.3"]
     running = []
     for rank in range(count):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        environment |= {name: str(value) for name, value in place.items()} if count > 1 else {}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen(list(map(str, command)), env=environment, cwd=ROOT, **pipes))
-    return [(one.returncode, *said) for one, said in [(one, one.communicate(timeout=120)) for one in running]]
+        environment = {name: str(value) for name, value in place.items()} if count > 1 else {}
+        running.append(Command(*words, environment=environment))
+    return [(done.returncode, done.stdout, done.stderr) for done in [one.wait() for one in running]]
 
 
 @pytest.mark.parametrize(

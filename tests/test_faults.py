@@ -15,7 +15,7 @@ import sys
 import time
 
 import pytest
-from small_runs import ROOT, SHAPE, Training, assert_same_run, write_documents
+from small_runs import ROOT, SHAPE, Training, assert_same_run
 
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.training.guards import deferred_signals
@@ -41,11 +41,6 @@ FLAGS = [word for name, value in SHAPE.items() for word in ("--" + name.replace(
     "--patience",
     0,
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_documents(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ import json
 import math
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 import zlib
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from instruments import relative_error
@@ -486,15 +485,8 @@ class TestData:
             assert lay_out(examples, rows, room)[0].shape[1] == room
 
 
-def command(name, *arguments, stdin=None):
-    return subprocess.run(
-        [sys.executable, "-m", f"mamba2_min.{name}", *map(str, arguments)],
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def command(name, *arguments, stdin=""):
+    return forked.command("-m", f"mamba2_min.{name}", *arguments, stdin=stdin)
 
 
 def test_words_that_the_model_does_not_know_are_told(base):

@@ -4,12 +4,11 @@ is refused in one line. What llama.cpp makes of the file is in test_llama_cpp.py
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
+import forked
 import gguf as reference
 import modelfile
 import numpy as np
@@ -291,13 +290,7 @@ class TestVocabulary:
 
 
 def run_export(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "mamba2_min.export", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return forked.command("-m", "mamba2_min.export", *arguments)
 
 
 @pytest.fixture(scope="module")

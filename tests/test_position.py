@@ -1,11 +1,9 @@
 """Perplexity by position: the losses are those of one forward pass, and the buckets are means of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch.nn import functional as F
@@ -71,14 +69,7 @@ def test_settings_of_another_form_say_nothing(tmp_path, odd):
 
 
 def command(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "mamba2_min.evaluation.position", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return forked.command("-m", "mamba2_min.evaluation.position", *arguments, cwd=cwd)
 
 
 def test_the_command(tmp_path):

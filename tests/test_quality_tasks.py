@@ -1,12 +1,11 @@
 """The papers' tasks: a program without a network solves what is drawn, and a small model learns it by the same loop."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -184,8 +183,7 @@ def test_a_table_is_written_row_by_row_and_gone_on_with(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["selective_copying", "induction_heads", "mqar"])
 def test_a_row_that_is_not_there_is_one_line(name, tmp_path):
-    command = [sys.executable, "-m", f"benchmarks.quality.{name}", "--only", "nothing", "--results", str(tmp_path)]
-    ended = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    ended = forked.command("-m", f"benchmarks.quality.{name}", "--only", "nothing", "--results", tmp_path)
     assert ended.returncode and ended.stderr.count("\n") == 1 and "nothing" in ended.stderr
 
 

@@ -1,10 +1,8 @@
 """Narrow weights: the products against the matrices written out, the model against its float self, run.py with them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from instruments import Allocated, relative_error
@@ -175,16 +173,14 @@ def test_what_cannot_be_is_said_in_one_line(folder, monkeypatch, tmp_path):
 
 @each_kind
 def test_run_writes_with_narrow_weights(folder, kind):
-    command = [sys.executable, str(SCRIPT), "--model", str(folder), "--device", "cpu", "--quantize", kind]
-    options = {"capture_output": True, "text": True, "timeout": 120, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    done = subprocess.run([*command, "--prompt", "The owl", "--max-tokens", "8", "--seed", "1"], **options)
+    flags = ("--device", "cpu", "--quantize", kind, "--prompt", "The owl", "--max-tokens", 8, "--seed", 1)
+    done = forked.command(SCRIPT, "--model", folder, *flags)
     assert (done.returncode, done.stderr.splitlines()[0].split(", ")[1][-len(f" in {kind}") :]) == (0, f" in {kind}")
     text = "".join(Completer.load(folder, weights=kind).complete("The owl", 8, Sampler(seed=1)))
     assert done.stdout.strip() == text.strip()
 
 
 def test_run_refuses_another_width_in_one_line(folder):
-    command = [sys.executable, str(SCRIPT), "--model", str(folder), "--quantize", "int4", "--prompt", "a"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = forked.command(SCRIPT, "--model", folder, "--quantize", "int4", "--prompt", "a")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert "--quantize" in done.stderr and "int8" in done.stderr

@@ -4,14 +4,15 @@ import importlib.util
 import io
 import json
 import os
+import pty
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from mamba2_min.config import Mamba2Config
@@ -397,33 +398,19 @@ class Process:
     """run.py at a terminal of its own."""
 
     def __init__(self, *arguments, **environment):
-        import fcntl
-        import pty
-        import termios
-
-        def at_the_terminal():
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # and is heard, also in a background job
-
         self.screen, terminal = pty.openpty()
-        self.child = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments],
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            start_new_session=True,
-            preexec_fn=at_the_terminal,
-            env={**ENVIRONMENT, **environment},
-        )
-        os.close(terminal)
+        words = [str(SCRIPT), *arguments]
+        self.child = forked.fork(_at_a_terminal, (os.ttyname(terminal), words, {**ENVIRONMENT, **environment}))
+        self._terminal = terminal  # until the process has it
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         self.child.kill()
-        self.child.wait()
+        self.child.join()
         os.close(self.screen)
+        os.close(self._terminal)
 
     def type(self, text):
         os.write(self.screen, text.encode())
@@ -438,6 +425,14 @@ class Process:
                 assert time.monotonic() < end, f"waited for {words!r} and saw {shown.decode(errors='replace')!r}"
                 self.type(again)
         return shown.decode().replace("\r\n", "\n")
+
+
+def _at_a_terminal(name, words, environment):
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)  # a session's first terminal is its own: Ctrl-C reaches it
+    for number in range(3):
+        os.dup2(terminal, number)
+    forked.run(words, environment)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
@@ -473,14 +468,14 @@ def test_a_session_at_a_terminal(folder, tmp_path):
         session.type("top-p 0.25\x08\x01/\n")  # edited: the last character taken back, one put in at the beginning
         session.until("top-p is 0.2\n\n> ")
         session.type("\x04")
-        assert session.child.wait(60) == 0
+        assert forked.status_of(session.child, 60) == 0
 
     with Process(*arguments, XDG_STATE_HOME=str(tmp_path)) as session:
         session.until("\n\n> ")
         session.type("\x10\x10\n")
         session.until("length is 5\n\n> ")
         session.type("exit\n")
-        assert session.child.wait(60) == 0
+        assert forked.status_of(session.child, 60) == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
@@ -497,7 +492,7 @@ def test_tab_completes_commands_and_suggestions(well_read, tmp_path):
         assert "The bab owl" in session.until("goes on]\x1b[0m\n")
         session.until("> ")
         session.type("exit\n")
-        assert session.child.wait(60) == 0
+        assert forked.status_of(session.child, 60) == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
@@ -541,7 +536,7 @@ def test_lines_that_are_pasted_are_one_prompt(folder, tmp_path, terminal, marked
         assert f"prompt  {tokens} tokens" in told
         session.until("> ")
         session.type("exit\n")
-        assert session.child.wait(60) == 0
+        assert forked.status_of(session.child, 60) == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")

@@ -1,13 +1,13 @@
 """A model that is divided among processes trains as a whole one does, and leaves the files of one."""
 
-import multiprocessing
 import os
 import signal
 
+import forked
 import pytest
 import torch
-from small_runs import assert_same_run, write_documents
-from test_distributed import Processes
+from several_processes import Processes
+from small_runs import assert_same_run
 from torch import distributed as dist
 from torch import nn
 
@@ -17,20 +17,6 @@ from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.training import distributed, sharding
 from mamba2_min.training.distributed import Gone
 from mamba2_min.training.metrics import read_metrics
-
-_processes = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_documents(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, data):
-    out = tmp_path_factory.mktemp("alone") / "run"
-    assert Processes(1, data, out).wait() == [0]
-    return out
 
 
 def assert_near_run(one, other, tolerance=1e-5):
@@ -153,15 +139,10 @@ def work(rank, path, queue):
 
 
 def test_each_process_holds_its_part_and_the_gradients_are_those_of_the_whole(tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.getcwd()]))
-        queue = _processes.Queue()
-        started = [_processes.Process(target=work, args=(rank, tmp_path / "meeting", queue)) for rank in range(2)]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(100)
-            assert process.exitcode == 0
+    queue = forked.context.Queue()
+    started = [forked.fork(work, (rank, tmp_path / "meeting", queue)) for rank in range(2)]
+    for process in started:
+        assert forked.status_of(process, 100) == 0
     found = [queue.get() for _ in started]
     for part in (0, 1):
         assert sum(held[part] for held, _ in found) == found[0][1]

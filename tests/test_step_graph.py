@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import assert_same_run, make_trainer, write_documents
+from small_runs import assert_same_run, make_trainer
 
 from mamba2_min.config import Mamba2Config
 from mamba2_min.models.mamba2 import Mamba2LM
@@ -33,11 +33,6 @@ class Unrecordable:
     def __init__(self, parameters, backward, batch, reads):
         backward(*batch)
         raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_documents(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,14 @@ import json
 import os
 import pty
 import re
+import select
 import shlex
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
-from small_runs import ROOT, SHAPE, load_script, write_documents
+from small_runs import ROOT, SHAPE, Training, load_script, write_documents
 
 from mamba2_min import devices, files
 from mamba2_min.config import Mamba2Config
@@ -32,11 +33,6 @@ FLAGS = [str(word) for name, value in SHAPE.items() for word in ("--" + name.rep
     "--device",
     "cpu",
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_documents(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -320,10 +316,8 @@ def test_hostile_documents_train_and_are_never_printed_raw(train, tmp_path, name
     assert r"\x1b[2J" in text  # the folder's name, made visible
 
 
-def process(*arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, env=environment, timeout=180, text=True, **options)
+def process(*arguments):
+    return forked.command(ROOT / "train.py", *arguments)
 
 
 def test_a_real_process_refuses_in_one_line(tmp_path):
@@ -349,32 +343,21 @@ def test_a_terminal_gets_a_bar_that_fits(tmp_path, data):
     import termios
 
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "run"),
-        *FLAGS,
-        "--max-steps",
-        "30",
-        "--eval-every",
-        "15",
-    ]
-    with subprocess.Popen(command, stdout=side, stderr=side, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
-        os.close(side)
-        received = b""
-        while True:
-            try:
-                part = os.read(main, 65536)
-            except OSError:
-                break
-            if not part:
-                break
-            received += part
+    words = ("--data", data, "--out", tmp_path / "run", *FLAGS, "--max-steps", 30, "--eval-every", 15)
+    child = Training(*words, said=None, terminal=os.ttyname(side))
+    select.select([main], [], [])  # it has the terminal: from now on it ends with the process
+    os.close(side)
+    received = b""
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        received += part
     os.close(main)
-    assert child.returncode == 0
+    assert child.wait() == 0
     text = received.decode()
     assert "\r" in text and " left" in text
     assert max(len(line) for line in re.split(r"[\r\n]+|\x1b\[\w", text)) <= 80

@@ -27,11 +27,6 @@ from mamba2_min.training.metrics import MetricsLog, read_metrics
 from mamba2_min.training.trainer import Trainer
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_documents(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
 def one_thread_and_no_pictures(monkeypatch):
     threads = torch.get_num_threads()
