@@ -109,11 +109,7 @@ def body_of(notebook):
     return notebook.cells[: texts.index(True) + 1]
 
 
-PACED = [path for path in NOTEBOOKS if path.name < "07" or path.name >= "08"]
-paced = pytest.mark.parametrize("path", PACED, ids=lambda path: path.stem)
-
-
-@paced
+@each
 def test_no_cell_is_long_and_every_third_is_a_picture(path):
     cells = [cell for cell in body_of(read(path)) if cell.cell_type == "code"]
     assert max(cell.source.count("\n") + 1 for cell in cells) <= 25
@@ -121,7 +117,7 @@ def test_no_cell_is_long_and_every_third_is_a_picture(path):
     assert 3 * pictures >= len(cells) - 3  # the imports, and two more to round up
 
 
-@paced
+@each
 def test_every_exercise_has_an_empty_cell_a_check_and_a_solution(path):
     cells = read(path).cells
     starts = [k for k, cell in enumerate(cells) if cell.cell_type == "markdown" and "### Exercise " in cell.source]
@@ -133,14 +129,14 @@ def test_every_exercise_has_an_empty_cell_a_check_and_a_solution(path):
         assert re.search(r"^check\(", code[-1], re.MULTILINE)
 
 
-@paced
+@each
 def test_names_its_symbols_and_ends_with_a_summary(path):
     cells = read(path).cells
     assert re.search(r"^\*\*Symbols\.\*\* \S", cells[0].source, re.MULTILINE)
     assert any(re.search(r"^## (Summary|What you have now)", cell.source, re.MULTILINE) for cell in cells)
 
 
-@paced
+@each
 def test_links_lead_somewhere(path):
     text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     links = re.findall(r"\]\(([^)\s]+)\)", text)
