@@ -194,7 +194,7 @@ def self_check(device: torch.device, dtype: torch.dtype, p: int, n: int, taps: i
     wide = Mamba2LM(config, seed=0).to(device)
     wide.load_state_dict(model.state_dict())
     steps = KernelDecoder(model, state := model.initial_state(batch)), Decoder(wide, other := wide.initial_state(batch))
-    ids = torch.arange(batch, device=device)
+    ids = torch.arange(batch, device=device) % config.vocab_size
     for _ in range(3):
         got, wanted = [decoder(ids).float() for decoder in steps]
     pairs = [(got, wanted), (state.ssm[0], other.ssm[0]), (state.conv[0].float(), other.conv[0])]
