@@ -13,10 +13,10 @@ demo: .venv/installed            ## train on the bundled stories for four minute
 
 test: .venv/installed-dev        ## lint and the default tests: under six minutes on two cores
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mamba2_min
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: .venv/installed-dev    ## the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 test-llama: .venv/installed-dev  ## llama.cpp runs exported models: needs npm, on Linux for x86-64
 	@if [ "$$(uname -sm)" = "Linux x86_64" ] && command -v npm >/dev/null; then \

@@ -110,7 +110,7 @@ class OllamaServer:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> OllamaServer:
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.005,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:

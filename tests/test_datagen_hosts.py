@@ -283,7 +283,7 @@ def test_a_host_that_dies_is_one_line_and_the_others_go_on(servers, tmp_path, de
         ]
         headers = {"Location": "http://127.0.0.1:9/"} if death == "redirect" else {}
         bad.replies = lambda path, payload: (status, headers, body) if path == "/api/chat" else None
-    good.pace = 0.01
+    good.pace = 0.004
     done = call(*hosts(bad, good), "--documents", 12, "--out", tmp_path, *QUICK, "--first-timeout", 0.3)
     assert done.returncode == 0, done.stderr
     assert documents(tmp_path) == 12

@@ -3,11 +3,10 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 
@@ -186,14 +185,7 @@ def run_folder(mamba, tmp_path):
 
 
 def command(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "mamba2_min.evaluation.harness", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return forked.command("-m", "mamba2_min.evaluation.harness", *arguments, cwd=cwd)
 
 
 def test_the_bundled_tasks_run_offline_and_agree_with_evaluate(run_folder, mamba, tmp_path):

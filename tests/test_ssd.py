@@ -616,7 +616,7 @@ def test_a_quarter_is_kept_for_the_backward_and_half_is_the_peak(tmp_path):
     Kept: allocated in the forward and alive after it, beyond the inputs and the two results, which are the caller's.
     Peak: the most that was allocated at one time in forward and backward, beyond the inputs.
     """
-    case = to(make(l=8192, h=8, g=1, b=1, p=64, n=64, start=False, documents=False), torch.float32)
+    case = to(make(l=4096, h=8, g=1, b=1, p=64, n=64, start=False, documents=False), torch.float32)
     inputs = [case[name] for name in ("x", "dt", "A", "B", "C", "D")]
     weight = torch.randn_like(case["x"])
 

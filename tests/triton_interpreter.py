@@ -145,11 +145,12 @@ def between_projections():
     zxBCdt, window = torch.randn(2, 37, config.d_in_proj, generator=r), torch.randn(2, 3, config.conv_dim, generator=r)
     state = torch.randn(2, config.nheads, 16, 16, generator=r)
     documents = (torch.arange(37) // 11)[None].expand(2, -1)
-    for name, given in (("", (None, None, None)), (", from states, documents", (window, state, documents))):
+    cases = {"": (1, None, None, None), ", from states, documents": (2, window, state, documents)}
+    for name, (b, *given) in cases.items():
         started, found = time.perf_counter(), []
         for m, computed in ((mixer, lambda *t: core(mixer, *t)), (wide, wide)):
             r = torch.Generator().manual_seed(1)
-            t = zxBCdt.to(m.D.dtype).requires_grad_()
+            t = zxBCdt[-b:].to(m.D.dtype).requires_grad_()
             before, start, seq_idx = (None if v is None else v.to(m.D.dtype) for v in given)
             leaves = [t, *m.conv1d.parameters(), m.dt_bias, m.A_log, m.D, m.norm.weight]
             if start is not None:
@@ -166,7 +167,7 @@ def a_whole_model():
     """The loss's gradients as a GPU computes them: all of a model's training that our kernels do."""
     config = Mamba2Config(vocab_size=61, d_model=16, n_layer=2, d_state=16, headdim=16, ngroups=2)
     model = stirred(config).train()
-    wide, ids = copy.deepcopy(model).double(), torch.randint(61, (1, 34), generator=torch.Generator().manual_seed(0))
+    wide, ids = copy.deepcopy(model).double(), torch.randint(61, (1, 18), generator=torch.Generator().manual_seed(0))
     started, used = time.perf_counter(), []
     with mock.patch.object(gpu_kernels, "takes", lambda t: t.dtype == torch.float32), ssd.using("triton"):
         spies = [mock.patch.object(mamba2, "core", lambda *args: used.append("core") or core(*args))]

@@ -12,6 +12,7 @@ import ipaddress
 import os
 import re
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,8 @@ def connect(address: Address, timeout: httpx.Timeout, hooks: Mapping[str, list[C
             )
 
     options: dict[str, Any] = {"auth": address.user} if address.user else {}
+    if here.scheme == "http":  # certificates take longest to load, and are not needed where nothing is encrypted
+        options["verify"] = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         with _without_proxies() if address.loopback else contextlib.nullcontext():
             return ollama.Client(
