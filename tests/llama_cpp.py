@@ -9,8 +9,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import modelfile
-
 FOLDER = Path(__file__).parent / "llama"
 
 
@@ -98,7 +96,10 @@ class OllamaStandIn:
     NAME = "mine:latest"
 
     def __init__(self, folder: str | Path):
+        import modelfile  # beside this file; benchmarks/llama_cpp.py, which has another path, needs LlamaCpp alone
+
         text = (Path(folder) / "Modelfile").read_text()
+        self._render = modelfile.render
         self.template, self.parameters = modelfile.template(text), modelfile.parameters(text)
         self.llama = LlamaCpp(Path(folder) / "model.gguf")
         self.lock = threading.Lock()  # one text at a time
@@ -120,7 +121,7 @@ class OllamaStandIn:
         count = options.get("num_predict", 1000)
         temperature = options.get("temperature", float(self.parameters["temperature"][0]))
         with self.lock:
-            text = modelfile.render(self.template, messages, prompt=messages[-1]["content"])
+            text = self._render(self.template, messages, prompt=messages[-1]["content"])
             (ids,) = self.llama.tokenize([text])
             sampling = {"temperature": temperature, "seed": options.get("seed", 0)}
             written = self.llama.generate([0, *ids], count, **sampling)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
 import time
+from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,6 +41,17 @@ def made(setting="small-b8-l256", length=256, benchmark="train_step", seconds=No
     entries["mamba_ssm"] = {"skipped": "runs on a GPU only"}
     about = {"batch": 8, "length": length, "model": {"d_model": 256, "n_layer": 4}, **about}
     return harness.measurement(benchmark, setting, about, OPTIONS, entries)
+
+
+def test_each_benchmark_is_imported_without_the_folder_of_the_tests():
+    assert forked.status_of(forked.fork(_import_benchmarks)) == 0
+
+
+def _import_benchmarks():
+    sys.path[:] = [folder for folder in sys.path if Path(folder).name != "tests"]
+    for file in sorted((forked.ROOT / "benchmarks").rglob("*.py")):
+        if file.stem != "__init__":
+            importlib.import_module(".".join(file.relative_to(forked.ROOT).with_suffix("").parts))
 
 
 def test_ratios_are_taken_round_by_round():

@@ -582,7 +582,7 @@ def test_fast_products_round_nothing_but_their_operands():
 
 def test_the_largest_tensor_is_of_the_size_of_the_inputs():
     """(b, l, h, p, n), 64 times as large, is never formed; nor are all chunks' (q, q) matrices at once."""
-    case = to(make(l=4096, h=8, g=1, b=1, p=32, n=64, documents=False), torch.float32)
+    case = to(make(l=8192, h=8, g=1, b=1, p=32, n=64, documents=False), torch.float32)
     for name in INPUTS:
         case[name].requires_grad_()
     with Recorded() as seen:

@@ -17,6 +17,7 @@ from mamba2_min.training.carried import handed_on
 from mamba2_min.training.distributed import Team, tree_sum
 
 if TYPE_CHECKING:
+    from mamba2_min.models.mamba2 import State
     from mamba2_min.training.trainer import Trainer
 
 
@@ -100,6 +101,22 @@ def share_of(targets: Tensor, counted: float) -> float:
     return int((targets != IGNORE).sum()) / counted
 
 
+def loss_and_state(
+    trainer: Trainer, part: slice, input_ids: Tensor, targets: Tensor, seq_idx: Tensor | None, fresh: Tensor | None
+) -> tuple[Tensor, State | None]:
+    """The mean loss of the rows `part` of a batch, and the state that the next batch goes on from, if one is carried.
+
+    input_ids, targets, seq_idx: those rows, on the trainer's device; fresh: of all rows (`Task.batches`).
+    """
+    input_ids, packed = trainer.noise(input_ids), {} if seq_idx is None else {"seq_idx": seq_idx}
+    with trainer.autocast:
+        if not trainer.carried or fresh is None:
+            return trainer.model.loss(input_ids, targets, **packed), None
+        before = trainer.carried.before(part, fresh)
+        loss, state = trainer.model.loss_and_state(input_ids, targets, before, **packed)
+        return loss, handed_on(state)
+
+
 def _add(
     trainer: Trainer,
     team: Team,
@@ -115,15 +132,12 @@ def _add(
     counted: the targets of the whole batch.
     """
     device, here = trainer.device, (part, team.stretch(input_ids.shape[1]))
-    ids, wanted = trainer.noise(input_ids[here].to(device)), targets[here].to(device)
-    more = {} if seq_idx is None else {"seq_idx": seq_idx[here].to(device)}
+    ids, wanted = input_ids[here].to(device), targets[here].to(device)
+    documents = None if seq_idx is None else seq_idx[here].to(device)
     with team.spread():  # the backward pass too: --recompute computes blocks again there
-        with trainer.autocast:
-            if trainer.carried and fresh is not None:
-                loss, state = trainer.model.loss_and_state(ids, wanted, trainer.carried.before(part, fresh), **more)
-                trainer.carried.after(part, handed_on(state))
-            else:
-                loss = trainer.model.loss(ids, wanted, **more)
+        loss, state = loss_and_state(trainer, part, ids, wanted, documents, fresh)
+        if trainer.carried and state:
+            trainer.carried.after(part, state)
         loss = loss * share_of(targets[here], counted)
         loss.backward()
     return loss.detach().to(widest(device))

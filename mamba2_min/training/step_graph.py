@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from mamba2_min import devices
 from mamba2_min.models.mamba2 import State
 from mamba2_min.ops.autograd import widest
-from mamba2_min.training.carried import handed_on
 from mamba2_min.training.distributed import Team
-from mamba2_min.training.gradients import batch_gradients, parts_of, share_of
+from mamba2_min.training.gradients import batch_gradients, loss_and_state, parts_of, share_of
 
 if TYPE_CHECKING:
     from mamba2_min.training.trainer import Trainer
@@ -172,16 +171,7 @@ class GraphedGradients:
         fresh: Tensor | None = None,
     ) -> Tensor:
         """Nothing here waits for the device, or asks it for a value."""
-        trainer = self._trainer
-        input_ids = trainer.noise(input_ids)
-        packed = {} if seq_idx is None else {"seq_idx": seq_idx}
-        with trainer.autocast:
-            if trainer.carried and fresh is not None:
-                before = trainer.carried.before(self._part, fresh)
-                loss, state = trainer.model.loss_and_state(input_ids, targets, before, **packed)
-                self._state_after = handed_on(state)
-            else:
-                loss = trainer.model.loss(input_ids, targets, **packed)
+        loss, self._state_after = loss_and_state(self._trainer, self._part, input_ids, targets, seq_idx, fresh)
         loss = loss * share
         loss.backward()
         return loss.detach()
