@@ -94,11 +94,15 @@ def same_files(a, b, names):
 KINDS = [("chat", "full"), ("chat", "lora"), ("chat", "state"), ("classify", "full"), ("classify", "lora")]
 
 
-@pytest.mark.parametrize(("task", "method"), KINDS, ids=lambda value: value)
-def test_it_learns_and_resumes_to_the_bit(base, tmp_path, monkeypatch, task, method):
+@pytest.mark.parametrize(
+    ("task", "method", "tokens"),
+    [*((*kind, "none") for kind in KINDS), ("chat", "lora", "seen")],
+    ids=lambda value: value,
+)
+def test_it_learns_and_resumes_to_the_bit(base, tmp_path, monkeypatch, task, method, tokens):
     """Ended by an error in the middle of a step, and resumed: the same metrics and the same best as without."""
     data = write_lines(tmp_path / "data.jsonl", PAIRS if task == "chat" else TEXTS)
-    changes = {"task": task, "method": method, "lora_dropout": 0.1, "val_fraction": 0.3}
+    changes = {"task": task, "method": method, "lora_tokens": tokens, "lora_dropout": 0.1, "val_fraction": 0.3}
     result = finetune(base, data, tmp_path / "whole", **changes)
     assert result.step == 12 and result.best is not None
     losses = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -195,9 +199,12 @@ def test_a_chat_speaks_of_requests_and_answers(base, monkeypatch, capsys):
     assert "the answer is complete" in capsys.readouterr().out
 
 
-def test_merging_gives_an_ordinary_run(base, tmp_path):
+@pytest.mark.parametrize("tokens", ["none", "bytes"])
+def test_merging_gives_an_ordinary_run(base, tmp_path, tokens):
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
-    finetune(base, data, tmp_path / "lora", method="lora", val_fraction=0.3)
+    finetune(base, data, tmp_path / "lora", method="lora", val_fraction=0.3, lora_tokens=tokens)
+    trained = adapter.read_config(tmp_path / "lora").get("trainable_token_indices")
+    assert trained == (None if tokens == "none" else {"embeddings": list(range(257))})
     assert merge(tmp_path / "lora", tmp_path / "merged") < 1e-5
     adapted = load_completer(base, tmp_path / "lora", CPU)
     merged = Completer.load(tmp_path / "merged")

@@ -14,6 +14,8 @@ from mamba2_min.files import load_json, save_json
 from mamba2_min.finetune.adapter import CONFIG, WEIGHTS, base_digest, load_adapter, save_adapter
 from mamba2_min.finetune.initial_state import TunedStateLM
 from mamba2_min.finetune.lora import LoRAConfig, LoRALinear, adapters, add_lora, merge_lora, trainable
+from mamba2_min.finetune.token_rows import put_rows, rows_of, train_rows
+from mamba2_min.models.base import decay_groups
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.models.transformer import TransformerConfig, TransformerLM
 
@@ -219,6 +221,73 @@ class TestFiles:
             load_adapter(tmp_path, build(torch.float32))
 
 
+class TestTokenRows:
+    """Rows of the table of words that learn beside the adapters."""
+
+    tokens = (0, 3, 41)
+
+    def build(self, dtype=torch.float64):
+        model = with_lora(build(dtype))
+        train_rows(model, reversed(self.tokens))
+        return model
+
+    def test_these_rows_and_the_adapters_learn_and_nothing_else_moves(self):
+        model = self.build()
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        assert trainable(model)[0] == trainable(with_lora(build()))[0] + 3 * 16
+        optimizer = torch.optim.AdamW(decay_groups(model, 0.5), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model.loss(IDS[:, :-1], IDS[:, 1:]).backward()
+            optimizer.step()
+        changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        table = "backbone.embedding.weight"
+        assert changed == {name for name in before if ".lora_" in name} | {table}
+        moved = (model.backbone.embedding.weight != before[table]).any(1).nonzero().flatten().tolist()
+        assert tuple(moved) == self.tokens
+        assert model.lm_head.weight is model.backbone.embedding.weight
+
+    def test_its_gradient_is_that_of_the_whole_table_in_these_rows(self):
+        model, free = self.build(), with_lora(build())
+        free.backbone.embedding.weight.requires_grad_(True)
+        for one in (model, free):
+            one.loss(IDS[:, :-1], IDS[:, 1:]).backward()
+        ours, wanted = (one.backbone.embedding.weight.grad for one in (model, free))
+        rows = list(self.tokens)
+        assert torch.equal(ours[rows], wanted[rows]) and ours.count_nonzero() == ours[rows].count_nonzero()
+
+    def test_a_round_trip_and_merging(self, tmp_path):
+        model = stirred(self.build(torch.float32))
+        digest = base_digest(build(torch.float32))
+        put_rows(model, rows_of(model) + 0.3)
+        save_adapter(tmp_path, model, "runs/base", LoRAConfig(r=3, alpha=5.0), digest)
+        again = load_adapter(tmp_path, build(torch.float32))
+        assert torch.equal(again(IDS)[0], model(IDS)[0]) and rows_of(again).shape == (3, 16)
+        expected, _ = again(IDS)
+        assert relative_error(merge_lora(again)(IDS)[0], expected) < 1e-5
+
+    @pytest.mark.parametrize(
+        ("tokens", "message"), [((), "no token was named"), ((5, V + 20), "the table has"), ((-1,), "the table has")]
+    )
+    def test_tokens_that_are_refused(self, tokens, message):
+        with pytest.raises(ValueError, match=message):
+            train_rows(build(), tokens)
+
+    def test_a_head_of_its_own_is_refused(self):
+        with pytest.raises(ValueError, match="this head is its own"):
+            train_rows(build(tie_embeddings=False), [1])
+
+    @pytest.mark.parametrize(
+        "value", [[3, 1], [1, 1], [1.0], [True], [V + 100], "all", {"embeddings": [1], "lm_head": [1]}, {"head": [1]}]
+    )
+    def test_damage_is_one_line(self, tmp_path, value):
+        save_adapter(tmp_path, self.build(torch.float32), "b", LoRAConfig(r=3), base_digest(build(torch.float32)))
+        save_json(tmp_path / CONFIG, load_json(tmp_path / CONFIG) | {"trainable_token_indices": value})
+        with pytest.raises(UserError) as caught:
+            load_adapter(tmp_path, build(torch.float32))
+        assert "\n" not in str(caught.value)
+
+
 class TestInitialState:
     def test_it_is_what_the_texts_begin_with(self):
         model = TunedStateLM.of(build())
@@ -270,26 +339,40 @@ class TestPeft:
         model.save_pretrained(tmp_path / "base", format="hf")
         return model, transformers.Mamba2ForCausalLM.from_pretrained(tmp_path / "base").eval()
 
-    def test_ours_there(self, tmp_path, base):
+    @pytest.mark.parametrize("tokens", [(), (0, 3, 41)])
+    def test_ours_there(self, tmp_path, base, tokens):
         from peft import PeftModel
 
         model, theirs = base
         digest = base_digest(model)
         lora = LoRAConfig(r=3, alpha=5.0, dropout=0.0, targets=("in_proj",))
         add_lora(model, lora)
+        if tokens:
+            train_rows(model, tokens)
+            put_rows(model, rows_of(model) + 0.3)
         save_adapter(tmp_path / "adapter", stirred(model), tmp_path / "base", lora, digest)
         wrapped = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
         with torch.no_grad():
             ours, plain = model(IDS)[0], wrapped(IDS).logits[..., :V]
         assert relative_error(plain, ours) < 1e-5
 
-    @pytest.mark.parametrize("rslora", [False, True])
-    def test_theirs_here(self, tmp_path, base, rslora):
+    @pytest.mark.parametrize(("rslora", "tokens"), [(False, None), (True, None), (False, [0, 3, 41])])
+    def test_theirs_here(self, tmp_path, base, rslora, tokens):
         from peft import LoraConfig, get_peft_model
 
         model, theirs = base
-        config = LoraConfig(r=4, lora_alpha=6, target_modules=["in_proj"], use_rslora=rslora, init_lora_weights=False)
+        config = LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=["in_proj"],
+            use_rslora=rslora,
+            init_lora_weights=False,
+            trainable_token_indices=tokens and {"embeddings": tokens},
+        )
         wrapped = get_peft_model(theirs, config).eval()
+        for name, p in wrapped.named_parameters():
+            if "trainable_tokens_delta" in name:
+                p.data += 0.3
         wrapped.save_pretrained(tmp_path / "adapter")
         with torch.no_grad():
             wanted = wrapped(IDS).logits[..., :V]

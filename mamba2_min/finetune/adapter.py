@@ -22,11 +22,14 @@ from mamba2_min.errors import UserError
 from mamba2_min.files import is_file, is_folder, load_json, make_folder, save_json
 from mamba2_min.finetune.initial_state import TunedStateLM
 from mamba2_min.finetune.lora import LoRAConfig, LoRALinear, adapters, add_lora
+from mamba2_min.finetune.token_rows import mark_rows, put_rows, rows_of, trained_tokens
 from mamba2_min.models.mamba2 import Mamba2LM
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what peft puts before the names of the model that it wraps
 _STATE = "INITIAL_STATE"  # our own peft_type
+_TABLE = "embeddings"  # what the Hugging Face layout calls the table of words
+_ROWS = f"{_PREFIX}backbone.{_TABLE}.token_adapter.trainable_tokens_delta"  # the rows, not differences
 DIGEST = "base_sha256"
 
 # Keys of peft's LoraConfig that change what the adapter computes, each with the values under which it does not.
@@ -40,7 +43,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layers_to_transform": (None, []),
     "layers_pattern": (None, [], ""),
     "lora_bias": (False, None),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "exclude_modules": (None, []),
     "layer_replication": (None, []),
@@ -80,6 +82,8 @@ def save_adapter(folder: str | Path, model: Mamba2LM, base: str | Path, lora: Lo
             "init_lora_weights": True,
             **common,
         }
+        if trained_tokens(model):
+            config["trainable_token_indices"] = {_TABLE: list(trained_tokens(model))}
     save_safetensors(folder / WEIGHTS, adapter_tensors(model), {"format": "pt", DIGEST: digest})
     save_json(folder / CONFIG, config)  # last: without it a folder holds no adapter
 
@@ -88,11 +92,19 @@ def adapter_tensors(model: Mamba2LM) -> dict[str, Tensor]:
     """The trained tensors of a model with an adapter, under the names that the file has."""
     if isinstance(model, TunedStateLM):
         return {f"first_state.{i}": state.detach() for i, state in enumerate(model.first_state)}
-    return {
+    found = {
         f"{_PREFIX}{name}.{part}.weight": getattr(module, part).weight.detach()
         for name, module in adapters(model)
         for part in ("lora_A", "lora_B")
     }
+    return {**found, _ROWS: rows_of(model)} if trained_tokens(model) else found
+
+
+def put_tensors(model: Mamba2LM, tensors: dict[str, Tensor]) -> None:
+    """Puts what `adapter_tensors` gave into the model, in place. Raises ValueError where they do not match."""
+    copy_tensors(tensors, adapter_tensors(model))
+    if trained_tokens(model):
+        put_rows(model, tensors[_ROWS])
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -132,7 +144,10 @@ def load_adapter(folder: str | Path, model: Mamba2LM) -> Mamba2LM:
             model = TunedStateLM.of(model)
         else:
             add_lora(model, _lora_config(values))
-        copy_tensors(tensors, adapter_tensors(model))
+            tokens = _tokens(values.get("trainable_token_indices"))
+            if tokens:
+                mark_rows(model, tokens)
+        put_tensors(model, tensors)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     return model.requires_grad_(False)
@@ -150,6 +165,17 @@ def _lora_config(values: dict[str, Any]) -> LoRAConfig:
     if values.get("use_rslora"):  # scaled by alpha / sqrt(r)
         alpha *= math.sqrt(r)
     return LoRAConfig(r, float(alpha), 0.0, tuple(targets))
+
+
+def _tokens(value: Any) -> list[int]:
+    """The tokens of peft's trainable_token_indices: a list, or a list by the table's name."""
+    if isinstance(value, dict) and value.keys() <= {_TABLE, "embedding"} and len(value) < 2:
+        value = next(iter(value.values()), None)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(type(i) is int for i in value) or sorted(set(value)) != value:
+        raise ValueError("its trainable_token_indices are not a list of tokens in order, of the embedding alone")
+    return value
 
 
 def check_tensors(tensors: dict[Any, Any], targets: dict[str, Tensor]) -> None:

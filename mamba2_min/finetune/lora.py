@@ -12,7 +12,7 @@ Afterwards B A can be added to W for good (`merge_lora`): the model then costs w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +121,8 @@ def merge_lora(model: LanguageModel) -> LanguageModel:
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
-    """The numbers of trained and of all parameters."""
-    sizes: Sequence[tuple[int, bool]] = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    """The numbers of trained and of all parameters; of a table of which some rows are trained, those count."""
+    parameters = list(model.parameters())
+    learning = [p for p in parameters if p.requires_grad]
+    trained = sum(p.trained_rows * p.shape[1] if hasattr(p, "trained_rows") else p.numel() for p in learning)
+    return trained, sum(p.numel() for p in parameters)

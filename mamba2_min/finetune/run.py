@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError, printable
 from mamba2_min.finetune import adapter, labels
 from mamba2_min.finetune.chat import ChatData, load_chat
-from mamba2_min.finetune.conversations import TEMPLATES, prompt_ids
+from mamba2_min.finetune.conversations import TEMPLATES, Example, prompt_ids
 from mamba2_min.finetune.initial_state import TunedStateLM
 from mamba2_min.finetune.lora import LoRAConfig, add_lora, trainable
 from mamba2_min.finetune.sorting import ClassifierFiles, Sorting, SortingScore, make_classifier
 from mamba2_min.finetune.spec import FinetuneSettings, FinetuneSpec
 from mamba2_min.finetune.tasks import AdapterFiles, Answers
+from mamba2_min.finetune.token_rows import train_rows
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.training import distributed, screen
 from mamba2_min.training.memory import shared_out, training_memory
@@ -94,8 +95,8 @@ def check_memory(ready: Prepared, spec: FinetuneSpec, device: torch.device) -> N
     micro = min(s.micro_batch or rows, rows)
     precision = devices.pick_precision(s.precision, device)
     needed = training_memory(ready.model.config, micro, length, device, s.recompute, precision)
-    trained, everything = trainable(ready.model)
-    needed -= 12 * (everything - trained)  # what is frozen has no gradient and no moments
+    # What is frozen has no gradient and no moments.
+    needed -= 12 * sum(p.numel() for p in ready.model.parameters() if not p.requires_grad)
     if free is not None and needed > free:
         raise UserError(
             f"training needs about {devices.size(needed)}, and {devices.size(free)} is free: the longest text, "
@@ -123,7 +124,7 @@ def prepare(spec: FinetuneSpec, out: Path) -> Prepared:
         if f.task == "classify":
             return _sorting(f, spec, model, tokenizer, out)
         data = load_chat(f.data, tokenizer, f.val_data, f.val_fraction, f.encoding)
-        model, kept = _method(f, spec.training.seed, model)
+        model, kept = _method(f, spec.training.seed, model, tokenizer, data.train)
     task = Answers(data.train, data.validation, tokenizer, kept, alone=f.method == "state")
     return Prepared(
         model=model,
@@ -155,7 +156,9 @@ def _where_longest(data: ChatData) -> str:
     return f"{data.train_talks[longest].where} ({len(data.train[longest]):,} tokens)"
 
 
-def _method(f: FinetuneSettings, seed: int, model: Mamba2LM) -> tuple[Mamba2LM, ModelFiles]:
+def _method(
+    f: FinetuneSettings, seed: int, model: Mamba2LM, tokenizer: WordTokenizer, texts: Sequence[Example | labels.Sample]
+) -> tuple[Mamba2LM, ModelFiles]:
     if f.method == "full":
         return model, ModelFiles()
     digest = adapter.base_digest(model)
@@ -163,6 +166,9 @@ def _method(f: FinetuneSettings, seed: int, model: Mamba2LM) -> tuple[Mamba2LM, 
         return TunedStateLM.of(model), AdapterFiles(f.model, None, digest)
     config = lora_config(f)
     add_lora(model, config, seed)
+    if f.lora_tokens != "none":
+        spelling = 257 if tokenizer.unk_id is None else 2  # the end token and the bytes, or it and the unknown word
+        train_rows(model, range(spelling) if f.lora_tokens == "bytes" else {i for t in texts for i in t.ids.tolist()})
     return model, AdapterFiles(f.model, config, digest)
 
 
@@ -181,7 +187,7 @@ def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer
         config = dataclasses.replace(model.config, vocab_size=len(tokenizer))
         model, kept = Mamba2LM(config, seed=spec.training.seed), ModelFiles()
     else:
-        model, kept = _method(f, spec.training.seed, model)
+        model, kept = _method(f, spec.training.seed, model, tokenizer, data.train)
     classifier = make_classifier(model, data, f, spec.training.seed, tokenizer)
     task = Sorting(data, tokenizer, ClassifierFiles(kept, data.names, f.pool, f.spelling))
     longest = max(len(sample) for sample in data.train)

@@ -19,6 +19,7 @@ SETTINGS = "settings.json"
 TASKS = ("chat", "classify")
 METHODS = ("full", "lora", "state", "scratch")
 POOLS = ("mean", "last", "max", "mean+max")
+TOKENS = ("none", "bytes", "seen")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class FinetuneSettings:
     lora_alpha: float = setting(32.0, "their scale is alpha / r", high=1e12)
     lora_dropout: float = setting(0.1, "dropout on what they read", high=1)
     lora_targets: str = setting("in_proj,out_proj", "projections that get one, with commas")
+    lora_tokens: str = setting(
+        "none",
+        "whose rows of the table of words LoRA trains too: of no token, of single bytes, of all in the records",
+        choices=TOKENS,
+        shown="none",
+    )
     text_column: str = setting("text", "classify: the column or key with the text", metavar="NAME")
     label_column: str = setting("label", "classify: the column or key with the label", metavar="NAME")
     pool: str = setting("mean", "classify: what of the text the head reads", choices=POOLS, shown="mean")

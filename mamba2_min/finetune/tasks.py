@@ -50,7 +50,7 @@ class AdapterFiles(ModelFiles):
 
     def restore(self, model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
         try:
-            adapter.copy_tensors(tensors, self.trained(model))
+            adapter.put_tensors(model, tensors)  # type: ignore[arg-type]
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
 
