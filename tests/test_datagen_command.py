@@ -146,7 +146,7 @@ def check_after_a_kill(out: Path) -> None:
 
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_stopping_says_how_to_go_on(server, tmp_path, sign, status):
-    server.pace = 0.02
+    server.pace = 0.008
     out = tmp_path / "out"
     args = command("--host", server.url, "--documents", 20, "--out", out)
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -31,6 +31,7 @@ from mamba2_min.finetune.talk import Chat
 from mamba2_min.finetune.talk import load as load_talk
 from mamba2_min.finetune.talk import save as save_talk
 from mamba2_min.merge import merge
+from mamba2_min.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -53,6 +54,12 @@ TEXTS = [
 def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """loss.png takes longer than these trainings; test_faults.py and test_screen.py look at it."""
+    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
 
 
 @pytest.fixture
@@ -108,8 +115,6 @@ def test_it_learns_and_resumes_to_the_bit(base, tmp_path, monkeypatch, task, met
     losses = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     validation = [record["loss"] for record in losses if record["split"] == "validation"]
     assert validation[-1] < validation[0]
-
-    from mamba2_min.training.trainer import Trainer
 
     step, steps = Trainer._step, []
 

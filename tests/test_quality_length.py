@@ -11,6 +11,7 @@ from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.position import losses_by_position
 from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.training.trainer import Trainer
 
 WORDS = [*"abcdefghijklmnop"]
 
@@ -69,6 +70,7 @@ def test_one_command_trains_measures_and_draws(tmp_path, monkeypatch, capsys):
     more.mkdir()
     (more / "train.txt").write_text("a cat\n\n" * 50)
     shape = "--set d_model=16 n_layer=1 d_state=8 headdim=8 chunk_size=16"
+    monkeypatch.setattr(Trainer, "_draw", lambda self: None)  # of each run; the command's own picture is drawn
     monkeypatch.setattr(sys, "argv", ["length", *f"{flags} {sizes} {shape}".split()])
     assert length.main() == 0
     written = json.loads((tmp_path / "quality-length.json").read_text())
