@@ -375,9 +375,14 @@ def save(result: Measurement, folder: Path) -> Path:
     path = folder / f"{result['benchmark']}-{device}{unusual}.json"
     kept = [old for old in load(path) if old["setting"] != result["setting"]]
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(sorted([*kept, result], key=_by_numbers), indent=1)
-    path.write_text(re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+    path.write_text(as_json(sorted([*kept, result], key=_by_numbers)))
     return path
+
+
+def as_json(results: Any) -> str:
+    """Indented JSON in which a list of plain values is one line."""
+    text = json.dumps(results, indent=1)
+    return re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
 def _by_numbers(result: Measurement) -> list[str | int]:

@@ -267,7 +267,7 @@ def write(args: argparse.Namespace, runs: list[dict[str, Any]], tokens: dict[str
         "runs": runs,
     }
     files.make_folder(args.results)
-    (args.results / "quality-length.json").write_text(json.dumps(written, indent=1) + "\n")
+    (args.results / "quality-length.json").write_text(harness.as_json(written))
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -292,7 +291,7 @@ def run(
                 "runs": done,
             }
             files.make_folder(args.results)
-            path.write_text(json.dumps(written, indent=1) + "\n")
+            path.write_text(harness.as_json(written))
     missing = [r.name for r in chosen if not any(d["name"] == r.name and d["whole"] for d in done)]
     if missing:
         print(f"not measured in the time given: {', '.join(missing)}; the same command goes on with them")

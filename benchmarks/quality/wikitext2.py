@@ -142,7 +142,7 @@ def main() -> None:
             "runs": runs,
         }
         args.results.mkdir(parents=True, exist_ok=True)
-        (args.results / "quality-wikitext2.json").write_text(json.dumps(written, indent=1) + "\n")
+        (args.results / "quality-wikitext2.json").write_text(harness.as_json(written))
 
 
 if __name__ == "__main__":
