@@ -16,6 +16,7 @@ from mamba2_min.recipes import RECIPES
 
 LARGEST = 2**31 - 1  # of every integer except the seed: a larger one is a typing error, or a malicious file
 LARGEST_FLOAT = 1e12
+OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("auto", "float32", "bf16")
 VALIDATE = ("documents", "carried")
 PATTERNS = ("words", "llama3", "whitespace")  # where a tokenizer cuts text: data/patterns.py
@@ -86,6 +87,7 @@ class Settings:
     input_noise: float = setting(  # see UnigramNoise
         0.0, "share of the input tokens that training reads as other ones, against learning by heart", high=1
     )
+    optimizer: str = setting("adamw", "of the layers' matrices; all else has adamw", choices=OPTIMIZERS)
     lr: float = setting(5e-3, "peak learning rate", acceptable=True)
     min_lr: float = setting(1e-5, "final learning rate", acceptable=True)
     warmup_steps: int = setting(100, "steps of linear warm-up")
@@ -133,7 +135,13 @@ ACCEPTABLE = tuple(field.name for field in dataclasses.fields(Settings) if field
 
 
 # What a run began with that does not name a setting, because it is older: the others are the defaults of today.
-BEFORE: dict[str, Any] = {"validate": "carried", "carry_state": False, "ema_decay": 0.0, "rules": 1}
+BEFORE: dict[str, Any] = {
+    "validate": "carried",
+    "carry_state": False,
+    "ema_decay": 0.0,
+    "optimizer": "adamw",
+    "rules": 1,
+}
 BEFORE_OF_DATA = {"rules": 1}
 
 

@@ -42,7 +42,7 @@ MODEL: dict[str, Any] = {
     "headdim": 64,
     "tie_embeddings": False,
 }
-PLAN = Plan(steps=20_000, minutes=0.6, lr=1e-2)
+PLAN = Plan(steps=20_000, minutes=0.6, lr=1e-2, eps=1e-6)
 
 
 def stage(length: int, batch: int = 64, still: float = 0.0) -> Stage:

@@ -68,6 +68,7 @@ class Plan:
     weight_decay: float = 0.0
     advance: float = 0.95
     enough: float = 2.0
+    eps: float = 1e-8  # AdamW's: where a task is solved, gradients below it no longer move the weights about
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
     groups = decay_groups(model, plan.weight_decay)
     fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.98), fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.98), eps=plan.eps, fused=fused)
     limit, begun = 60 * min(plan.minutes, minutes), time.perf_counter()
     at, step, ended, history = 0, 0, "", []
     graph: StepGraph | None = None
@@ -169,12 +170,12 @@ class StepSizes:
             hook.remove()
 
     def mean_log(self) -> Tensor:
-        """The mean of log(dt), each dt at least about 1e-8: what is below makes no difference to a million tokens."""
+        """The mean of log(dt / 1e-8), 0 where dt is less: what is below makes no difference to a million tokens."""
         dts = [
             F.softplus(self._seen[k][..., -mixer.config.nheads :].float() + mixer.dt_bias)
             for k, mixer in enumerate(self._mixers)
         ]
-        return (torch.stack(dts) + _STILL).log().mean()
+        return (torch.stack(dts) / _STILL).log().clamp_min(0).mean()
 
 
 def learning_rate(plan: Plan, step: int, progress: float) -> float:

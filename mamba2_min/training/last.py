@@ -204,7 +204,7 @@ def optimizer_state(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
     state = {i: dict(one) for i, one in saved["state"].items()}
     parameters = _parameters(optimizer)
     for i, one in state.items():
-        for moment in _MOMENTS:
+        for moment in one.keys() & set(_MOMENTS):
             if one[moment].stride() != parameters[i].stride():
                 one[moment] = torch.empty_like(parameters[i], device="cpu").copy_(one[moment])
     return {"state": state, "param_groups": [{**own, "lr": group["lr"]} for own, group in groups]}
@@ -228,7 +228,7 @@ def check_model(saved: dict[Any, Any], model: nn.Module) -> None:
 
 
 def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's moments: one pair for each parameter, of its shape, not shared, finite, and consistent."""
+    """The optimizer's moments: all of each parameter, of its shape, not shared, finite, and consistent."""
     saved, groups = values["optimizer"], optimizer.state_dict()["param_groups"]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
         raise ValueError("its optimizer belongs to another model")
@@ -239,29 +239,41 @@ def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer
     memory: set[Any] = set()
     clip = values["settings"].get("clip", 0)
     most = 1.01 * clip**2 if clip else math.inf  # no number of a gradient is larger than its norm
+    count = 0
     for group, own in zip(groups, optimizer.param_groups, strict=True):
+        moments = _moments(own)
         bound = _largest_ratio(*own["betas"])
         for i in group["params"] if taken else ():
             name, state = f"the optimizer's state {i}", saved["state"][i]
-            if not isinstance(state, dict) or state.keys() != {"step", *_MOMENTS}:
-                raise ValueError(f"{name} must have only step, {', '.join(_MOMENTS)}")
+            if not isinstance(state, dict) or state.keys() != {"step", *moments}:
+                raise ValueError(f"{name} must have only step, {', '.join(moments)}")
             step = state["step"]
             if not isinstance(step, Tensor) or step.shape != () or not step.is_floating_point():
                 raise ValueError(f"{name}.step must be a number")
             tensors.check_kind(f"{name}.step", step)
             if step.item() != taken:
                 raise ValueError(f"{name}.step is {step.item():g}, and {taken} steps were taken")
-            for moment in _MOMENTS:
+            count += len(moments)
+            for moment in moments:
                 _check_moment(f"{name}.{moment}", state[moment], parameters[i])
                 memory.add(state[moment].untyped_storage().data_ptr() or (i, moment))
+            if len(moments) == 1:
+                if clip and state[moments[0]].norm() > 1.01 * clip:
+                    raise ValueError(f"{name}: its moments are beyond what clipped gradients can have")
+                continue
             mean, square = (state[moment] for moment in _MOMENTS)
             exact = mean.dtype in (torch.float32, torch.float64)
             if square.min() < 0 or (exact and (mean.abs() > bound * square.sqrt() + 1e-15).any()):
                 raise ValueError(f"{name}: its moments contradict each other")
             if square.max() > most:
                 raise ValueError(f"{name}: its moments are beyond what clipped gradients can have")
-    if taken and len(memory) != len(_MOMENTS) * len(parameters):
+    if len(memory) != count:
         raise ValueError("its optimizer has one tensor in several places")
+
+
+def _moments(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an optimizer keeps for each parameter of a group: AdamW two moments, Muon (muon.py) one."""
+    return _MOMENTS[:1] if group.get("rows") else _MOMENTS
 
 
 def _check_moment(name: str, tensor: Any, parameter: Tensor) -> None:

@@ -44,6 +44,7 @@ from mamba2_min.training.distributed import Team
 from mamba2_min.training.gradients import batch_gradients, own_rows
 from mamba2_min.training.guards import LossGuard, deferred_signals
 from mamba2_min.training.metrics import MetricsLog, NoLog, plot_run
+from mamba2_min.training.muon import Muon, layer_matrices
 from mamba2_min.training.noise import UnigramNoise
 from mamba2_min.training.resume import capture, prepare_folder, repair_ended, restore, save_best
 from mamba2_min.training.step_graph import GraphedGradients
@@ -97,7 +98,7 @@ class Trainer:
         self.windows = _batches(task, settings, self.model)
         self.asked, self.settings = settings, _resolved(settings, task, self.windows)
         self.micro_batch = min(settings.micro_batch or settings.batch_size, settings.batch_size)
-        self.optimizer = _adamw(self.model, settings, fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = _optimizer(self.model, settings, self.team.sharded)
         self.average = Average(self.model, settings.ema_decay)
         self.carried = CarriedState(self.model) if isinstance(self.windows, Streams) else None
         self.noise = _noise(task, settings.input_noise, self.device)
@@ -270,9 +271,15 @@ def _compile(trainer: Trainer, batch: tuple[Tensor, ...]) -> None:
     trainer.report("compiled", {"step": trainer.step + 1, "why_not": why_not})
 
 
-def _adamw(model: LanguageModel, s: Settings, fused: bool) -> torch.optim.AdamW:
+def _optimizer(model: LanguageModel, s: Settings, sharded: bool) -> torch.optim.AdamW:
     groups = decay_groups(model, s.weight_decay)
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=fused)
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    options: dict[str, Any] = {"lr": s.lr, "betas": (s.beta1, s.beta2), "fused": fused}
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    if sharded:
+        raise UserError("--optimizer muon needs whole matrices, and --shard divides them: leave one of them out")
+    return Muon(groups, layer_matrices(model), **options)
 
 
 def _batches(task: Task, settings: Settings, model: nn.Module) -> Epochs:
