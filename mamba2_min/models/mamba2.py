@@ -169,12 +169,6 @@ class Block(nn.Module):
         out, conv_state, ssm_state = self.mixer(self.norm(x), conv_state, ssm_state, seq_idx)
         return x + F.dropout(out, self.dropout, self.training), conv_state, ssm_state
 
-    def matrices(self) -> list[tuple[nn.Module, list[int]]]:
-        """The projections, each with how many of its rows make one thing: of in_proj z, x, B, C and dt."""
-        c = self.mixer.config
-        n = c.ngroups * c.d_state
-        return [(self.mixer.in_proj, [c.d_inner, c.d_inner, n, n, c.nheads]), (self.mixer.out_proj, [c.d_model])]
-
 
 _PLAIN = forwards(Block, RMSNorm, GatedRMSNorm)
 

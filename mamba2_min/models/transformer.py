@@ -246,12 +246,6 @@ class Block(nn.Module):
         x = x + F.dropout(out, self.dropout, self.training)
         return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training), keys, values
 
-    def matrices(self) -> list[tuple[nn.Module, list[int]]]:
-        """The projections, each with how many of its rows make one thing: queries, keys and values; gate and up."""
-        d, mixer, mlp = self.mixer.config.d_model, self.mixer, self.mlp
-        gate_up = [mlp.out_proj.in_features] * 2
-        return [(mixer.qkv_proj, [d] * 3), (mixer.out_proj, [d]), (mlp.gate_up_proj, gate_up), (mlp.out_proj, [d])]
-
     def step(self, x, keys, values, at, rotation, mask):
         x = x + self.mixer.step(self.norm(x), keys, values, at, rotation, mask)
         return x + self.mlp(self.norm2(x))

@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba2_min.models.base import LanguageModel
+from mamba2_min.models.mamba2 import Mamba2Mixer
+
 MOMENTUM = 0.95
 _SIZE = 0.2  # root mean square of AdamW's usual step, as a share of the learning rate
 _STEPS = 5
@@ -99,11 +102,25 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-def layer_matrices(model: nn.Module) -> dict[Tensor, list[int]]:
+def layer_matrices(model: LanguageModel) -> dict[Tensor, list[int]]:
     """The trained matrices of a model's layers, with the rows of their parts."""
     found: dict[Tensor, list[int]] = {}
-    for block in model.backbone.layers:  # type: ignore[union-attr]
-        for linear, rows in block.matrices():  # type: ignore[operator]
+    for block in model.backbone.layers:
+        for linear, rows in (_of_mamba2 if isinstance(block.mixer, Mamba2Mixer) else _of_transformer)(block):
             if type(linear) is nn.Linear and linear.weight.requires_grad:
                 found[linear.weight] = rows
     return found
+
+
+def _of_mamba2(block: Any) -> list[tuple[nn.Module, list[int]]]:
+    """The projections, each with how many of its rows make one thing: of in_proj z, x, B, C and dt."""
+    mixer, c = block.mixer, block.mixer.config
+    n = c.ngroups * c.d_state
+    return [(mixer.in_proj, [c.d_inner, c.d_inner, n, n, c.nheads]), (mixer.out_proj, [c.d_model])]
+
+
+def _of_transformer(block: Any) -> list[tuple[nn.Module, list[int]]]:
+    """Queries, keys and values; gate and up."""
+    mixer, mlp, d = block.mixer, block.mlp, block.mixer.config.d_model
+    gate_up = [block.mixer.config.d_ff] * 2
+    return [(mixer.qkv_proj, [d] * 3), (mixer.out_proj, [d]), (mlp.gate_up_proj, gate_up), (mlp.out_proj, [d])]
