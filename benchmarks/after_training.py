@@ -10,6 +10,7 @@ left out, so that a benchmark that was stopped goes on.
 heart         32 instructions, to below 0.05 nats: how many answers come back word for word, and end by themselves
 instructions  1,100 instructions: loss on the held-out answers before and after, and how many of them end
 ultrachat     1,000 conversations: loss on the held-out answers before and after
+              (lora-seen: with the rows of the records' tokens, --lora-tokens seen)
 gsm8k         7,473 school problems: exact answers of the test part, whatever they are
 speed         tokens per second of fine-tuning and of pretraining, in equal steps, by turns
 large         the same at 130 million parameters, and peak memory
@@ -48,6 +49,7 @@ from mamba2_min.training.trainer import Trainer
 METHODS = ("full", "lora")
 ROWS = (
     *(f"{task}/{method}" for task in ("heart", "instructions", "ultrachat", "gsm8k") for method in METHODS),
+    *(f"{task}/lora-seen" for task in ("heart", "instructions", "ultrachat")),
     "speed/small",
     "large/130M",
 )
@@ -150,7 +152,8 @@ def learn(task: str, method: str, o: Options) -> dict[str, Any]:
         how |= {"max_steps": 4, "eval_every": 2}
     if validation is not None:
         how["val_data"] = str(validation)
-    asked = {"model": str(o.model), "data": str(data), "method": method, **how}
+    method, _, tokens = method.partition("-")
+    asked = {"model": str(o.model), "data": str(data), "method": method, "lora_tokens": tokens or "none", **how}
     device = torch.device(o.device)
     spec = plan(out, asked, overwrite=True)
     ready = run.prepare(spec, out)
@@ -166,7 +169,7 @@ def learn(task: str, method: str, o: Options) -> dict[str, Any]:
     tokenizer = completer.tokenizer
     talks = load_chat(data, tokenizer, validation, how.get("val_fraction", 0.1)).validation_talks
     about: dict[str, Any] = {
-        "row": f"{task}/{method}",
+        "row": f"{task}/{method}{tokens and '-' + tokens}",
         "loss_before": before.loss,
         "loss": result.best.loss,
         "best_step": result.best_step,

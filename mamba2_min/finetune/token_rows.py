@@ -22,12 +22,17 @@ def train_rows(model: LanguageModel, ids: Iterable[int]) -> None:
     Raises ValueError for no token, for one that is not in the table, and for a head of its own.
     """
     table, tokens = mark_rows(model, ids), trained_tokens(model)
-    mine = torch.zeros(len(table), 1, dtype=torch.bool)
-    mine[list(tokens)] = True
+    others = torch.ones(len(table), 1, dtype=torch.bool)
+    others[list(tokens)] = False
+
+    def without_others(gradient: Tensor) -> Tensor:
+        nonlocal others
+        others = others.to(gradient.device)  # copied once: while a CUDA graph is recorded nothing may come from the CPU
+        return gradient.masked_fill(others, 0)
+
     table.requires_grad_(True)
     table.trained_rows = len(tokens)  # type: ignore[attr-defined]  # for `decay_groups` and `trainable`
-    # AdamW moves nothing whose gradient was always zero, if it is not decayed either.
-    table.register_hook(lambda gradient: gradient.masked_fill(~mine.to(gradient.device), 0))
+    table.register_hook(without_others)  # AdamW moves nothing whose gradient was always zero and that is not decayed
 
 
 def mark_rows(model: LanguageModel, ids: Iterable[int]) -> Tensor:
