@@ -40,7 +40,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         trained = f"{some[0]['trained_parameters']:,}" if "trained_parameters" in some[0] else ""
         cells = [
             TASKS[task] if task != before else "",
-            f"{NAMES[model]}, {METHODS[method]}".rstrip(", "),
+            f"{NAMES[model]}, {METHODS[method]}".rstrip(", ") + ("*" if chosen(some[0]) else ""),
             spread([100 * row["accuracy"] for row in some], 1),
             spread([row["spam_f1"] for row in some if "spam_f1" in row], 3),
             trained,
@@ -49,7 +49,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
         before = task
-    return "\n".join(lines) + "\n"
+    note = "\n\\* with the weights of the lowest validation loss; the others are those of the last step.\n"
+    return "\n".join(lines) + "\n" + (note if any(chosen(row) for some in groups.values() for row in some) else "")
+
+
+def chosen(row: dict[str, Any]) -> bool:
+    """Whether a row is of the time when the weights of the lowest validation loss were tested."""
+    return "epochs" in row and row.get("weights") != "last"
 
 
 def _order(name: str) -> tuple[int, int, int]:

@@ -54,3 +54,16 @@ def test_the_table_has_means_over_seeds_and_only_the_rows_asked_for(tmp_path):
     ]
     assert "GPT-Neo" not in new and "a CPU" in new
     assert seed_table.rewrite(new, tmp_path)[0] == new
+
+
+def test_rows_of_chosen_weights_are_marked():
+    row = {
+        "row": "sms/mamba2/full/0",
+        "accuracy": 0.9,
+        "spam_f1": 0.9,
+        "trained_parameters": 1,
+        "seconds": 60,
+        "epochs": 12,
+    }
+    assert "all weights*" in sorting_table.table([row]) and "lowest validation loss" in sorting_table.table([row])
+    assert "*" not in sorting_table.table([row | {"weights": "last"}])
