@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from mamba2_min.ops import gpu_kernels
 from mamba2_min.ops.autograd import autocast_off, handwritten_backward
-from mamba2_min.ops.conv import kernel_documents, last_inputs
-from mamba2_min.ops.norm import writes_bf16
+from mamba2_min.ops.conv import KERNEL_TAPS, kernel_documents, last_inputs
+from mamba2_min.ops.norm import LONGEST, writes_bf16
 from mamba2_min.ssd import Shape, chosen
 from mamba2_min.ssd.stretches import is_spread
 
 if TYPE_CHECKING:
     from mamba2_min.models.mamba2 import Mamba2Mixer
-
-_TAPS = 4  # that the kernel of the convolution has
 
 
 def takes(mixer: Mamba2Mixer, zxBCdt: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None) -> bool:
@@ -36,9 +34,9 @@ def takes(mixer: Mamba2Mixer, zxBCdt: Tensor, conv_state: Tensor | None, ssm_sta
         return False
     weights = (mixer.conv1d.weight, mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight)
     return (
-        c.d_conv == _TAPS
+        c.d_conv == KERNEL_TAPS
         and not c.norm_before_gate
-        and c.d_inner // mixer.norm.groups <= 8192
+        and c.d_inner // mixer.norm.groups <= LONGEST
         and all(type(w) in (nn.Parameter, Tensor) and w.dtype in (torch.float32, torch.bfloat16) for w in weights)
         and zxBCdt.is_contiguous()
         and len(zxBCdt) > 0

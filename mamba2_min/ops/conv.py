@@ -19,6 +19,7 @@ from mamba2_min.ops.autograd import (
 )
 from mamba2_min.ops.seq_idx import document_numbers
 
+KERNEL_TAPS = 4  # that the GPU's kernel has
 _BLOCK_ELEMENTS = 1 << 18  # of a product: it stays in a core's second-level cache until it is summed
 
 
@@ -53,7 +54,8 @@ def causal_conv_silu(
     K, (b, l, c) = weight.shape[1], u.shape
     weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
     fast = not is_traced()
-    if K == 4 and gpu_kernels.takes(u) and not (torch.is_grad_enabled() and state is not None and state.requires_grad):
+    trains_state = torch.is_grad_enabled() and state is not None and state.requires_grad
+    if K == KERNEL_TAPS and gpu_kernels.takes(u) and not trains_state:
         return _by_kernel(u, weight, bias, state, seq_idx)
     if state is None and seq_idx is None and fast and (torch.compiler.is_compiling() or not _is_cpu(u)):
         last = u[:, max(0, l - (K - 1)) :]

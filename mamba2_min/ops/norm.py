@@ -64,12 +64,12 @@ def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> 
     return x, rms_norm(x, weight, eps)
 
 
-_LONGEST = 8192  # numbers of a row that a kernel holds
+LONGEST = 8192  # numbers of a row that a kernel holds
 
 
 def _has_kernel(x: Tensor, weight: Tensor, groups: int) -> bool:
     dtypes = (torch.bfloat16, torch.float32)
-    return gpu_kernels.takes(x) and weight.dtype in dtypes and x.shape[-1] <= _LONGEST * groups
+    return gpu_kernels.takes(x) and weight.dtype in dtypes and x.shape[-1] <= LONGEST * groups
 
 
 def _by_kernel(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int) -> Tensor:

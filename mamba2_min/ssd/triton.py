@@ -82,10 +82,6 @@ def _tiles(device: torch.device, dtype: torch.dtype, p: int, n: int):
     return tiles_for(dtype, p, n, getattr(about, "shared_memory_per_block_optin", 0) or 65_536)
 
 
-def _q(device: torch.device, dtype: torch.dtype, p: int, n: int) -> int:
-    return _chunk(device.type, device.index, dtype, int(p), int(n))
-
-
 @constant_when_compiled
 def _chunk(kind: str, index: int | None, dtype: torch.dtype, p: int, n: int) -> int:
     tiles = _tiles(torch.device(kind if index is None else f"{kind}:{index}"), dtype, p, n)
@@ -205,7 +201,7 @@ def backward(dy, dlast, x, A, B, C, D, documents, H, *decays, into=(None, None, 
 
 def _fake_forward(x, dt, A, B, C, D, start, documents):
     (b, l, h, p), n = x.shape, B.shape[3]
-    q = _q(x.device, x.dtype, p, n)
+    q = _chunk(x.device.type, x.device.index, x.dtype, int(p), int(n))
     chunks = (l + q - 1) // q
     wide = torch.float32
     s = x.new_empty(2 if x.dtype == wide else 1, b, h, chunks * q, dtype=wide)
