@@ -25,6 +25,7 @@ CONFIGS = {
     "a shared norm, biases, untied": dataclasses.replace(
         ONE, d_model=16, ngroups=2, norm_per_group=False, proj_bias=True, conv_bias=False, tie_embeddings=False
     ),
+    "a product in three sections": dataclasses.replace(ONE, d_model=72, headdim=12, d_state=10),
     "one tap": dataclasses.replace(ONE, d_model=16, d_conv=1),
     "two taps": dataclasses.replace(ONE, d_model=12, headdim=12, d_state=10, d_conv=2, conv_bias=False),
     "three taps, narrow stream": dataclasses.replace(

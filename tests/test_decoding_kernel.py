@@ -41,7 +41,7 @@ def test_values_in_the_interpreter():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = list(map(json.loads, done.stdout.splitlines()))
-    assert len(lines) == 14
+    assert len(lines) == 16
     for line in lines:
         assert all(error < 1e-5 for error in line["errors"].values()), line
 
@@ -57,7 +57,7 @@ def test_compiled_without_spilling(monkeypatch, name, batch, state_dtype):
     from mamba2_min.inference import step_kernels
 
     target, found = GPUTarget("cuda", int(name.removeprefix("sm_")), 32), []
-    for kernel in ("project_rows", "join", "advance"):
+    for kernel in ("project_rows", "join", "multiply", "advance"):
         monkeypatch.setattr(step_kernels, kernel, Recorder(getattr(step_kernels, kernel), target, found))
     monkeypatch.setattr(kernel_decoding, "_can_pair", lambda device: name == "sm_90")
     with torch.device("meta"):
@@ -65,7 +65,8 @@ def test_compiled_without_spilling(monkeypatch, name, batch, state_dtype):
     decoder = KernelDecoder(model, model.initial_state(batch), state_dtype)
     decoder(torch.empty(batch, dtype=torch.int64, device="meta"))
     by_rows = ["project_rows", "advance", "project_rows", "project_rows"]
-    assert [kernel["kernel"] for kernel in found] == (by_rows if batch == 1 else ["join", "advance", "join"])
+    by_tiles = ["join", "multiply", "advance", "multiply", "join"]
+    assert [kernel["kernel"] for kernel in found] == (by_rows if batch == 1 else by_tiles)
     for kernel in found:
         assert kernel["shared"] <= 99 << 10 and kernel["stack"] == 0 and kernel["registers"] <= 128, kernel
 

@@ -1,4 +1,4 @@
-"""One token at a time by our own kernels (step_kernels.py), and from three texts on by PyTorch's products between them.
+"""One token at a time by our own kernels (step_kernels.py), and for more than two texts the head by PyTorch.
 
 A CUDA graph records them (cuda_graph.py). It needs no compiler and no half minute of waiting. Where a model, a size or
 a GPU is not for them, `Decoder` or `CompiledDecoder` computes the same.
@@ -17,7 +17,7 @@ from mamba2_min.inference.decoding import Decoder, StepBuffers, product
 from mamba2_min.models.base import RMSNorm
 from mamba2_min.models.mamba2 import Mamba2LM, Mamba2Mixer, State
 from mamba2_min.ops.autograd import autocast_off
-from mamba2_min.ops.gpu_kernels import has_triton, is_right, on
+from mamba2_min.ops.gpu_kernels import has_triton, is_right, on, product_precision
 
 _ROWS = 2  # up to so many rows, a product reads its matrix for each: `project_rows`
 _LONGEST = 8192  # numbers of a row that it holds
@@ -34,7 +34,8 @@ class KernelDecoder(StepBuffers):
         c, b, like = model.config, self.batch, model.lm_head.weight
         new = functools.partial(torch.empty, dtype=like.dtype, device=like.device)
         self._projected, self._gated, self._result = new(b, c.d_in_proj), new(b, c.d_inner), new(b, c.padded_vocab_size)
-        self._normed, self._added = new(b, c.d_model), new(b, c.d_model)
+        self._normed, sections = new(b, c.d_model), product_sizes(b, c.d_model, c.d_inner)["sections"]
+        self._added = new(sections, b, c.d_model, dtype=torch.float32)
         self._state_size = state_sizes(b, c.headdim, c.d_state)
         self._squares = new(b, c.nheads * -(-c.headdim // self._state_size["BP"]), dtype=torch.float32)
         self._pairing = {"PAIRED": True, "launch_pdl": True} if _can_pair(like.device) else {"PAIRED": False}
@@ -64,11 +65,11 @@ class KernelDecoder(StepBuffers):
         self._join(x, norms[0])
         for block, norm, window, ssm in zip(backbone.blocks, norms[1:], self.conv, self.ssm, strict=True):
             m, gated = block.mixer, self._gated
-            product(m.in_proj)(self._normed, self._projected)
+            self._multiply(self._normed, m.in_proj.weight, m.in_proj.bias, self._projected[None])
             self._advance(m, window, ssm)
             if m.norm.groups > 1:  # after the product, it is too late to divide by an rms for each group
                 gated, _ = norm_kernels.forward(gated, None, m.norm.weight, m.norm.eps, m.norm.groups, False)
-            torch.mm(gated, m.out_proj.weight.t(), out=self._added)
+            self._multiply(gated, m.out_proj.weight, None, self._added)
             self._join(x, norm, m, window)
         product(self.model.lm_head)(self._normed, self._result)
 
@@ -87,6 +88,19 @@ class KernelDecoder(StepBuffers):
             TAPS=1 if window is None else c.d_conv, BC=_power(-(-c.conv_dim // programs)), **self._pairing, **size,
         )  # fmt: skip
 
+    def _multiply(self, u: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out (sections, b, outputs): u weight^T + bias, as a sum of sections."""
+        from mamba2_min.inference import step_kernels as kernels
+
+        (outputs, k), sections = weight.shape, len(out)
+        size = product_sizes(self.batch, outputs, k)
+        del size["sections"]
+        width = -(-k // (sections * size["BK"])) * size["BK"]
+        kernels.multiply[(-(-outputs // size["BR"]), -(-self.batch // size["BM"]), sections)](
+            u, weight, weight if bias is None else bias, out, self.batch, k, width, outputs, BIAS=bias is not None,
+            PRECISION=product_precision(weight.dtype), **self._pairing, **size,
+        )  # fmt: skip
+
     def _join(self, x: Tensor, norm: RMSNorm, m: Mamba2Mixer | None = None, window: Tensor | None = None) -> None:
         """The norm of x, to which what the mixer m computed is added first; its window moves on."""
         from mamba2_min.inference import step_kernels as kernels
@@ -96,10 +110,10 @@ class KernelDecoder(StepBuffers):
         taps = 1 if window is None else c.d_conv
         parts = self._squares.shape[1]
         kernels.join[(self.batch, 1 if taps == 1 else 2)](
-            x, self._added, self._added if bias is None else bias, self._squares, parts, c.d_inner, c.norm_eps,
-            norm.weight, norm.eps, self._normed, d, *self._moving(window), ADD=m is not None, BIAS=bias is not None,
-            DIVIDE=m is not None and m.norm.groups == 1, TAPS=taps, BD=_power(d), BS=_power(parts),
-            BC=_power(c.conv_dim), num_warps=8, **self._pairing,
+            x, self._added, x if bias is None else bias, self._squares, parts, c.d_inner, c.norm_eps, norm.weight,
+            norm.eps, self._normed, d, *self._moving(window), ADD=0 if m is None else len(self._added),
+            BIAS=bias is not None, DIVIDE=m is not None and m.norm.groups == 1, TAPS=taps, BD=_power(d),
+            BS=_power(parts), BC=_power(c.conv_dim), num_warps=8, **self._pairing,
         )  # fmt: skip
 
     def _moving(self, window: Tensor | None) -> tuple[Tensor, Tensor, int, int, int]:
@@ -130,6 +144,15 @@ def row_sizes(k: int) -> dict[str, int]:
     """Of `project_rows`, for rows of k numbers."""
     width = _power(k)
     return {"BR": max(1, min(8, _TILE // width)), "BK": width, "num_warps": 4}
+
+
+def product_sizes(batch: int, outputs: int, k: int) -> dict[str, int]:
+    """Of `multiply`: with few outputs, k is cut into sections, until there is work for most multiprocessors."""
+    columns = 32 if outputs >= 2048 else 16
+    programs = -(-outputs // columns) * -(-batch // 64)
+    sections = min(4, _power(-(-96 // programs)), -(-k // 64))
+    rows = max(16, min(64, _power(batch)))
+    return {"BM": rows, "BR": columns, "BK": 64, "num_warps": 4, "num_stages": 4, "sections": sections}
 
 
 def state_sizes(batch: int, p: int, n: int) -> dict[str, int]:

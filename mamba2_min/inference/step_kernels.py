@@ -6,12 +6,12 @@ For one or two texts, each row by programs of its own:
     advance        convolution, softplus(dt), decay, the state's update, C h + D x, and the gate
     project_rows   x + normed(y silu(z)) W^T for out_proj, and the convolution's window moves on
 
-For more texts, PyTorch's products and what lies between them:
+For more texts, by matrix units:
 
     join           x + what the layer before adds to it, its norm, and the window of that layer moves on
-    (product)      in_proj
+    multiply       in_proj
     advance        as above; where one rms is taken over all of y silu(z), also the parts of its sum of squares
-    (product)      out_proj, of numbers that have not been divided by the rms: the next `join` does it
+    multiply       out_proj, of numbers that have not been divided by the rms: the next `join` does it
 
 `advance` reads a window that the kernel after it moves, so no program reads what another one writes in the same kernel.
 
@@ -111,15 +111,45 @@ def project_rows(
 
 
 @triton.jit
+def multiply(
+    u, weight, bias, out, b, k, width, outputs, BIAS: tl.constexpr, PAIRED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out (sections, b, outputs) = u weight^T + bias, u (b, k): the sum over k in sections of `width` numbers.
+
+    One program per BM rows of u, BR outputs and section.
+    """
+    rows, outs = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BR + tl.arange(0, BR)
+    here, there, section = rows < b, outs < outputs, tl.program_id(2)
+    rows = rows.to(tl.int64)
+    u += rows[:, None] * k + section * width
+    weight += outs.to(tl.int64)[None, :] * k + section * width
+    if PAIRED:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.zeros((BM, BR), tl.float32)
+    end = tl.minimum(width, k - section * width)
+    for start in range(0, end, BK):
+        K = start + tl.arange(0, BK)
+        values = tl.load(u + K[None, :], mask=here[:, None] & (K < end)[None, :], other=0.0)
+        w = tl.load(weight + K[:, None], mask=(K < end)[:, None] & there[None, :], other=0.0)
+        total = tl.dot(values, w, total, input_precision=PRECISION)
+    if BIAS:
+        total += tl.load(bias + outs, mask=there, other=0.0).to(tl.float32)[None, :]
+    place = out + (section.to(tl.int64) * b + rows)[:, None] * outputs + outs[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=here[:, None] & there[None, :])
+
+
+@triton.jit
 def join(
     x, added, bias, squares, parts, inner, inner_eps, scale, eps, out, d, window, projected, width, first, c,
     ADD: tl.constexpr, BIAS: tl.constexpr, DIVIDE: tl.constexpr, TAPS: tl.constexpr, PAIRED: tl.constexpr,
     BD: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """out = norm(x) for x (b, d), to which ADD first adds added (b, d) and a bias, in place.
+    """out = norm(x) for x (b, d), to which the ADD sections of added (ADD, b, d) and a bias are added first, in place.
 
     DIVIDE: added is divided by the rms of `inner` numbers, the parts of whose sum of squares are squares (b, parts).
-    One program per row; with ADD and TAPS > 1 a second one moves the row's window, as in `project_rows`.
+    One program per row; with TAPS > 1 a second one moves the row's window, as in `project_rows`.
     """
     row = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
@@ -130,8 +160,11 @@ def join(
             gdc_wait()
             gdc_launch_dependents()
         value = tl.load(x + row * d + at, mask=inside, other=0.0).to(tl.float32)
-        if ADD:
-            more = tl.load(added + row * d + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD > 0:
+            more = tl.zeros((BD,), tl.float32)
+            for section in tl.static_range(ADD):
+                place = added + (section * tl.num_programs(0) + row) * d + at
+                more += tl.load(place, mask=inside, other=0.0)
             if DIVIDE:
                 part = tl.arange(0, BS)
                 total = tl.sum(tl.load(squares + row * parts + part, mask=part < parts, other=0.0), axis=0)
