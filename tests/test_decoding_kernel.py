@@ -57,7 +57,7 @@ def test_compiled_without_spilling(monkeypatch, name, batch, state_dtype):
     from mamba2_min.inference import step_kernels
 
     target, found = GPUTarget("cuda", int(name.removeprefix("sm_")), 32), []
-    for kernel in ("project_rows", "join", "multiply", "advance"):
+    for kernel in ("project_rows", "join", "project_tiles", "advance"):
         monkeypatch.setattr(step_kernels, kernel, Recorder(getattr(step_kernels, kernel), target, found))
     monkeypatch.setattr(kernel_decoding, "_can_pair", lambda device: name == "sm_90")
     with torch.device("meta"):
@@ -65,10 +65,11 @@ def test_compiled_without_spilling(monkeypatch, name, batch, state_dtype):
     decoder = KernelDecoder(model, model.initial_state(batch), state_dtype)
     decoder(torch.empty(batch, dtype=torch.int64, device="meta"))
     by_rows = ["project_rows", "advance", "project_rows", "project_rows"]
-    by_tiles = ["join", "multiply", "advance", "multiply", "join"]
+    by_tiles = ["join", "project_tiles", "advance", "project_tiles", "join"]
     assert [kernel["kernel"] for kernel in found] == (by_rows if batch == 1 else by_tiles)
     for kernel in found:
-        assert kernel["shared"] <= 99 << 10 and kernel["stack"] == 0 and kernel["registers"] <= 128, kernel
+        assert kernel["shared"] <= 99 << 10 and kernel["stack"] == 0, kernel
+        assert kernel["registers"] <= (255 if kernel["kernel"] == "project_tiles" else 96), kernel
 
 
 def test_what_they_take():
@@ -133,7 +134,7 @@ def errors_on_a_gpu(config, dtype, batch, state_dtype, steps=6):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("batch", [1, 3, 5, 17, 65])
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_small_models_on_a_gpu(monkeypatch, config, batch):
     """Every kind of model, in float32."""
@@ -152,7 +153,7 @@ def test_small_models_on_a_gpu(monkeypatch, config, batch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", [None, BF16], ids=["float32 state", "bf16 state"])
-@pytest.mark.parametrize("batch", [1, 2, 16, 64, 65])
+@pytest.mark.parametrize("batch", [1, 4, 5, 64, 65])
 def test_a_published_shape_on_a_gpu(batch, state_dtype):
     """In bf16: no further from float64 than single operators in bf16 are, with room for a bf16 state's rounding."""
     logits, states = errors_on_a_gpu(PUBLISHED, BF16, batch, state_dtype)

@@ -1,4 +1,4 @@
-"""One token at a time by our own kernels (step_kernels.py), and for more than two texts the head by PyTorch.
+"""One token at a time by our own kernels (step_kernels.py), and for more than four texts the head by PyTorch.
 
 A CUDA graph records them (cuda_graph.py). It needs no compiler and no half minute of waiting. Where a model, a size or
 a GPU is not for them, `Decoder` or `CompiledDecoder` computes the same.
@@ -17,9 +17,9 @@ from mamba2_min.inference.decoding import Decoder, StepBuffers, product
 from mamba2_min.models.base import RMSNorm
 from mamba2_min.models.mamba2 import Mamba2LM, Mamba2Mixer, State
 from mamba2_min.ops.autograd import autocast_off
-from mamba2_min.ops.gpu_kernels import has_triton, is_right, on, product_precision
+from mamba2_min.ops.gpu_kernels import has_triton, is_right, on, product_precision, shared_memory
 
-_ROWS = 2  # up to so many rows, a product reads its matrix for each: `project_rows`
+_ROWS = 4  # up to so many rows, a product reads its matrix for each: `project_rows`
 _LONGEST = 8192  # numbers of a row that it holds
 _TILE = 8192  # numbers of a weight that one of its programs holds
 _LARGEST_STATE = 512  # numbers of a channel's state that a program holds
@@ -34,8 +34,8 @@ class KernelDecoder(StepBuffers):
         c, b, like = model.config, self.batch, model.lm_head.weight
         new = functools.partial(torch.empty, dtype=like.dtype, device=like.device)
         self._projected, self._gated, self._result = new(b, c.d_in_proj), new(b, c.d_inner), new(b, c.padded_vocab_size)
-        self._normed, sections = new(b, c.d_model), product_sizes(b, c.d_model, c.d_inner)["sections"]
-        self._added = new(sections, b, c.d_model, dtype=torch.float32)
+        self._normed = new(b, c.d_model)
+        self._added = new(sections(c.d_model, c.d_inner), b, c.d_model, dtype=torch.float32)
         self._state_size = state_sizes(b, c.headdim, c.d_state)
         self._squares = new(b, c.nheads * -(-c.headdim // self._state_size["BP"]), dtype=torch.float32)
         self._pairing = {"PAIRED": True, "launch_pdl": True} if _can_pair(like.device) else {"PAIRED": False}
@@ -45,19 +45,19 @@ class KernelDecoder(StepBuffers):
             if self.batch <= _ROWS:
                 self._by_rows(x)
             else:
-                self._by_products(x)
+                self._by_tiles(x)
         return self._result
 
     def _by_rows(self, x: Tensor) -> None:
         backbone = self.model.backbone
         for block, window, ssm in zip(backbone.blocks, self.conv, self.ssm, strict=True):
             m = block.mixer
-            self._project(x, block.norm, m.in_proj, self._projected)
-            self._advance(m, window, ssm)
-            self._project(self._gated, m.norm, m.out_proj, x, m.norm.groups, window)
-        self._project(x, backbone.norm_f, self.model.lm_head, self._result)
+            self._project_rows(x, block.norm, m.in_proj, self._projected, window=window, conv=m.conv1d)
+            self._advance(m, ssm)
+            self._project_rows(self._gated, m.norm, m.out_proj, x, m.norm.groups, add=True)
+        self._project_rows(x, backbone.norm_f, self.model.lm_head, self._result)
 
-    def _by_products(self, x: Tensor) -> None:
+    def _by_tiles(self, x: Tensor) -> None:
         from mamba2_min.ops import norm_kernels
 
         backbone = self.model.backbone
@@ -65,71 +65,73 @@ class KernelDecoder(StepBuffers):
         self._join(x, norms[0])
         for block, norm, window, ssm in zip(backbone.blocks, norms[1:], self.conv, self.ssm, strict=True):
             m, gated = block.mixer, self._gated
-            self._multiply(self._normed, m.in_proj.weight, m.in_proj.bias, self._projected[None])
-            self._advance(m, window, ssm)
+            self._project_tiles(self._normed, m.in_proj, self._projected[None], m.in_proj.bias, window, m.conv1d)
+            self._advance(m, ssm)
             if m.norm.groups > 1:  # after the product, it is too late to divide by an rms for each group
                 gated, _ = norm_kernels.forward(gated, None, m.norm.weight, m.norm.eps, m.norm.groups, False)
-            self._multiply(gated, m.out_proj.weight, None, self._added)
-            self._join(x, norm, m, window)
-        product(self.model.lm_head)(self._normed, self._result)
+            self._project_tiles(gated, m.out_proj, self._added)
+            self._join(x, norm, m)
+        product(self.model.lm_head)(self._normed, self._result)  # large enough for PyTorch's product
 
-    def _project(
-        self, u: Tensor, norm: Any, linear: nn.Linear, out: Tensor, parts: int = 1, window: Tensor | None = None
-    ) -> None:
-        """out (b, outputs) = linear(norm(u)); with a window, added to out, and the window moves on."""
+    def _project_rows(
+        self, u: Tensor, norm: Any, linear: nn.Linear, out: Tensor, parts: int = 1, add: bool = False,
+        window: Tensor | None = None, conv: nn.Conv1d | None = None,
+    ) -> None:  # fmt: skip
+        """out (b, outputs) = linear(norm(u)), with `add` added to it; with a window, its x, B and C convolved."""
         from mamba2_min.inference import step_kernels as kernels
 
-        c, (outputs, k) = self.model.config, linear.weight.shape
+        outputs, k = linear.weight.shape
         size = row_sizes(k)
-        programs = -(-outputs // size["BR"])
-        kernels.project_rows[(programs, self.batch)](
+        places, flags = self._convolution(window, conv)
+        kernels.project_rows[(-(-outputs // size["BR"]), self.batch)](
             u, norm.weight, linear.weight, linear.weight if linear.bias is None else linear.bias, out, k, outputs,
-            norm.eps, *self._moving(window), BIAS=linear.bias is not None, ADD=window is not None, PARTS=parts,
-            TAPS=1 if window is None else c.d_conv, BC=_power(-(-c.conv_dim // programs)), **self._pairing, **size,
+            norm.eps, *places, BIAS=linear.bias is not None, ADD=add, PARTS=parts, **flags, **self._pairing, **size,
         )  # fmt: skip
 
-    def _multiply(self, u: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """out (sections, b, outputs): u weight^T + bias, as a sum of sections."""
+    def _project_tiles(
+        self, u: Tensor, linear: nn.Linear, out: Tensor, bias: Tensor | None = None, window: Tensor | None = None,
+        conv: nn.Conv1d | None = None,
+    ) -> None:  # fmt: skip
+        """out (sections, b, outputs): u weight^T + bias, as a sum of sections; with a window, its x, B and C convolved
+        as well."""
         from mamba2_min.inference import step_kernels as kernels
 
-        (outputs, k), sections = weight.shape, len(out)
-        size = product_sizes(self.batch, outputs, k)
-        del size["sections"]
+        weight, (outputs, k), sections = linear.weight, linear.weight.shape, len(out)
+        size = tile_sizes(self.batch, outputs, weight.element_size(), shared_memory(weight.device))
         width = -(-k // (sections * size["BK"])) * size["BK"]
-        kernels.multiply[(-(-outputs // size["BR"]), -(-self.batch // size["BM"]), sections)](
-            u, weight, weight if bias is None else bias, out, self.batch, k, width, outputs, BIAS=bias is not None,
-            PRECISION=product_precision(weight.dtype), **self._pairing, **size,
+        places, flags = self._convolution(window, conv)
+        kernels.project_tiles[(-(-outputs // size["BR"]), -(-self.batch // size["BM"]), sections)](
+            u, weight, weight if bias is None else bias, out, self.batch, k, width, outputs, *places,
+            BIAS=bias is not None, PRECISION=product_precision(weight.dtype), **flags, **self._pairing, **size,
         )  # fmt: skip
 
-    def _join(self, x: Tensor, norm: RMSNorm, m: Mamba2Mixer | None = None, window: Tensor | None = None) -> None:
-        """The norm of x, to which what the mixer m computed is added first; its window moves on."""
+    def _convolution(self, window: Tensor | None, conv: nn.Conv1d | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a projection needs to convolve some of its outputs, or not."""
+        c, unused = self.model.config, self._gated
+        taps, bias = (unused, None) if conv is None else (conv.weight, conv.bias)
+        places = unused if window is None else window, taps, unused if bias is None else bias, c.d_inner, c.conv_dim
+        return places, {"CONVOLVE": window is not None, "CONV_BIAS": bias is not None, "TAPS": c.d_conv}
+
+    def _join(self, x: Tensor, norm: RMSNorm, m: Mamba2Mixer | None = None) -> None:
+        """The norm of x, to which what the mixer m computed is added first."""
         from mamba2_min.inference import step_kernels as kernels
 
-        c, d = self.model.config, x.shape[1]
+        c, (b, d), parts = self.model.config, x.shape, self._squares.shape[1]
         bias = None if m is None else m.out_proj.bias
-        taps = 1 if window is None else c.d_conv
-        parts = self._squares.shape[1]
-        kernels.join[(self.batch, 1 if taps == 1 else 2)](
+        kernels.join[(b,)](
             x, self._added, x if bias is None else bias, self._squares, parts, c.d_inner, c.norm_eps, norm.weight,
-            norm.eps, self._normed, d, *self._moving(window), ADD=0 if m is None else len(self._added),
-            BIAS=bias is not None, DIVIDE=m is not None and m.norm.groups == 1, TAPS=taps, BD=_power(d),
-            BS=_power(parts), BC=_power(c.conv_dim), num_warps=8, **self._pairing,
+            norm.eps, self._normed, d, ADD=0 if m is None else len(self._added), BIAS=bias is not None,
+            DIVIDE=m is not None and m.norm.groups == 1, BD=_power(d), BS=_power(parts), num_warps=4, **self._pairing,
         )  # fmt: skip
 
-    def _moving(self, window: Tensor | None) -> tuple[Tensor, Tensor, int, int, int]:
-        """A window, and where in which rows of the projection its channels are."""
-        c = self.model.config
-        return self._gated if window is None else window, self._projected, c.d_in_proj, c.d_inner, c.conv_dim
-
-    def _advance(self, m: Mamba2Mixer, window: Tensor, ssm: Tensor) -> None:
+    def _advance(self, m: Mamba2Mixer, ssm: Tensor) -> None:
         from mamba2_min.inference import step_kernels as kernels
 
-        c, taps, bias = m.config, m.conv1d.weight, m.conv1d.bias
+        c = m.config
         kernels.advance[(self.batch * c.nheads, -(-c.headdim // self._state_size["BP"]))](
-            self._projected, window, taps, taps if bias is None else bias, ssm, m.dt_bias, m.A_log, m.D, m.norm.weight,
-            self._gated, self._squares, c.nheads, c.nheads // c.ngroups, c.headdim, c.d_state, c.d_in_proj, c.conv_dim,
-            CONV_BIAS=bias is not None, TAPS=c.d_conv, SQUARES=self.batch > _ROWS and m.norm.groups == 1,
-            **self._pairing, **self._state_size,
+            self._projected, ssm, m.dt_bias, m.A_log, m.D, m.norm.weight, self._gated, self._squares, c.nheads,
+            c.nheads // c.ngroups, c.headdim, c.d_state, c.d_in_proj,
+            SQUARES=self.batch > _ROWS and m.norm.groups == 1, **self._pairing, **self._state_size,
         )  # fmt: skip
 
 
@@ -146,13 +148,18 @@ def row_sizes(k: int) -> dict[str, int]:
     return {"BR": max(1, min(8, _TILE // width)), "BK": width, "num_warps": 4}
 
 
-def product_sizes(batch: int, outputs: int, k: int) -> dict[str, int]:
-    """Of `multiply`: with few outputs, k is cut into sections, until there is work for most multiprocessors."""
-    columns = 32 if outputs >= 2048 else 16
-    programs = -(-outputs // columns) * -(-batch // 64)
-    sections = min(4, _power(-(-96 // programs)), -(-k // 64))
-    rows = max(16, min(64, _power(batch)))
-    return {"BM": rows, "BR": columns, "BK": 64, "num_warps": 4, "num_stages": 4, "sections": sections}
+def tile_sizes(batch: int, outputs: int, number: int, shared: int) -> dict[str, int]:
+    """Of `project_tiles`, for numbers of so many bytes and a GPU of so much shared memory. Measured on an H200."""
+    rows, columns, width, most = max(16, min(64, _power(batch))), 32, 128, 6
+    if outputs < 2048:
+        columns, width, most = 16, 256, 4
+    stages = min(most, shared // ((rows + columns) * width))  # how far loads run ahead changes no bit
+    return {"BM": rows, "BR": columns, "BK": width // number, "num_warps": 4, "num_stages": stages}
+
+
+def sections(outputs: int, k: int) -> int:
+    """Into how many parts `project_tiles` cuts the sum over k, so that most multiprocessors have something to do."""
+    return 2 if outputs < 2048 and k >= 1024 else 1
 
 
 def state_sizes(batch: int, p: int, n: int) -> dict[str, int]:
@@ -203,7 +210,7 @@ def _works(device: torch.device, dtype: torch.dtype, p: int, n: int, taps: int) 
     """Whether the kernels run on this GPU and are right: once for each dtype and size of a state."""
 
     def check() -> list[float]:
-        return [error for batch in (1, 3) for error in self_check(device, dtype, p, n, taps, batch)]
+        return [error for batch in (1, _ROWS + 1) for error in self_check(device, dtype, p, n, taps, batch)]
 
     return is_right("the decoding kernels", device, check, _TOLERANCE[dtype])
 

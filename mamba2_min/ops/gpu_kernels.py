@@ -83,6 +83,13 @@ def on(t: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads can have; any number where there is no GPU."""
+    if device.type != "cuda":
+        return 1 << 30
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) or 65_536
+
+
 def rows_contiguous(t: Tensor) -> Tensor:
     """t with its last dimension contiguous."""
     return t if t.stride(-1) == 1 else t.contiguous()

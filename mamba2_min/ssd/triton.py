@@ -36,7 +36,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba2_min.ops.autograd import handwritten_backward
-from mamba2_min.ops.gpu_kernels import constant_when_compiled, has_triton, is_right, on, operator, product_precision
+from mamba2_min.ops.gpu_kernels import (
+    constant_when_compiled,
+    has_triton,
+    is_right,
+    on,
+    operator,
+    product_precision,
+    shared_memory,
+)
 from mamba2_min.ops.seq_idx import document_numbers
 from mamba2_min.ssd.arguments import Shape
 from mamba2_min.ssd.plain import ssd_plain
@@ -74,12 +82,10 @@ def _checked(index: int, dtype: torch.dtype, p: int, n: int) -> bool:
 def _tiles(device: torch.device, dtype: torch.dtype, p: int, n: int):
     from mamba2_min.ssd.triton_launch import tiles_for
 
-    if device.type == "cpu":  # Triton's interpreter
-        return tiles_for(dtype, p, n, 1 << 30)
-    about = torch.cuda.get_device_properties(device)
-    if torch.version.hip is None and dtype == torch.bfloat16 and about.major < 8:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if nvidia and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    return tiles_for(dtype, p, n, getattr(about, "shared_memory_per_block_optin", 0) or 65_536)
+    return tiles_for(dtype, p, n, shared_memory(device))
 
 
 @constant_when_compiled
