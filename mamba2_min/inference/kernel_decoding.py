@@ -162,9 +162,10 @@ def sections(outputs: int, k: int) -> int:
     return 2 if outputs < 2048 and k >= 1024 else 1
 
 
-def state_sizes(batch: int, p: int, n: int) -> dict[str, int]:
-    """Of `advance`, for states (p, n)."""
-    return {"BP": min(_power(p), 8 if batch <= _ROWS else 32), "BN": _power(n), "num_warps": 4}
+def state_sizes(batch: int, p: int, n: int) -> dict[str, Any]:
+    """Of `advance`, for states (p, n). Those of many texts are larger than the cache, and leave it to the weights."""
+    rows, kept = (8, "") if batch <= _ROWS else (32, "evict_first")
+    return {"BP": min(_power(p), rows), "BN": _power(n), "KEPT": kept, "num_warps": 4}
 
 
 def _can_pair(device: torch.device) -> bool:

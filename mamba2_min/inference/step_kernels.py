@@ -187,13 +187,13 @@ def join(
 @triton.jit
 def advance(
     projected, ssm, dt_bias, A_log, D, norm, out, squares, h, heads_a_group, p, n, width, SQUARES: tl.constexpr,
-    PAIRED: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    PAIRED: tl.constexpr, KEPT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """H = exp(dt A) H + dt x B^T and out = (H C + D x) silu(z): one program per row, head and BP channels of it.
 
     projected (b, width) is z | x B C | dt, of which x, B and C went through the convolution; ssm (b, h, p, n) is
     changed in place. SQUARES: the sum of squares of a program's part of out is stored, and then out is multiplied by
-    the gated norm's weight.
+    the gated norm's weight. KEPT: how long caches keep the state.
     """
     row, head = (tl.program_id(0) // h).to(tl.int64), tl.program_id(0) % h
     group, inner = head // heads_a_group, h * p
@@ -201,7 +201,7 @@ def advance(
     channels, states = P < p, N < n
     tile, inside = P[:, None] * n + N[None, :], channels[:, None] & states[None, :]
     ssm += (row * h + head) * p * n
-    state = tl.load(ssm + tile, mask=inside, other=0.0).to(tl.float32)
+    state = tl.load(ssm + tile, mask=inside, other=0.0, eviction_policy=KEPT).to(tl.float32)
     rate = tl.exp(tl.load(A_log + head).to(tl.float32))
     skip, offset = tl.load(D + head).to(tl.float32), tl.load(dt_bias + head).to(tl.float32)
     if PAIRED:
@@ -216,7 +216,7 @@ def advance(
     C = tl.load(C_at + N, mask=states, other=0.0).to(tl.float32)
     dt = softplus(tl.load(projected + width - h + head).to(tl.float32) + offset)
     state = state * tl.exp(-dt * rate) + (dt * x)[:, None] * B[None, :]
-    tl.store(ssm + tile, state.to(ssm.dtype.element_ty), mask=inside)
+    tl.store(ssm + tile, state.to(ssm.dtype.element_ty), mask=inside, eviction_policy=KEPT)
     y = (tl.sum(state * C[None, :], axis=1) + skip * x) * z / (1 + tl.exp(-z))
     if SQUARES:
         tl.store(squares + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(y * y, axis=0))
