@@ -12,7 +12,8 @@ off has one figure of everything rather than three of something.
 Both models get the same vocabulary, the same pretraining (llama-stories and the texts of the training parts), the same
 trainer, batches, epochs, number of tried learning rates, and the same means against learning the texts by heart.
 `full` trains every weight, `lora` has r 16, alpha 32 and dropout 0.1 on every projection of a block, `state` trains the
-first state alone, `scratch` skips the pretraining; `mamba2-two` is the mean of two models. A table of a million numbers
+first state alone, `scratch` skips the pretraining; `lora-seen` also trains those rows of the table of words that the
+training texts have (`finetune --lora-tokens seen`); `mamba2-two` is the mean of two models. A table of a million numbers
 for the spelling of words is added to the embeddings, and every method trains it; `-words` is without.
 
 Nothing is chosen by the loss on held-out texts: the weights of the last step are tested, once. With a few thousand
@@ -59,6 +60,7 @@ from mamba2_min.finetune.labels import LabelData, Sample
 from mamba2_min.finetune.lora import LoRAConfig, add_lora, trainable
 from mamba2_min.finetune.sorting import Sorting, score
 from mamba2_min.finetune.spelling import Spelling
+from mamba2_min.finetune.token_rows import train_rows
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.ops.loss import IGNORE
 from mamba2_min.settings import Settings
@@ -69,7 +71,8 @@ TASKS = ("banking77", "banking77-10", "sms", "sms-book")
 # -two: the mean of two models, MEMBERS; -words: without the spelling, whose table every method trains, lora too;
 # -mean, -last: what the head reads instead of POOL
 MODELS = ("mamba2", "mamba2-two", "mamba2-words", "mamba2-mean", "mamba2-last", "gpt-neo", "gpt-neo-words")
-METHODS = ("scratch", "full", "lora", "state")
+METHODS = ("scratch", "full", "lora", "lora-seen", "state")
+PRETRAINED = METHODS[1:]
 POOL = "mean+max"
 # What helps a small model with a few thousand texts, for both families.
 WORD_DROPOUT, EMA = 0.15, 0.995
@@ -78,7 +81,7 @@ MEMBERS = ((8192, 0.0), (0, 2.0))
 BASELINES = ("tfidf-default", "tfidf-best")
 WIDTH, LAYERS = 128, 2
 LORA = {"mamba2": ("in_proj", "out_proj"), "gpt-neo": ("q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj")}
-RATES = {"scratch": 4e-3, "full": 2e-3, "lora": 5e-3, "state": 2e-2}
+RATES = {"scratch": 4e-3, "full": 2e-3, "lora": 5e-3, "lora-seen": 5e-3, "state": 2e-2}
 CONTEXT = 128  # tokens of a pretraining window
 
 Texts = list[tuple[str, str]]  # (text, label)
@@ -357,9 +360,10 @@ class Together(nn.Module):
 
 
 def sorter(
-    model: str, method: str, labels: int, tokenizer: WordTokenizer, seed: int, o: Options, member: int = 0
+    model: str, method: str, data: LabelData, tokenizer: WordTokenizer, seed: int, o: Options, member: int = 0
 ) -> nn.Module:
     """A classifier, with the pretrained weights unless it is from scratch, and adapters where the method is lora."""
+    labels = len(data.names)
     family, pool = split_name(model)
     size, (buckets, consistency) = len(tokenizer), MEMBERS[member] if not model.endswith("-words") else (0, 0.0)
     spelling = Spelling(tokenizer, WIDTH, buckets, seed) if buckets else None
@@ -372,8 +376,10 @@ def sorter(
         lm = Mamba2LM(mamba2_config(size), seed=seed)
         if weights:
             checkpoint.load_weights(lm, weights, "the pretraining")
-        if method == "lora":
+        if method.startswith("lora"):
             add_lora(lm, lora, seed)
+            if method == "lora-seen":
+                train_rows(lm, {i for sample in data.train for i in sample.ids.tolist()})
         elif method == "state":
             lm = TunedStateLM.of(lm)
         return Classifier(lm, labels, pool, None, 0.1, 0.2, seed, WORD_DROPOUT, consistency, spelling)
@@ -412,7 +418,7 @@ def learn(task: str, model: str, method: str, seed: int, o: Options) -> dict[str
     nets: list[nn.Module] = []
     loss, seconds = 0.0, 0.0
     for member in range(len(MEMBERS) if model == "mamba2-two" else 1):
-        net = sorter(model, method, len(names), tokenizer, seed, o, member)
+        net = sorter(model, method, data, tokenizer, seed, o, member)
         steps = max(per_epoch * epochs, 1)
         last, took, speed = train(
             net,
@@ -500,10 +506,10 @@ def rows(seeds: list[int]) -> Iterator[str]:
                     continue  # the head's question is asked once
                 if model == "mamba2-two" and method not in ("scratch", "full"):
                     continue
-                if model.endswith("-words") and method not in ("full", "lora"):
+                if model.endswith("-words") and method not in ("full", "lora", "lora-seen"):
                     continue
-                if model.startswith("gpt-neo") and method == "state":
-                    continue  # it has none
+                if model.startswith("gpt-neo") and method in ("state", "lora-seen"):
+                    continue  # it has no state, and its head no table of words
                 yield from (f"{task}/{model}/{method}/{seed}" for seed in seeds)
 
 
@@ -587,13 +593,9 @@ def main() -> int:
 
     print(f"{len(left)} rows to make, {len(wanted) - len(left)} are there; results go to {out}", flush=True)
     with harness.pool(args.workers) as pool:
-        if any(
-            row.split("/")[2] in ("full", "lora", "state") for row in left
-        ):  # before the rows, which then find it done
+        if any(row.split("/")[2] in PRETRAINED for row in left):  # before the rows, which then find it done
             pool.submit(_prepare, o).result()
-            families = {
-                split_name(row.split("/")[1])[0] for row in left if row.split("/")[2] in ("full", "lora", "state")
-            }
+            families = {split_name(row.split("/")[1])[0] for row in left if row.split("/")[2] in PRETRAINED}
             for one in as_completed([pool.submit(_pretrain, family, o) for family in sorted(families)]):
                 keep(one.result())
         elif left:

@@ -23,7 +23,14 @@ NAMES = {
     "tfidf-default": "TF-IDF, words",
     "tfidf-best": "TF-IDF, words and letters",
 }
-METHODS = {"-": "", "scratch": "from scratch", "full": "all weights", "lora": "LoRA", "state": "first state"}
+METHODS = {
+    "-": "",
+    "scratch": "from scratch",
+    "full": "all weights",
+    "lora": "LoRA",
+    "lora-seen": "LoRA and rows",
+    "state": "first state",
+}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

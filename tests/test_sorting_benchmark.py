@@ -18,9 +18,9 @@ def test_every_row_is_named_once_and_has_a_name_for_readers():
 
 
 def test_the_first_seed_of_everything_comes_before_the_second_of_anything():
-    only = ["sms/mamba2/lora", "banking77/mamba2/full"]
+    only = ["sms/mamba2/lora/", "banking77/mamba2/full/"]
     rows = classification.rows([2, 0])
-    assert classification.in_turn(rows, only, [2, 0]) == [f"{name}/{seed}" for seed in (2, 0) for name in only]
+    assert classification.in_turn(rows, only, [2, 0]) == [f"{name}{seed}" for seed in (2, 0) for name in only]
     assert classification.in_turn(ROWS, [""], [0, 1, 2])[-1].endswith("/2")
 
 
