@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from mamba2_min import ssd  # noqa: E402
 from mamba2_min.config import Mamba2Config  # noqa: E402
+from mamba2_min.finetune.lora import LoRAConfig, adapters, add_lora  # noqa: E402
 from mamba2_min.models import mamba2, stream  # noqa: E402
 from mamba2_min.models.core import core  # noqa: E402
 from mamba2_min.models.stream import through  # noqa: E402
@@ -146,27 +147,37 @@ def between_projections():
     state = torch.randn(2, config.nheads, 16, 16, generator=r)
     documents = (torch.arange(37) // 11)[None].expand(2, -1)
     cases = {"": (1, None, None, None), ", from states, documents": (2, window, state, documents)}
+    cases[", frozen"] = cases[", from states, documents"]
     for name, (b, *given) in cases.items():
         started, found = time.perf_counter(), []
+        if name == ", frozen":
+            model.requires_grad_(False)
+            wide.requires_grad_(False)
         for m, computed in ((mixer, lambda *t: core(mixer, *t)), (wide, wide)):
             r = torch.Generator().manual_seed(1)
             t = zxBCdt[-b:].to(m.D.dtype).requires_grad_()
             before, start, seq_idx = (None if v is None else v.to(m.D.dtype) for v in given)
             leaves = [t, *m.conv1d.parameters(), m.dt_bias, m.A_log, m.D, m.norm.weight]
+            leaves = [leaf for leaf in leaves if leaf.requires_grad]
             if start is not None:
                 leaves.append(start.requires_grad_())
             out = computed(t, before, start, seq_idx)
             total = sum((value * torch.randn(value.shape, generator=r).to(value.dtype)).sum() for value in out)
             found.append([*out, *torch.autograd.grad(total, leaves)])
         errors = {str(i): relative_error(got, wanted) for i, (got, wanted) in enumerate(zip(*found, strict=True))}
-        errors["dA"], errors["dD"] = errors.pop("7"), errors.pop("8")
+        if name != ", frozen":
+            errors["dA"], errors["dD"] = errors.pop("7"), errors.pop("8")
         case("between the projections" + name, started, errors)
 
 
-def a_whole_model():
+def a_whole_model(lora=False):
     """The loss's gradients as a GPU computes them: all of a model's training that our kernels do."""
     config = Mamba2Config(vocab_size=61, d_model=16, n_layer=2, d_state=16, headdim=16, ngroups=2)
     model = stirred(config).train()
+    if lora:
+        add_lora(model, LoRAConfig(r=3, dropout=0.0))
+        for _, module in adapters(model):
+            torch.nn.init.normal_(module.lora_B.weight, std=0.1)
     wide, ids = copy.deepcopy(model).double(), torch.randint(61, (1, 18), generator=torch.Generator().manual_seed(0))
     started, used = time.perf_counter(), []
     with mock.patch.object(gpu_kernels, "takes", lambda t: t.dtype == torch.float32), ssd.using("triton"):
@@ -177,8 +188,8 @@ def a_whole_model():
     assert used == ["stream", "core", "core"], used
     wide.loss(ids[:, :-1], ids[:, 1:]).backward()
     pairs = zip(model.named_parameters(), wide.parameters(), strict=True)
-    errors = {name: relative_error(p.grad, q.grad) for (name, p), q in pairs}
-    case("a whole model", started, errors)
+    errors = {name: relative_error(p.grad, q.grad) for (name, p), q in pairs if p.requires_grad}
+    case("a whole model" + (", LoRA" if lora else ""), started, errors)
 
 
 if __name__ == "__main__":
@@ -187,3 +198,4 @@ if __name__ == "__main__":
     operations()
     between_projections()
     a_whole_model()
+    a_whole_model(lora=True)

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamba2_min.models.base import LanguageModel
+from mamba2_min.models.bypass import forwards, is_plain
+from mamba2_min.ops.lora import lora_linear
+
+_LINEAR = forwards(nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,15 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        added = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
+        A, B = self.lora_A, self.lora_B
+        if not torch.compiler.is_compiling() and is_plain(A, _LINEAR) and is_plain(B, _LINEAR) and self._is_frozen():
+            p = self.dropout if self.training else 0.0
+            return lora_linear(x, self.weight, self.bias, A.weight, B.weight, self.scale, p)
+        added = B(A(F.dropout(x, self.dropout, self.training)))
         return F.linear(x, self.weight, self.bias) + self.scale * added
+
+    def _is_frozen(self) -> bool:
+        return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
 
     def delta(self) -> Tensor:
         """(alpha / r) B A, what a merge adds to the weight: (out, in), summed in float64."""

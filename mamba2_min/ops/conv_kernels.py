@@ -180,8 +180,12 @@ def backward(
     before: Tensor | None = None,
     documents: Tensor | None = None,
     du: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of u, weight and bias; that of u in `du`, with any strides of rows, where it is given."""
+    trained: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of u, weight and bias; that of u in `du`, with any strides of rows, where it is given.
+
+    trained: whether the gradients of weight and bias are wanted; else they are None.
+    """
     b, l, c = u.shape
     if du is None:
         du = torch.empty(b, l, c, dtype=u.dtype, device=u.device)
@@ -194,7 +198,7 @@ def backward(
             *in_units(unit, u), *in_units(unit, dy), *in_units(unit, du), l, c, segments, BIAS=bias is not None,
             BEFORE=before is not None, DOCUMENTS=documents is not None, UNIT=unit, S=_SEGMENT, BC=_WIDTH, num_warps=4,
         )  # fmt: skip
-    return du, dtaps.sum(0).t().contiguous(), dbias.sum(0)
+    return (du, dtaps.sum(0).t().contiguous(), dbias.sum(0)) if trained else (du, None, None)
 
 
 def _context(u: Tensor, before: Tensor | None, documents: Tensor | None) -> list[Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mamba2_min.ops import gpu_kernels
 from mamba2_min.ops.autograd import handwritten_backward, is_traced, materialize, pack_saved, unpack_saved
+from mamba2_min.ops.recipes import with_recipe
 
 
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
@@ -32,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _by_kernel(x, None, weight, eps, 1)
     if not torch.is_grad_enabled() or is_traced():  # one token at a time, `apply` alone would take as long
         return rms_norm_plain(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps, 1)
+    return with_recipe(_RMSNorm.apply(x, weight, eps, 1), weight, partial(rms_norm_plain, eps=eps), x, weight)
 
 
 def gated_rms_norm(
@@ -45,7 +48,8 @@ def gated_rms_norm(
         return gated_rms_norm_plain(y, z, weight, eps, norm_before_gate, groups)
     if norm_before_gate:
         return _RMSNorm.apply(y, weight, eps, groups) * F.silu(z.to(weight.dtype))
-    return _GatedRMSNorm.apply(y, z, weight, eps, groups)
+    compute = partial(gated_rms_norm_plain, eps=eps, groups=groups)
+    return with_recipe(_GatedRMSNorm.apply(y, z, weight, eps, groups), weight, compute, y, z, weight)
 
 
 def add_rms_norm_plain(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -59,9 +63,16 @@ def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> 
     if _has_kernel(x, weight, 1) and (more is None or torch.promote_types(x.dtype, more.dtype) == x.dtype):
         from mamba2_min.ops.norm_kernels import AddRMSNorm
 
-        return AddRMSNorm.apply(x, more, weight, eps, writes_bf16())
+        x, u = AddRMSNorm.apply(x, more, weight, eps, writes_bf16())
+        return x, with_recipe(u, weight, partial(_of_sum, eps=eps, narrow=writes_bf16()), x, weight)
     x = x if more is None else x + more
     return x, rms_norm(x, weight, eps)
+
+
+def _of_sum(x: Tensor, weight: Tensor, eps: float, narrow: bool) -> Tensor:
+    from mamba2_min.ops.norm_kernels import forward
+
+    return forward(x.flatten(0, -2), None, weight, eps, 1, narrow)[0].view(x.shape)
 
 
 LONGEST = 8192  # numbers of a row that a kernel holds

@@ -118,12 +118,12 @@ def forward(
 
 def backward(
     y: Tensor, z: Tensor | None, weight: Tensor, scale: Tensor, dout: Tensor, groups: int, dz: Tensor | None = None,
-    stream: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    stream: Tensor | None = None, trained: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The gradients of y, z and weight; that of z in `dz`, of any stride between rows, where it is given.
 
     stream: a gradient of y to be added. With a `dz` and no z, y was a sum, and dz becomes the gradient of its second
-    part.
+    part. trained: whether the weight's gradient is wanted; else it is None.
     """
     add = z is None and dz is not None
     tokens, width = y.shape
@@ -141,7 +141,7 @@ def backward(
             *in_units(unit, dout), *in_units(unit, dz), width // groups // unit, groups, tokens, per_program,
             GATE=z is not None, STREAM=stream is not None, ADD=add, UNIT=unit, **_block(width // groups),
         )  # fmt: skip
-    return dy, dz.clone() if len(dz) == 0 else dz, dweight.sum(0)
+    return dy, dz.clone() if len(dz) == 0 else dz, dweight.sum(0) if trained else None
 
 
 def _fake_forward(y, z, weight, eps, groups, narrow):
@@ -216,14 +216,10 @@ class AddRMSNorm(torch.autograd.Function):
         added, weight, scale = ctx.saved_tensors
         dmore = None if ctx.dtype is None else torch.empty(added.shape, dtype=ctx.dtype, device=added.device)
         stream = None if dstream is None else _flat(dstream)
-        dx, _, dweight = backward(added, None, weight, scale, _flat(dout), 1, dmore, stream)
-        return (
-            dx.view(ctx.shape),
-            None if dmore is None else dmore.view(ctx.shape),
-            dweight.to(weight.dtype),
-            None,
-            None,
-        )
+        trained = ctx.needs_input_grad[2]
+        dx, _, dweight = backward(added, None, weight, scale, _flat(dout), 1, dmore, stream, trained)
+        dmore = None if dmore is None else dmore.view(ctx.shape)
+        return dx.view(ctx.shape), dmore, None if dweight is None else dweight.to(weight.dtype), None, None
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -189,9 +189,10 @@ def forward(x, dt, A, B, C, D, start, documents, *, dt_bias=None):
         return launch.outputs(C, B, x, H, decays, D, reverse=False), last, H, *decays
 
 
-def backward(dy, dlast, x, A, B, C, D, documents, H, *decays, into=(None, None, None, None)):
+def backward(dy, dlast, x, A, B, C, D, documents, H, *decays, into=(None, None, None, None), trained=True):
     """into: memory for the gradients of x, B, C and dt. With the last, dt and A are a mixer's, and the gradient of
-    dt_bias comes in the place of that of dt."""
+    dt_bias comes in the place of that of dt. trained: whether those of A, D and dt_bias are wanted; else they are
+    None."""
     from mamba2_min.ssd.triton_launch import Decays
 
     dy, x, B, C = map(_aligned, (dy, x, B, C))
@@ -201,8 +202,9 @@ def backward(dy, dlast, x, A, B, C, D, documents, H, *decays, into=(None, None, 
         dx = launch.outputs(B, C, dy, dH, decays, D, True, into[0])
         dC, *read, _ = launch.key_gradients(C, B, dy, x, H, decays, False, into[2])
         dB, *written = launch.key_gradients(B, C, x, dy, dH, decays, True, into[1])
-        ddt, dA, dbias = launch.step_gradients(B, C, decays.dt, A, read, written, carried, into[3])
-        return dx, ddt if into[3] is None else dbias, dA, dB, dC, dstart, written[-1].sum((0, 2))
+        ddt, dA, dbias = launch.step_gradients(B, C, decays.dt, A, read, written, carried, into[3], trained)
+        dD = written[-1].sum((0, 2)) if trained else None
+        return dx, ddt if into[3] is None else dbias, dA, dB, dC, dstart, dD
 
 
 def _fake_forward(x, dt, A, B, C, D, start, documents):

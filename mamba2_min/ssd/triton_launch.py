@@ -180,10 +180,12 @@ class Launch:
     def step_gradients(
         self, B: Tensor, C: Tensor, steps: Tensor, A: Tensor, read: tuple[Tensor, Tensor],
         written: tuple[Tensor, Tensor, Tensor], carried: Tensor, ddt: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        trained: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The gradients of dt (b, l, h) and A (h,); read and written are what `key_gradients` gave, without R's.
 
-        With memory for `ddt`, they are those of a mixer's dt and A, and the third that of its dt_bias.
+        With memory for `ddt`, they are those of a mixer's dt and A, and the third that of its dt_bias. Only the first
+        is computed where the parameters are not `trained`.
         """
         raw, (A_part, bias_part) = ddt is not None, self.empty(2, self.b * self.chunks, self.h)
         if ddt is None:
@@ -194,6 +196,8 @@ class Launch:
             *ddt.stride()[:2], self.l, self.h, self.chunks, self.r, self.n, len(carried), carried.stride(0), RAW=raw,
             Q=self.tiles.q, BH=heads, BN=_power(self.n), num_warps=4,
         )  # fmt: skip
+        if not trained:
+            return ddt, None, None
         return ddt, A_part.sum(0), bias_part.sum(0) if raw else bias_part
 
     def _documents(self, other: Tensor) -> Tensor:
