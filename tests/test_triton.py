@@ -49,11 +49,12 @@ def interpreted():
 
 @needs_triton
 def test_values_and_gradients_in_the_interpreter(interpreted):
-    assert len(interpreted) == 19
+    assert len(interpreted) == 21
     for name, errors in interpreted.items():
         for what, error in errors.items():
             small = what.endswith(("dA", "dD", "A_log", ".D"))  # a small difference of large sums
-            assert error < (1e-4 if small else 2e-6), (name, what, error)
+            limit = 1e-4 if small else 1e-5 if ".lora_" in what else 2e-6
+            assert error < limit, (name, what, error)
 
 
 # -- Compiled for what is not here ------------------------------------------------------------------------------------

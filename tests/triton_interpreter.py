@@ -176,8 +176,9 @@ def a_whole_model(lora=False):
     model = stirred(config).train()
     if lora:
         add_lora(model, LoRAConfig(r=3, dropout=0.0))
+        generator = torch.Generator().manual_seed(1)
         for _, module in adapters(model):
-            torch.nn.init.normal_(module.lora_B.weight, std=0.1)
+            torch.nn.init.normal_(module.lora_B.weight, generator=generator)
     wide, ids = copy.deepcopy(model).double(), torch.randint(61, (1, 18), generator=torch.Generator().manual_seed(0))
     started, used = time.perf_counter(), []
     with mock.patch.object(gpu_kernels, "takes", lambda t: t.dtype == torch.float32), ssd.using("triton"):
