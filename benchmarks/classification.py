@@ -13,8 +13,8 @@ Both models get the same vocabulary, the same pretraining (llama-stories and the
 trainer, batches, epochs, number of tried learning rates, and the same means against learning the texts by heart.
 `full` trains every weight, `lora` has r 16, alpha 32 and dropout 0.1 on every projection of a block, `state` trains the
 first state alone, `scratch` skips the pretraining; `lora-seen` also trains those rows of the table of words that the
-training texts have (`finetune --lora-tokens seen`); `mamba2-two` is the mean of two models. A table of a million numbers
-for the spelling of words is added to the embeddings, and every method trains it; `-words` is without.
+training texts have (`finetune --lora-tokens seen`); `mamba2-two` is the mean of two models. A table for the spelling of
+words, a million numbers, is added to the embeddings, and every method trains it; `-words` is without.
 
 Nothing is chosen by the loss on held-out texts: the weights of the last step are tested, once. With a few thousand
 texts that loss is lowest after a few epochs, as the model grows too sure of itself, and yet the labels get better to
