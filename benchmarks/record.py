@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--without-generator", action="store_true", help="record train.py and run.py alone")
     parser.add_argument(
         "--train",
-        default="--data training_data/stories --max-minutes 4",
+        default="--data training_data/first_stories --max-minutes 4",
         metavar="FLAGS",
         help="of train.py (%(default)s)",
     )

@@ -162,7 +162,7 @@ def test_divided_matrices_are_refused():
 def test_on_a_gpu():
     x = torch.randn(3, 40, 100, generator=torch.Generator().manual_seed(1))
     exact, found = orthogonal(x.double()), orthogonal(x.cuda()).cpu().double()
-    assert (found - exact).norm() < 0.03 * exact.norm()
+    assert (found - exact).norm() < 0.06 * exact.norm()  # the products are in bf16
     torch.manual_seed(0)
     model = Mamba2LM(Mamba2Config(vocab_size=20, d_model=32, n_layer=2, d_state=8, headdim=16), seed=0).cuda()
     ids = torch.randint(0, 20, (4, 33)).cuda()

@@ -117,7 +117,7 @@ def test_the_penalty_lowers_dt():
         synthetic.train(model, [induction_heads.stage(32, 4, still)], plan, 0, "float32")
         with synthetic.StepSizes(model) as sizes:
             model(induction_heads.stage(32, 4).draw(seeded())[0])
-            found.append(sizes.mean_log().item())
+            found.append(sizes.cost().item())
         assert not model.backbone.blocks[0].mixer.in_proj._forward_hooks
     assert found[1] < found[0] - 0.5
 

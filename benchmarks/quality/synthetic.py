@@ -42,7 +42,7 @@ _CHECK = 50  # steps between two looks at the accuracy: each waits for the GPU
 class Stage:
     """One difficulty of a task: `draw(generator)` gives a batch in which every row has `questions` targets.
 
-    still: what the mean of log(dt) costs, in nats: time is to stand still where nothing has to be written or forgotten.
+    still: what `StepSizes.cost` counts for, in nats: time is to stand still where nothing has to be written.
     Nothing in short rows asks for that, once all answers are right; very long ones need it.
     """
 
@@ -117,7 +117,7 @@ def train(
             def backward(input_ids: Tensor, places: Tensor, wanted: Tensor, stage: Stage = stage) -> Tensor:
                 with devices.autocast(device, precision):
                     loss, right = answered(model, input_ids, places, wanted)
-                (loss + stage.still * sizes.mean_log() if stage.still else loss).backward()
+                (loss + stage.still * sizes.cost() if stage.still else loss).backward()
                 return torch.stack([loss.detach().float(), right.float().mean()])
 
             progress = max(step / plan.steps, (time.perf_counter() - begun) / limit)
@@ -169,13 +169,19 @@ class StepSizes:
         for hook in self._hooks:
             hook.remove()
 
-    def mean_log(self) -> Tensor:
-        """The mean of log(dt / 1e-8), 0 where dt is less: what is below makes no difference to a million tokens."""
-        dts = [
-            F.softplus(self._seen[k][..., -mixer.config.nheads :].float() + mixer.dt_bias)
-            for k, mixer in enumerate(self._mixers)
-        ]
-        return (torch.stack(dts) / _STILL).log().clamp_min(0).mean()
+    def cost(self) -> Tensor:
+        """0 if every head writes with a dt of 1 or more somewhere in each row, and elsewhere stands still.
+
+        The mean of log(dt / 1e-8), where that is above 0, and of -log of a row's largest dt. Without the second part
+        all dt shrink together, while B and x grow: then what is written drowns in what a million tokens leave behind.
+        """
+        dts = torch.stack(
+            [
+                F.softplus(self._seen[k][..., -mixer.config.nheads :].float() + mixer.dt_bias)
+                for k, mixer in enumerate(self._mixers)
+            ]
+        )
+        return (dts / _STILL).log().clamp_min(0).mean() - dts.amax(2).clamp_max(1).log().mean()
 
 
 def learning_rate(plan: Plan, step: int, progress: float) -> float:
