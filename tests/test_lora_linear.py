@@ -136,11 +136,11 @@ class NoKernel:
 def as_on_a_gpu():
     """The code's path of a GPU under autocast, without its numbers."""
     triton = pytest.importorskip("triton")
-    from mamba2_min.ops import conv_kernels, norm_kernels
+    from mamba2_min.ops import conv_kernels, lora_kernels, norm_kernels
     from mamba2_min.ssd import triton_kernels
 
     with contextlib.ExitStack() as stack:
-        for module in (conv_kernels, norm_kernels, triton_kernels):
+        for module in (conv_kernels, lora_kernels, norm_kernels, triton_kernels):
             for name, value in list(vars(module).items()):
                 if isinstance(value, triton.JITFunction):
                     stack.enter_context(mock.patch.object(module, name, NoKernel()))
@@ -179,7 +179,7 @@ def kept_in_a_layer(lora):
     return by_layers[1] - by_layers[0]
 
 
-def test_lora_keeps_at_most_four_fifths_of_full_fine_tuning():
+def test_lora_keeps_at_most_seven_tenths_of_full_fine_tuning():
     full, lora = kept_in_a_layer(False), kept_in_a_layer(True)
     assert 24_000 < full < 25_000  # as docs/LOG.md says
-    assert lora < 0.8 * full
+    assert lora < 0.7 * full

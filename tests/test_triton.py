@@ -23,6 +23,7 @@ from mamba2_min.config import Mamba2Config
 from mamba2_min.models import core, mamba2
 from mamba2_min.ops import conv, norm
 from mamba2_min.ops.gpu_kernels import has_triton
+from mamba2_min.ops.lora import lora_linear
 from mamba2_min.ops.loss import cross_entropy, linear_cross_entropy
 from mamba2_min.ops.seq_idx import document_numbers
 from mamba2_min.ssd import Shape, ssd_chunked
@@ -49,7 +50,7 @@ def interpreted():
 
 @needs_triton
 def test_values_and_gradients_in_the_interpreter(interpreted):
-    assert len(interpreted) == 21
+    assert len(interpreted) == 25
     for name, errors in interpreted.items():
         for what, error in errors.items():
             small = what.endswith(("dA", "dD", "A_log", ".D"))  # a small difference of large sums
@@ -160,6 +161,25 @@ def test_compiled_for_an_h100(monkeypatch):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [BF16, FLOAT32], ids=str)
+def test_the_adapters_kernels_compile(monkeypatch, dtype):
+    from triton.backends.compiler import GPUTarget
+
+    from mamba2_min.ops import lora_kernels
+
+    found = []
+    for kernel in ("_mask_kernel", "_project_kernel", "_gradients_kernel"):
+        recorder = Recorder(getattr(lora_kernels, kernel), GPUTarget("cuda", 90, 32), found)
+        monkeypatch.setattr(lora_kernels, kernel, recorder)
+    tokens, width, r = 16_384, 1536, 16
+    x, a = (torch.empty(size, dtype=dtype, device="meta") for size in ((tokens, width), (r, width)))
+    bits, kept = lora_kernels.mask_bits(tokens, width, 0.1, x.device)
+    h = lora_kernels.project(x, a, bits, 2 / kept)
+    lora_kernels.gradients(x, a, bits, h, torch.empty_like(x))
+    assert len(found) == 3 and all(kernel["stack"] == 0 and kernel["shared"] <= 65_536 for kernel in found), found
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
@@ -256,8 +276,10 @@ def test_it_is_chosen_and_compiles_as_one_graph():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FLOAT32], ids=str)
-def test_operations_on_a_gpu(dtype):
-    """The convolution, the norms and the loss, against their definitions in float64."""
+def test_operations_on_a_gpu(monkeypatch, dtype):
+    """The convolution, the norms, adapters and the loss, against their definitions in float64."""
+    from mamba2_min.ops.lora_kernels import mask_bits
+
     tolerance = {BF16: 4e-3, FLOAT32: 2e-6}[dtype]
     r = torch.Generator("cuda").manual_seed(0)
 
@@ -303,6 +325,15 @@ def test_operations_on_a_gpu(dtype):
             normal(2, 700, 1536, dtype=FLOAT32), normal(2, 700, 1536), weight,
         )  # fmt: skip
     check(lambda *t: norm.rms_norm(*t, 1e-5), lambda *t: norm.rms_norm_plain(*t, 1e-5), normal(2, 700, 1536), weight)
+    bits = mask_bits(1400, 1536, 0.1, torch.device("cuda"))
+    mask = (bits[0][:, :, None] >> torch.arange(32, device="cuda") & 1).flatten(1).view(2, 700, 1536) / bits[1]
+    frozen = normal(256, 1536)
+    monkeypatch.setattr("mamba2_min.ops.lora_kernels.mask_bits", lambda *args: bits)
+    check(
+        lambda x, A, B: lora_linear(x, frozen, None, A, B, 2.0, 0.1),
+        lambda x, A, B: x @ frozen.to(x.dtype).t() + 2 * (x * mask) @ A.t() @ B.t(),
+        normal(2, 700, 1536), normal(16, 1536) / 40, normal(256, 16), tolerance=3 * tolerance,
+    )  # fmt: skip
     targets = torch.randint(5000, (2, 300), generator=r, device="cuda")
     targets[0, ::3] = -100
     check(

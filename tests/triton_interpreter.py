@@ -26,8 +26,10 @@ from mamba2_min.finetune.lora import LoRAConfig, adapters, add_lora  # noqa: E40
 from mamba2_min.models import mamba2, stream  # noqa: E402
 from mamba2_min.models.core import core  # noqa: E402
 from mamba2_min.models.stream import through  # noqa: E402
-from mamba2_min.ops import conv_kernels, gpu_kernels, norm  # noqa: E402
+from mamba2_min.ops import conv_kernels, gpu_kernels, lora_kernels, norm  # noqa: E402
 from mamba2_min.ops.conv import conv_silu_by_taps  # noqa: E402
+from mamba2_min.ops.lora import lora_linear  # noqa: E402
+from mamba2_min.ops.lora_kernels import mask_bits  # noqa: E402
 from mamba2_min.ops.loss_kernels import softmax_gradient  # noqa: E402
 from mamba2_min.ops.norm_kernels import AddRMSNorm, RMSNorm  # noqa: E402
 from mamba2_min.ssd import triton_launch  # noqa: E402
@@ -136,6 +138,49 @@ def operations():
     )
 
 
+def adapters_with_dropout():
+    """A projection with its adapter, by the kernels and by its definition with the bits that they drew."""
+    r = torch.Generator().manual_seed(0)
+    for tokens, width, out, rank, dx in ((70, 45, 33, 3, True), (600, 160, 20, 17, True), (33, 64, 16, 16, False)):
+        started, drawn = time.perf_counter(), mask_bits(tokens, width, 0.3, torch.device("cpu"))
+        x, weight, A, B = (
+            torch.randn(size, generator=r) for size in ((tokens, width + 5), (out, width), (rank, width), (out, rank))
+        )
+        with (
+            mock.patch.object(gpu_kernels, "takes", lambda t: t.dtype == torch.float32),
+            mock.patch.object(lora_kernels, "mask_bits", mock.Mock(return_value=drawn)),
+        ):
+            inputs = [x[:, 5:].requires_grad_(dx), A.requires_grad_(), B.requires_grad_()]
+            y = lora_linear(inputs[0], weight, None, *inputs[1:], 2.0, 0.3)
+            dy = torch.randn(y.shape, generator=r)
+            got = [y, *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], dy)]
+        bits, kept = drawn
+        mask = (bits[:, :, None] >> torch.arange(32) & 1).flatten(1)[:, :width].double() / kept
+        wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+        y = F.linear(wide[0], weight.double()) + 2 * F.linear(F.linear(wide[0] * mask, wide[1]), wide[2])
+        wanted = [y, *torch.autograd.grad(y, [t for t in wide if t.requires_grad], dy.double())]
+        errors = {str(i): relative_error(*pair) for i, pair in enumerate(zip(got, wanted, strict=True))}
+        case(f"LoRA, {tokens} tokens", started, errors)
+    started, found = time.perf_counter(), {}
+    for p in (0.1, 0.5):
+        bits, kept = mask_bits(100, 1600, p, torch.device("cpu"))
+        ones = (bits[:, :, None] >> torch.arange(32) & 1).flatten(1).double()
+        found[f"{p} exact"] = abs(kept - (1 - p)) / 100
+        # In standard deviations: sums of all, of rows, of columns, and how neighbours go together.
+        centred = (ones - kept) / (p * (1 - p)) ** 0.5
+        for name, sums in {
+            "all": centred.sum() / 400,
+            "rows": centred.sum(1) / 40,
+            "columns": centred.sum(0) / 10,
+            "neighbours": (centred[:, 1:] * centred[:, :-1]).sum() / 400,
+            "rows below": (centred[1:] * centred[:-1]).sum() / 400,
+        }.items():
+            found[f"{p} {name}"] = float(sums.abs().max() > 7)
+    again, _ = mask_bits(100, 1600, 0.5, torch.device("cpu"))
+    found["another mask each time"] = float(torch.equal(bits, again))
+    case("bits of dropout", started, found)
+
+
 def between_projections():
     """A mixer without its projections, by one function and by its definition: values and gradients."""
     config = Mamba2Config(vocab_size=61, d_model=16, n_layer=1, d_state=16, headdim=16, ngroups=2)
@@ -197,6 +242,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     scans()
     operations()
+    adapters_with_dropout()
     between_projections()
     a_whole_model()
     a_whole_model(lora=True)

@@ -7,7 +7,8 @@ c = scale / (1 - p) holds all constant factors. With dh = c dy B, the gradients 
     dx = dy W + (dh A) m,   dA = dh^T (x m),   dB = dy^T h.
 
 By single operations PyTorch would keep x m, the mask and results in between. Here x is kept once, or not at all where
-its norm tells how to compute it again (recipes.py), and the mask as one byte a number.
+its norm tells how to compute it again (recipes.py), and the mask as one byte a number; on a GPU as one bit
+(lora_kernels.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mamba2_min.ops import gpu_kernels
 from mamba2_min.ops.autograd import autocast_off, handwritten_backward
 from mamba2_min.ops.recipes import Recipe, recipe_of
+
+_LARGEST_RANK = 128  # of the kernels
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float) -> Tensor:
@@ -28,17 +32,33 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     device = x.device.type
     lowered = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lowered else x.dtype
-    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p) if p else None
+    mask, kept = None, 1 - p
     with autocast_off(x):
-        return _LoRALinear.apply(x, A, B, weight, bias, mask, scale / (1 - p), dtype, recipe_of(x))
+        if p and A.requires_grad and gpu_kernels.takes(x) and dtype in _KERNEL_DTYPES and len(A) <= _LARGEST_RANK:
+            from mamba2_min.ops.lora_kernels import mask_bits
+
+            mask, kept = mask_bits(x.numel() // x.shape[-1], x.shape[-1], p, x.device)
+        elif p:
+            mask = _rows(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(kept))
+        return _LoRALinear.apply(x, A, B, weight, bias, mask, scale / kept, dtype, recipe_of(x))
+
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class _LoRALinear(torch.autograd.Function):
+    """mask: (tokens, in) bool; or int32, and then it is bits, and the kernels read them; or None."""
+
     @staticmethod
     def forward(ctx, x, A, B, weight, bias, mask, c, dtype, recipe: Recipe | None):
-        flat, mask = _rows(x).to(dtype), None if mask is None else _rows(mask)
-        w, a, b = weight.to(dtype), A.to(dtype), B.to(dtype)
-        h = _product(c, flat if mask is None else flat * mask, a.t())
+        flat = gpu_kernels.rows_contiguous(_rows(x).to(dtype))
+        w, a, b = weight.to(dtype), A.to(dtype).contiguous(), B.to(dtype)
+        if _is_bits(mask):
+            from mamba2_min.ops.lora_kernels import project
+
+            h = project(flat, a, mask, c)
+        else:
+            h = _product(c, flat if mask is None else flat * mask, a.t())
         y = F.linear(flat, w, None if bias is None else bias.to(dtype)).addmm_(h, b.t())
         ctx.save_for_backward(mask, w, a, b, h, *(recipe.inputs if recipe else [flat]))
         ctx.c, ctx.compute, ctx.shape, ctx.dtypes = c, recipe and recipe.compute, x.shape, (x.dtype, A.dtype, B.dtype)
@@ -48,25 +68,33 @@ class _LoRALinear(torch.autograd.Function):
     @handwritten_backward
     def backward(ctx, dy):
         mask, w, a, b, h, *kept = ctx.saved_tensors
-        dx = dA = dB = None
+        need_x, need_A, need_B = ctx.needs_input_grad[:3]
         dy = _rows(dy)
         dh = _product(ctx.c, dy, b)
-        if ctx.needs_input_grad[2]:
-            dB = dy.t() @ h
-        if ctx.needs_input_grad[1]:
+        dx, dA, dB = dy @ w if need_x else None, None, dy.t() @ h if need_B else None
+        if need_A:
             x = _rows(ctx.compute(*kept)).to(w.dtype) if ctx.compute else kept[0]
-            dA = dh.t() @ (x if mask is None else x * mask)
-        if ctx.needs_input_grad[0]:
-            dx = dy @ w
-            dx = dx.addmm_(dh, a) if mask is None else dx.add_((dh @ a).mul_(mask))
-            dx = dx.view(ctx.shape)
-        gradients = [None if t is None else t.to(dtype) for t, dtype in zip((dx, dA, dB), ctx.dtypes, strict=True)]
-        return *gradients, *[None] * 6
+        if _is_bits(mask):
+            from mamba2_min.ops.lora_kernels import gradients
+
+            dA = gradients(x, a, mask, dh, dx)
+        else:
+            if need_A:
+                dA = dh.t() @ (x if mask is None else x * mask)
+            if dx is not None:
+                dx = dx.addmm_(dh, a) if mask is None else dx.add_((dh @ a).mul_(mask))
+        dx = None if dx is None else dx.view(ctx.shape)
+        found = [None if t is None else t.to(dtype) for t, dtype in zip((dx, dA, dB), ctx.dtypes, strict=True)]
+        return *found, *[None] * 6
 
 
 def _rows(t: Tensor) -> Tensor:
     """(tokens, width)"""
     return t.reshape(-1, t.shape[-1])
+
+
+def _is_bits(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int32
 
 
 def _product(c: float, x: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,146 @@
+"""What an adapter adds to a projection (ops/lora.py), on a GPU and with dropout, without ever writing x m to memory.
+
+The mask has one bit a number, 32 in an int32, (tokens, ceil(in / 32)): a sixteenth of x in bf16. `project` reads x and
+the bits and multiplies by A; `gradients` reads both once more for the gradients of x and A.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba2_min.ops.gpu_kernels import on, product_precision
+
+_STEPS = 1 << 12  # dropout is rounded to a multiple of 1 / 4,096
+_PER_PROGRAM = 512  # tokens whose share of A's gradient one program adds up. Constant, for equal bits.
+
+
+@triton.jit
+def _mask_kernel(seed, bits, words, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Each bit of a word is 1 with probability KEEP / 4,096, from 12 random words of Philox (its seven rounds).
+
+    If a bit was 1 with probability q, then `bit | random` is with (1 + q) / 2 and `bit & random` with q / 2: that
+    appends a binary digit, 1 or 0, in front of q's.
+    """
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(seed)
+    word = at * 0
+    for k in tl.static_range(3):
+        a, b, c, d = tl.randint4x(key, at * 3 + k, n_rounds=7)
+        word = _digit(word, a, (KEEP >> (4 * k)) & 1)
+        word = _digit(word, b, (KEEP >> (4 * k + 1)) & 1)
+        word = _digit(word, c, (KEEP >> (4 * k + 2)) & 1)
+        word = _digit(word, d, (KEEP >> (4 * k + 3)) & 1)
+    tl.store(bits + at, word, mask=at < words)
+
+
+@triton.jit
+def _digit(word, random, ONE: tl.constexpr):
+    random = random.to(tl.int32, bitcast=True)
+    return word | random if ONE else word & random
+
+
+@triton.jit
+def _kept(values, bits, row, column, inside, words):
+    """values (rows, columns), 0 where the bit is 0."""
+    word = tl.load(bits + row[:, None] * words + column[None, :] // 32, mask=inside, other=0)
+    return tl.where((word >> (column % 32)[None, :]) & 1 != 0, values, 0.0)
+
+
+@triton.jit
+def _project_kernel(
+    x, a, bits, h, x_s, tokens, width, words, r, c,
+    BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h = c (x m) A^T of BT tokens."""
+    row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    rank = tl.arange(0, BR)
+    total = tl.zeros((BT, BR), tl.float32)
+    for start in range(0, width, BK):
+        column = start + tl.arange(0, BK)
+        inside = (row < tokens)[:, None] & (column < width)[None, :]
+        value = tl.load(x + row[:, None] * x_s + column[None, :], mask=inside, other=0.0)
+        value = _kept(value, bits, row, column, inside, words).to(a.dtype.element_ty)
+        of_a = (rank < r)[None, :] & (column < width)[:, None]
+        factor = tl.load(a + rank[None, :] * width + column[:, None], mask=of_a, other=0.0)
+        total += tl.dot(value, factor, input_precision=PRECISION)
+    there = (row < tokens)[:, None] & (rank < r)[None, :]
+    tl.store(h + row[:, None] * r + rank[None, :], (total * c).to(h.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _gradients_kernel(
+    x, a, bits, dh, dx, parts, x_s, tokens, width, words, r, per_program,
+    DX: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BK columns of some tokens: dx += (dh A) m, and their part of dA = dh^T (x m)."""
+    program = tl.program_id(0).to(tl.int64)
+    first = program * per_program
+    column, rank = tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, BR)
+    of_a = (rank < r)[:, None] & (column < width)[None, :]
+    at = rank[:, None] * width + column[None, :]
+    factor = tl.load(a + at, mask=of_a, other=0.0)
+    total = tl.zeros((BR, BK), tl.float32)
+    for start in range(0, per_program, BT):
+        row = first + start + tl.arange(0, BT)
+        inside = (row < tokens)[:, None] & (column < width)[None, :]
+        slope = tl.load(
+            dh + row[:, None] * r + rank[None, :], mask=(row < tokens)[:, None] & (rank < r)[None, :], other=0.0
+        )
+        value = tl.load(x + row[:, None] * x_s + column[None, :], mask=inside, other=0.0)
+        value = _kept(value, bits, row, column, inside, words).to(slope.dtype)
+        total += tl.dot(tl.trans(slope), value, input_precision=PRECISION)
+        if DX:
+            place = dx + row[:, None] * width + column[None, :]
+            more = _kept(tl.dot(slope, factor, input_precision=PRECISION), bits, row, column, inside, words)
+            more += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(place, more.to(dx.dtype.element_ty), mask=inside)
+    tl.store(parts + program * r * width + at, total, mask=of_a)
+
+
+def mask_bits(tokens: int, width: int, p: float, device: torch.device) -> tuple[Tensor, float]:
+    """The bits of a mask (tokens, width) that drops a share p, and the exact share that it keeps."""
+    keep = min(max(round((1 - p) * _STEPS), 1), _STEPS - 1)
+    bits = torch.empty(tokens, -(-width // 32), dtype=torch.int32, device=device)
+    seed = torch.randint(2**31 - 1, (1,), device=device)  # on the GPU: a CUDA graph draws it anew at each launch
+    with on(bits):
+        _mask_kernel[(-(-bits.numel() // 512),)](seed, bits, bits.numel(), KEEP=keep, BLOCK=512, num_warps=4)
+    return bits, keep / _STEPS
+
+
+def project(x: Tensor, a: Tensor, bits: Tensor, c: float) -> Tensor:
+    """c (x m) A^T: x (tokens, in), A (r, in) -> (tokens, r), all of one dtype."""
+    (tokens, width), r = x.shape, len(a)
+    h = torch.empty(tokens, r, dtype=x.dtype, device=x.device)
+    with on(x):
+        _project_kernel[(-(-tokens // 32),)](
+            x, a, bits, h, x.stride(0), tokens, width, bits.shape[1], r, c, BT=32, BK=_narrow(x, 128), BR=_rank(r),
+            PRECISION=product_precision(x.dtype), num_warps=4,
+        )  # fmt: skip
+    return h
+
+
+def gradients(x: Tensor, a: Tensor, bits: Tensor, dh: Tensor, dx: Tensor | None) -> Tensor:
+    """The gradient of A (r, in), float32; what the adapter adds to that of x is added to `dx`, in place."""
+    (tokens, width), r = x.shape, len(a)
+    programs = -(-tokens // _PER_PROGRAM)
+    parts = torch.empty(programs, r, width, dtype=torch.float32, device=x.device)
+    with on(x):
+        columns = _narrow(x, 64)
+        _gradients_kernel[(programs, -(-width // columns))](
+            x, a, bits, dh, x if dx is None else dx, parts, x.stride(0), tokens, width, bits.shape[1], r, _PER_PROGRAM,
+            DX=dx is not None, BT=_narrow(x, 64), BK=columns, BR=_rank(r), PRECISION=product_precision(x.dtype),
+            num_warps=4,
+        )  # fmt: skip
+    return parts.sum(0)
+
+
+def _narrow(x: Tensor, size: int) -> int:
+    """The size of a tile in bf16; in float32 half of it, as exact products need more registers."""
+    return size if x.dtype == torch.bfloat16 else size // 2
+
+
+def _rank(r: int) -> int:
+    return max(16, triton.next_power_of_2(r))
