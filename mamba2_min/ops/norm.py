@@ -63,16 +63,11 @@ def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> 
     if _has_kernel(x, weight, 1) and (more is None or torch.promote_types(x.dtype, more.dtype) == x.dtype):
         from mamba2_min.ops.norm_kernels import AddRMSNorm
 
-        x, u = AddRMSNorm.apply(x, more, weight, eps, writes_bf16())
-        return x, with_recipe(u, weight, partial(_of_sum, eps=eps, narrow=writes_bf16()), x, weight)
+        narrow = writes_bf16()
+        x, u = AddRMSNorm.apply(x, more, weight, eps, narrow)
+        return x, with_recipe(u, weight, partial(_by_kernel_again, eps=eps, groups=1, narrow=narrow), x, None, weight)
     x = x if more is None else x + more
     return x, rms_norm(x, weight, eps)
-
-
-def _of_sum(x: Tensor, weight: Tensor, eps: float, narrow: bool) -> Tensor:
-    from mamba2_min.ops.norm_kernels import forward
-
-    return forward(x.flatten(0, -2), None, weight, eps, 1, narrow)[0].view(x.shape)
 
 
 LONGEST = 8192  # numbers of a row that a kernel holds
@@ -87,7 +82,17 @@ def _by_kernel(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: 
     """What follows a norm is a projection, which autocast would have read in its own dtype: it is written in that."""
     from mamba2_min.ops.norm_kernels import RMSNorm
 
-    return RMSNorm.apply(y, z, weight, eps, groups, writes_bf16())
+    narrow = writes_bf16()
+    out = RMSNorm.apply(y, z, weight, eps, groups, narrow)
+    return with_recipe(out, weight, partial(_by_kernel_again, eps=eps, groups=groups, narrow=narrow), y, z, weight)
+
+
+def _by_kernel_again(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int, narrow: bool) -> Tensor:
+    from mamba2_min.ops.norm_kernels import forward
+
+    flat_y = gpu_kernels.rows_contiguous(y.flatten(0, -2))
+    flat_z = None if z is None else gpu_kernels.rows_contiguous(z.flatten(0, -2))
+    return forward(flat_y, flat_z, weight, eps, groups, narrow)[0].view(y.shape)
 
 
 def writes_bf16() -> bool:

@@ -21,11 +21,11 @@ class Recipe(NamedTuple):
     """compute(*inputs) is the tensor, with the same bits, as long as its version is this one."""
 
     compute: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor | None, ...]
     version: int
 
 
-def with_recipe(t: Tensor, weight: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def with_recipe(t: Tensor, weight: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """t, which is compute(*inputs) of the frozen `weight` among others; where that one is trained, t without a recipe.
 
     The inputs should be what the backward pass that belongs to t keeps, or the recipe costs memory.

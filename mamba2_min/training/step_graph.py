@@ -42,8 +42,9 @@ class StepGraph:
     ):
         """batch: tensors on the GPU; reads: what `backward` finds there besides batch and parameters. Gradients must be
         None, and are None afterwards."""
+        self._all = list(parameters)  # frozen ones too: the graph reads them where they are now
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._places = _places([*self._parameters, *reads])
+        self._places = _places([*self._all, *reads])
         self._batch = [t.clone() for t in batch]
         device = self._batch[0].device
         with torch.cuda.device(device), torch.random.fork_rng([device]):
@@ -63,7 +64,7 @@ class StepGraph:
 
     def fits(self, batch: Sequence[Tensor], reads: Sequence[Tensor] = ()) -> bool:
         """Whether this batch has the shapes of the recorded one, and the rest is where it was."""
-        return self.has_shapes_of(batch) and _places([*self._parameters, *reads]) == self._places
+        return self.has_shapes_of(batch) and _places([*self._all, *reads]) == self._places
 
     def has_shapes_of(self, batch: Sequence[Tensor]) -> bool:
         return [(t.shape, t.dtype) for t in batch] == [(t.shape, t.dtype) for t in self._batch]
