@@ -156,6 +156,7 @@ def as_on_a_gpu():
 def kept_by(model, ids):
     """The bytes of all tensors that the backward pass needs, but for parameters and their bf16 copies."""
     weights = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
+    weights |= {torch.Size((p.shape[0], p.shape[1] + 16)) for p in model.parameters() if p.dim() == 2}  # W beside B
     found = {}
 
     def note(t):

@@ -7,8 +7,8 @@ c = scale / (1 - p) holds all constant factors. With dh = c dy B, the gradients 
     dx = dy W + (dh A) m,   dA = dh^T (x m),   dB = dy^T h.
 
 By single operations PyTorch would keep x m, the mask and results in between. Here x is kept once, or not at all where
-its norm tells how to compute it again (recipes.py), and the mask as one byte a number; on a GPU as one bit
-(lora_kernels.py).
+its norm tells how to compute it again (recipes.py), and the mask as one byte a number.
+On a GPU, with dropout, lora_kernels.py computes the same.
 """
 
 from __future__ import annotations
@@ -32,33 +32,24 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     device = x.device.type
     lowered = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lowered else x.dtype
-    mask, kept = None, 1 - p
     with autocast_off(x):
         if p and A.requires_grad and gpu_kernels.takes(x) and dtype in _KERNEL_DTYPES and len(A) <= _LARGEST_RANK:
-            from mamba2_min.ops.lora_kernels import mask_bits
+            from mamba2_min.ops.lora_kernels import LoRALinear
 
-            mask, kept = mask_bits(x.numel() // x.shape[-1], x.shape[-1], p, x.device)
-        elif p:
-            mask = _rows(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(kept))
-        return _LoRALinear.apply(x, A, B, weight, bias, mask, scale / kept, dtype, recipe_of(x))
+            return LoRALinear.apply(x, A, B, weight, bias, scale, p, dtype, recipe_of(x))
+        mask = _rows(torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)) if p else None
+        return _LoRALinear.apply(x, A, B, weight, bias, mask, scale / (1 - p), dtype, recipe_of(x))
 
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class _LoRALinear(torch.autograd.Function):
-    """mask: (tokens, in) bool; or int32, and then it is bits, and the kernels read them; or None."""
-
     @staticmethod
     def forward(ctx, x, A, B, weight, bias, mask, c, dtype, recipe: Recipe | None):
-        flat = gpu_kernels.rows_contiguous(_rows(x).to(dtype))
-        w, a, b = weight.to(dtype), A.to(dtype).contiguous(), B.to(dtype)
-        if _is_bits(mask):
-            from mamba2_min.ops.lora_kernels import project
-
-            h = project(flat, a, mask, c)
-        else:
-            h = _product(c, flat if mask is None else flat * mask, a.t())
+        flat = _rows(x).to(dtype)
+        w, a, b = weight.to(dtype), A.to(dtype), B.to(dtype)
+        h = _product(c, flat if mask is None else flat * mask, a.t())
         y = F.linear(flat, w, None if bias is None else bias.to(dtype)).addmm_(h, b.t())
         ctx.save_for_backward(mask, w, a, b, h, *(recipe.inputs if recipe else [flat]))
         ctx.c, ctx.compute, ctx.shape, ctx.dtypes = c, recipe and recipe.compute, x.shape, (x.dtype, A.dtype, B.dtype)
@@ -74,16 +65,10 @@ class _LoRALinear(torch.autograd.Function):
         dx, dA, dB = dy @ w if need_x else None, None, dy.t() @ h if need_B else None
         if need_A:
             x = _rows(ctx.compute(*kept)).to(w.dtype) if ctx.compute else kept[0]
-        if _is_bits(mask):
-            from mamba2_min.ops.lora_kernels import gradients
-
-            dA = gradients(x, a, mask, dh, dx)
-        else:
-            if need_A:
-                dA = dh.t() @ (x if mask is None else x * mask)
-            if dx is not None:
-                dx = dx.addmm_(dh, a) if mask is None else dx.add_((dh @ a).mul_(mask))
-        dx = None if dx is None else dx.view(ctx.shape)
+            dA = dh.t() @ (x if mask is None else x * mask)
+        if dx is not None:
+            dx = dx.addmm_(dh, a) if mask is None else dx.add_((dh @ a).mul_(mask))
+            dx = dx.view(ctx.shape)
         found = [None if t is None else t.to(dtype) for t, dtype in zip((dx, dA, dB), ctx.dtypes, strict=True)]
         return *found, *[None] * 6
 
@@ -91,10 +76,6 @@ class _LoRALinear(torch.autograd.Function):
 def _rows(t: Tensor) -> Tensor:
     """(tokens, width)"""
     return t.reshape(-1, t.shape[-1])
-
-
-def _is_bits(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.int32
 
 
 def _product(c: float, x: Tensor, y: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 The mask has one bit a number, 32 in an int32, (tokens, ceil(in / 32)): a sixteenth of x in bf16. `project` reads x and
 the bits and multiplies by A; `gradients` reads both once more for the gradients of x and A.
+
+What the adapter adds to the output is part of the large product, as r more columns of W: y = [x | h] [W | B]^T. So y is
+not read and written once more. Backwards, dy [W | B] has both dx and what dh needs, and dy is read once for both.
 """
 
 from __future__ import annotations
@@ -10,8 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from mamba2_min.ops.gpu_kernels import on, product_precision
+from mamba2_min.ops.autograd import handwritten_backward
+from mamba2_min.ops.gpu_kernels import on, product_precision, rows_contiguous
+from mamba2_min.ops.recipes import Recipe
 
 _STEPS = 1 << 12  # dropout is rounded to a multiple of 1 / 4,096
 _PER_PROGRAM = 512  # tokens whose share of A's gradient one program adds up. Constant, for equal bits.
@@ -51,10 +57,10 @@ def _kept(values, bits, row, column, inside, words):
 
 @triton.jit
 def _project_kernel(
-    x, a, bits, h, x_s, tokens, width, words, r, c,
+    x, a, bits, xh, h, x_s, tokens, width, words, r, c,
     BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h = c (x m) A^T of BT tokens."""
+    """h = c (x m) A^T of BT tokens, alone and beside x: xh (tokens, width + r)."""
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     rank = tl.arange(0, BR)
     total = tl.zeros((BT, BR), tl.float32)
@@ -62,20 +68,23 @@ def _project_kernel(
         column = start + tl.arange(0, BK)
         inside = (row < tokens)[:, None] & (column < width)[None, :]
         value = tl.load(x + row[:, None] * x_s + column[None, :], mask=inside, other=0.0)
+        tl.store(xh + row[:, None] * (width + r) + column[None, :], value, mask=inside)
         value = _kept(value, bits, row, column, inside, words).to(a.dtype.element_ty)
         of_a = (rank < r)[None, :] & (column < width)[:, None]
         factor = tl.load(a + rank[None, :] * width + column[:, None], mask=of_a, other=0.0)
         total += tl.dot(value, factor, input_precision=PRECISION)
     there = (row < tokens)[:, None] & (rank < r)[None, :]
-    tl.store(h + row[:, None] * r + rank[None, :], (total * c).to(h.dtype.element_ty), mask=there)
+    narrow = (total * c).to(h.dtype.element_ty)
+    tl.store(h + row[:, None] * r + rank[None, :], narrow, mask=there)
+    tl.store(xh + row[:, None] * (width + r) + width + rank[None, :], narrow, mask=there)
 
 
 @triton.jit
 def _gradients_kernel(
-    x, a, bits, dh, dx, parts, x_s, tokens, width, words, r, per_program,
+    x, a, bits, dh, dx, parts, x_s, dh_s, dx_s, tokens, width, words, r, c, per_program,
     DX: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BK columns of some tokens: dx += (dh A) m, and their part of dA = dh^T (x m)."""
+    """BK columns of some tokens: dx += c (dh A) m, and their part of dA = c dh^T (x m)."""
     program = tl.program_id(0).to(tl.int64)
     first = program * per_program
     column, rank = tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, BR)
@@ -87,17 +96,17 @@ def _gradients_kernel(
         row = first + start + tl.arange(0, BT)
         inside = (row < tokens)[:, None] & (column < width)[None, :]
         slope = tl.load(
-            dh + row[:, None] * r + rank[None, :], mask=(row < tokens)[:, None] & (rank < r)[None, :], other=0.0
+            dh + row[:, None] * dh_s + rank[None, :], mask=(row < tokens)[:, None] & (rank < r)[None, :], other=0.0
         )
         value = tl.load(x + row[:, None] * x_s + column[None, :], mask=inside, other=0.0)
         value = _kept(value, bits, row, column, inside, words).to(slope.dtype)
         total += tl.dot(tl.trans(slope), value, input_precision=PRECISION)
         if DX:
-            place = dx + row[:, None] * width + column[None, :]
-            more = _kept(tl.dot(slope, factor, input_precision=PRECISION), bits, row, column, inside, words)
+            place = dx + row[:, None] * dx_s + column[None, :]
+            more = _kept(tl.dot(slope, factor, input_precision=PRECISION) * c, bits, row, column, inside, words)
             more += tl.load(place, mask=inside, other=0.0).to(tl.float32)
             tl.store(place, more.to(dx.dtype.element_ty), mask=inside)
-    tl.store(parts + program * r * width + at, total, mask=of_a)
+    tl.store(parts + program * r * width + at, total * c, mask=of_a)
 
 
 def mask_bits(tokens: int, width: int, p: float, device: torch.device) -> tuple[Tensor, float]:
@@ -110,29 +119,33 @@ def mask_bits(tokens: int, width: int, p: float, device: torch.device) -> tuple[
     return bits, keep / _STEPS
 
 
-def project(x: Tensor, a: Tensor, bits: Tensor, c: float) -> Tensor:
-    """c (x m) A^T: x (tokens, in), A (r, in) -> (tokens, r), all of one dtype."""
+def project(x: Tensor, a: Tensor, bits: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """[x | h] (tokens, in + r) and h = c (x m) A^T (tokens, r): x (tokens, in), A (r, in), all of one dtype."""
     (tokens, width), r = x.shape, len(a)
-    h = torch.empty(tokens, r, dtype=x.dtype, device=x.device)
+    xh, h = (torch.empty(tokens, size, dtype=x.dtype, device=x.device) for size in (width + r, r))
     with on(x):
         _project_kernel[(-(-tokens // 32),)](
-            x, a, bits, h, x.stride(0), tokens, width, bits.shape[1], r, c, BT=32, BK=_narrow(x, 128), BR=_rank(r),
+            x, a, bits, xh, h, x.stride(0), tokens, width, bits.shape[1], r, c, BT=32, BK=_narrow(x, 128), BR=_rank(r),
             PRECISION=product_precision(x.dtype), num_warps=4,
         )  # fmt: skip
-    return h
+    return xh, h
 
 
-def gradients(x: Tensor, a: Tensor, bits: Tensor, dh: Tensor, dx: Tensor | None) -> Tensor:
-    """The gradient of A (r, in), float32; what the adapter adds to that of x is added to `dx`, in place."""
+def gradients(x: Tensor, a: Tensor, bits: Tensor, c: float, dh: Tensor, dx: Tensor | None) -> Tensor:
+    """The gradient of A (r, in), float32; what the adapter adds to that of x is added to `dx`, in place.
+
+    dh (tokens, r), without the factor c, and dx (tokens, in) may be parts of a wider tensor.
+    """
     (tokens, width), r = x.shape, len(a)
     programs = -(-tokens // _PER_PROGRAM)
     parts = torch.empty(programs, r, width, dtype=torch.float32, device=x.device)
+    into = x if dx is None else dx  # any memory, where nothing is added
     with on(x):
         columns = _narrow(x, 64)
         _gradients_kernel[(programs, -(-width // columns))](
-            x, a, bits, dh, x if dx is None else dx, parts, x.stride(0), tokens, width, bits.shape[1], r, _PER_PROGRAM,
-            DX=dx is not None, BT=_narrow(x, 64), BK=columns, BR=_rank(r), PRECISION=product_precision(x.dtype),
-            num_warps=4,
+            x, a, bits, dh, into, parts, x.stride(0), dh.stride(0), into.stride(0), tokens, width, bits.shape[1], r, c,
+            _PER_PROGRAM, DX=dx is not None, BT=_narrow(x, 64), BK=columns, BR=_rank(r),
+            PRECISION=product_precision(x.dtype), num_warps=4,
         )  # fmt: skip
     return parts.sum(0)
 
@@ -144,3 +157,37 @@ def _narrow(x: Tensor, size: int) -> int:
 
 def _rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
+
+
+class LoRALinear(torch.autograd.Function):
+    """`lora_linear` with dropout p: x (..., in) -> (..., out). weight and bias get no gradient, and A gets one."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, weight, bias, scale, p, dtype, recipe: Recipe | None):
+        flat, a, width = rows_contiguous(x.reshape(-1, x.shape[-1]).to(dtype)), A.to(dtype).contiguous(), x.shape[-1]
+        bits, kept = mask_bits(len(flat), width, p, x.device)
+        wb = torch.empty(len(weight), width + len(A), dtype=dtype, device=x.device)
+        wb[:, :width] = weight
+        wb[:, width:] = B
+        xh, h = project(flat, a, bits, scale / kept)
+        y = F.linear(xh, wb, None if bias is None else bias.to(dtype))
+        ctx.save_for_backward(bits, wb, a, h, *(recipe.inputs if recipe else [flat]))
+        ctx.c, ctx.compute, ctx.shape = scale / kept, recipe and recipe.compute, x.shape
+        ctx.dtypes = (x.dtype, A.dtype, B.dtype)
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @handwritten_backward
+    def backward(ctx, dy):
+        bits, wb, a, h, *kept = ctx.saved_tensors
+        dy, width = dy.reshape(-1, dy.shape[-1]), a.shape[1]
+        x = ctx.compute(*kept).view(-1, width).to(wb.dtype) if ctx.compute else kept[0]
+        dB = dy.t() @ h if ctx.needs_input_grad[2] else None
+        if ctx.needs_input_grad[0]:
+            dx, dh = (dy @ wb).split([width, len(a)], dim=1)
+        else:
+            dx, dh = None, dy @ wb[:, width:]
+        dA = gradients(x, a, bits, ctx.c, dh, dx)
+        dx = None if dx is None else dx.view(ctx.shape)
+        found = [None if t is None else t.to(dtype) for t, dtype in zip((dx, dA, dB), ctx.dtypes, strict=True)]
+        return *found, *[None] * 6
