@@ -34,7 +34,7 @@ from mamba2_min.ops.loss import IGNORE
 from mamba2_min.training.step_graph import StepGraph
 
 TEST_SEED = 10**9  # added to a seed: the test set's. A CPU's generator reads 32 bits of a seed
-_STILL = 1e-8  # a dt that is as good as none
+_STILL = 1e-9  # a dt that is as good as none for a million tokens
 _CHECK = 50  # steps between two looks at the accuracy: each waits for the GPU
 
 
@@ -172,7 +172,7 @@ class StepSizes:
     def cost(self) -> Tensor:
         """0 if every head writes with a dt of 1 or more somewhere in each row, and elsewhere stands still.
 
-        The mean of log(dt / 1e-8), where that is above 0, and of -log of a row's largest dt. Without the second part
+        The mean of log(dt / 1e-9), where that is above 0, and of -log of a row's largest dt. Without the second part
         all dt shrink together, while B and x grow: then what is written drowns in what a million tokens leave behind.
         """
         dts = torch.stack(
