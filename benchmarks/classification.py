@@ -325,6 +325,7 @@ def pretrain(family: str, o: Options) -> dict[str, Any]:
         eval_every=max(steps // 4, 1),
         lr=4e-3,
         weight_decay=0.3,
+        graph=o.device == "cuda",
     )
     about = {
         "row": f"pretraining/{family}",
