@@ -5,6 +5,7 @@ import torch
 from small_runs import assert_same_run, make_trainer
 
 from mamba2_min.config import Mamba2Config
+from mamba2_min.finetune.lora import LoRAConfig, adapters, add_lora
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.training import step_graph
 from mamba2_min.training.distributed import Team
@@ -103,10 +104,25 @@ def test_of_several_processes_each_has_a_graph_of_its_own_part(monkeypatch, tmp_
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def with_adapters(model):
+    add_lora(model, LoRAConfig(dropout=0.3))
+    for _, module in adapters(model):
+        torch.nn.init.normal_(module.lora_B.weight)
+    return model.train()
+
+
 @pytest.mark.gpu
-def test_a_graph_gives_the_same_bits():
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_a_graph_gives_the_same_bits(monkeypatch, lora):
     config = Mamba2Config(vocab_size=300, d_model=128, n_layer=2, d_state=64)
     model = Mamba2LM(config, seed=0).cuda().train()
+    if lora:
+        from mamba2_min.ops import lora_kernels
+
+        with_adapters(model)
+        masks, draw = {}, lora_kernels.mask_bits  # one for each size, or no pass would be like another one
+        monkeypatch.setattr(lora_kernels, "mask_bits", lambda *sizes: masks.setdefault(sizes, draw(*sizes)))
+    trained = [p for p in model.parameters() if p.requires_grad]
     batches = [[torch.randint(300, (4, 200), device="cuda") for _ in range(2)] for _ in range(3)]
 
     def backward(ids, targets):
@@ -120,12 +136,32 @@ def test_a_graph_gives_the_same_bits():
     for batch in batches:
         assert graph.fits(batch)
         loss = graph(batch)
-        got = [p.grad.clone() for p in model.parameters()]
+        got = [p.grad.clone() for p in trained]
         model.zero_grad(set_to_none=True)
         assert torch.equal(loss, backward(*batch))
-        assert all(torch.equal(a, p.grad) for a, p in zip(got, model.parameters(), strict=True))
+        assert all(torch.equal(a, p.grad) for a, p in zip(got, trained, strict=True))
         model.zero_grad(set_to_none=True)
     assert not graph.fits([t[:2] for t in batches[0]])
+    if lora:
+        frozen = model.backbone.layers[0].mixer.in_proj.weight
+        frozen.data = frozen.data.clone()
+        assert not graph.fits(batches[0])  # the graph would read the old memory
+
+
+@pytest.mark.gpu
+def test_a_graph_draws_dropout_anew_each_time():
+    config = Mamba2Config(vocab_size=300, d_model=128, n_layer=2, d_state=64)
+    model = with_adapters(Mamba2LM(config, seed=0).cuda())
+    batch = [torch.randint(300, (4, 200), device="cuda") for _ in range(2)]
+
+    def backward(ids, targets):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model.loss(ids, targets)
+        loss.backward()
+        return loss.detach()
+
+    graph = StepGraph(list(model.parameters()), backward, batch)
+    assert len({float(graph(batch)) for _ in range(4)}) == 4
 
 
 @pytest.mark.gpu
