@@ -161,8 +161,9 @@ def test_compiled_for_an_h100(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [BF16, FLOAT32], ids=str)
-def test_the_adapters_kernels_compile(monkeypatch, dtype):
+@pytest.mark.parametrize("dtype, r, stack", [(BF16, 16, 0), (BF16, 64, 64), (FLOAT32, 16, 0)])
+def test_the_adapters_kernels_compile(monkeypatch, dtype, r, stack):
+    """The largest ranks that they take, on the least shared memory that they take."""
     from triton.backends.compiler import GPUTarget
 
     from mamba2_min.ops import lora_kernels
@@ -171,12 +172,12 @@ def test_the_adapters_kernels_compile(monkeypatch, dtype):
     for kernel in ("_mask_kernel", "_project_kernel", "_gradients_kernel"):
         recorder = Recorder(getattr(lora_kernels, kernel), GPUTarget("cuda", 90, 32), found)
         monkeypatch.setattr(lora_kernels, kernel, recorder)
-    tokens, width, r = 16_384, 1536, 16
+    tokens, width = 16_384, 1536
     x, a = (torch.empty(size, dtype=dtype, device="meta") for size in ((tokens, width), (r, width)))
     bits, kept = lora_kernels.mask_bits(tokens, width, 0.1, x.device)
     xh, _ = lora_kernels.project(x, a, bits, 2 / kept)
     lora_kernels.gradients(x, a, bits, 2 / kept, xh[:, width:], xh[:, :width])
-    assert len(found) == 3 and all(kernel["stack"] == 0 and kernel["shared"] <= 65_536 for kernel in found), found
+    assert len(found) == 3 and all(k["stack"] <= stack and k["shared"] <= 92_192 for k in found), found
 
 
 @needs_triton

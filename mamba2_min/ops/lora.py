@@ -13,6 +13,8 @@ On a GPU, with dropout, lora_kernels.py computes the same.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +23,8 @@ from mamba2_min.ops import gpu_kernels
 from mamba2_min.ops.autograd import autocast_off, handwritten_backward
 from mamba2_min.ops.recipes import Recipe, recipe_of
 
-_LARGEST_RANK = 128  # of the kernels
+# Of the kernels: in float32 exact products need many registers.
+_LARGEST_RANK = {torch.bfloat16: 64, torch.float32: 16}
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float) -> Tensor:
@@ -33,7 +36,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     lowered = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lowered else x.dtype
     with autocast_off(x):
-        if p and A.requires_grad and gpu_kernels.takes(x) and dtype in _KERNEL_DTYPES and len(A) <= _LARGEST_RANK:
+        if p and A.requires_grad and gpu_kernels.takes(x) and len(A) <= _LARGEST_RANK.get(dtype, 0) and _fits(x.device):
             from mamba2_min.ops.lora_kernels import LoRALinear
 
             return LoRALinear.apply(x, A, B, weight, bias, scale, p, dtype, recipe_of(x))
@@ -41,7 +44,15 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         return _LoRALinear.apply(x, A, B, weight, bias, mask, scale / (1 - p), dtype, recipe_of(x))
 
 
-_KERNEL_DTYPES = (torch.bfloat16, torch.float32)
+@functools.cache
+def _fits(device: torch.device) -> bool:
+    """Whether a device has the shared memory for the kernels, and of NVIDIA's those that multiply bf16 (from Ampere)."""
+    if device.type != "cuda":
+        return True
+    nvidia = torch.version.hip is None
+    return gpu_kernels.shared_memory(device) >= (92_192 if nvidia else 40_960) and (
+        not nvidia or torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 class _LoRALinear(torch.autograd.Function):
