@@ -46,7 +46,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
 
 @functools.cache
 def _fits(device: torch.device) -> bool:
-    """Whether a device has the shared memory for the kernels, and of NVIDIA's those that multiply bf16 (from Ampere)."""
+    """Whether a device has the shared memory for the kernels, and if NVIDIA made it multiplies bf16 (from Ampere)."""
     if device.type != "cuda":
         return True
     nvidia = torch.version.hip is None
