@@ -10,6 +10,7 @@ from small_runs import assert_same_run, make_trainer, write_documents
 from mamba2_min.checkpoints import checkpoint
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
+from mamba2_min.finetune.classifier import Classifier
 from mamba2_min.models.base import decay_groups
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.models.transformer import TransformerConfig, TransformerLM
@@ -105,6 +106,7 @@ def test_the_matrices_of_the_layers_and_their_parts():
     other = TransformerLM(TransformerConfig(vocab_size=20, d_model=16, n_layer=1, headdim=8, d_ff=24), seed=0)
     assert list(layer_matrices(other).values()) == [[16] * 3, [16], [24] * 2, [16]]
     assert all(sum(rows) == len(p) for p, rows in layer_matrices(other).items())
+    assert layer_matrices(Classifier(other, labels=2)).keys() == layer_matrices(other).keys()  # not the head
 
 
 def test_a_transformer_learns_with_it(tmp_path, data):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba2_min.models.base import LanguageModel
+from mamba2_min.models.base import Backbone
 from mamba2_min.models.mamba2 import Mamba2Mixer
 
 MOMENTUM = 0.95
@@ -102,10 +102,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-def layer_matrices(model: LanguageModel) -> dict[Tensor, list[int]]:
-    """The trained matrices of a model's layers, with the rows of their parts."""
+def layer_matrices(model: nn.Module) -> dict[Tensor, list[int]]:
+    """The trained matrices of the layers of a language model, or of what has one in it, with the rows of their
+    parts."""
     found: dict[Tensor, list[int]] = {}
-    for block in model.backbone.layers:
+    for block in (block for part in model.modules() if isinstance(part, Backbone) for block in part.layers):
         for linear, rows in (_of_mamba2 if isinstance(block.mixer, Mamba2Mixer) else _of_transformer)(block):
             if type(linear) is nn.Linear and linear.weight.requires_grad:
                 found[linear.weight] = rows
