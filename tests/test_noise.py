@@ -70,3 +70,8 @@ def test_it_is_for_documents_and_a_share(tmp_path, monkeypatch):
     make_trainer(tmp_path / "run", data)
     with pytest.raises(UserError, match="input-noise is for training on documents"):
         make_trainer(tmp_path / "run", data, input_noise=0.1)
+
+
+def test_a_training_without_noise_does_not_count_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "bincount", lambda tokens: torch.ones(0) if not len(tokens) else pytest.fail("counted"))
+    make_trainer(tmp_path / "run", write_documents(tmp_path / "data"))

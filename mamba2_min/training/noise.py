@@ -20,13 +20,11 @@ class UnigramNoise:
     """
 
     def __init__(self, tokens: Tensor, p: float, end_id: int, device: torch.device):
-        """tokens (l,): the training text."""
+        """tokens (l,): the training text, which may be empty where p is 0."""
         self.p, self.end_id = p, end_id
-        counts = torch.bincount(tokens.flatten().long())
+        counts = torch.bincount(tokens)
         counts[end_id : end_id + 1] = 0
-        self._below = counts.cumsum(0).to(
-            device, widest(device)
-        )  # (v,): how many tokens of the text have this id or less
+        self._below = counts.cumsum(0).to(device, widest(device))  # (v,): how many tokens have this id or less
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids (b, l) -> (b, l), on the device that was given; nothing is drawn where p is 0."""

@@ -292,11 +292,9 @@ def _batches(task: Task, settings: Settings, model: nn.Module) -> Epochs:
 
 
 def _noise(task: Task, p: float, device: torch.device) -> UnigramNoise:
-    text = task.text
+    text = task.text if p else torch.zeros(0, dtype=torch.int32)  # a large text is not counted for nothing
     if text is None:
-        if p:
-            raise UserError("input-noise is for training on documents, not for this task")
-        text = torch.zeros(1)
+        raise UserError("input-noise is for training on documents, not for this task")
     return UnigramNoise(text, p, task.tokenizer.eos_id, device)
 
 
