@@ -122,6 +122,20 @@ def test_the_penalty_lowers_dt():
     assert found[1] < found[0] - 0.5
 
 
+def test_a_dt_of_zero_costs_nothing_and_has_a_gradient():
+    model = synthetic.build(induction_heads.rows(batch=4)[0], seed=0)
+    with synthetic.StepSizes(model) as sizes:
+        model(induction_heads.stage(32, 4).draw(seeded())[0])
+    for k, projected in sizes._seen.items():
+        sizes._seen[k] = projected.detach()
+        sizes._seen[k][:, 1:] = -500.0
+        sizes._seen[k][:, 0] = 500.0
+        sizes._seen[k].requires_grad_()
+    cost = sizes.cost()
+    cost.backward()
+    assert cost.item() > 0 and all(seen.grad.isfinite().all() for seen in sizes._seen.values())
+
+
 def small(name):
     """Each task at a size that a CPU learns in seconds."""
     shape = {"d_model": 32, "n_layer": 2, "d_state": 16, "headdim": 16, "tie_embeddings": False, "chunk_size": 32}

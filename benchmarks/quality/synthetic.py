@@ -181,7 +181,7 @@ class StepSizes:
                 for k, mixer in enumerate(self._mixers)
             ]
         )
-        return (dts / _STILL).log().clamp_min(0).mean() - dts.amax(2).clamp_max(1).log().mean()
+        return (dts / _STILL).clamp_min(1).log().mean() - dts.amax(2).clamp_max(1).log().mean()
 
 
 def learning_rate(plan: Plan, step: int, progress: float) -> float:
