@@ -145,7 +145,7 @@ def main() -> int:
         "runs": runs,
     }
     files.make_folder(args.results)
-    (args.results / "quality-kernels_curve.json").write_text(json.dumps(written, indent=1) + "\n")
+    (args.results / "quality-kernels_curve.json").write_text(harness.as_json(written))
     plot(runs, args.image)
     print(
         f"mean difference, nats: with and without kernels {found['with_and_without']:.4f}, seeds {found['seeds']:.4f}"
