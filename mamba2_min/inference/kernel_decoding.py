@@ -117,9 +117,9 @@ class KernelDecoder(StepBuffers):
         from mamba2_min.inference import step_kernels as kernels
 
         c, (b, d), parts = self.model.config, x.shape, self._squares.shape[1]
-        bias = None if m is None else m.out_proj.bias
+        bias, inner_eps = (None, 0.0) if m is None else (m.out_proj.bias, m.norm.eps)
         kernels.join[(b,)](
-            x, self._added, x if bias is None else bias, self._squares, parts, c.d_inner, c.norm_eps, norm.weight,
+            x, self._added, x if bias is None else bias, self._squares, parts, c.d_inner, inner_eps, norm.weight,
             norm.eps, self._normed, d, ADD=0 if m is None else len(self._added), BIAS=bias is not None,
             DIVIDE=m is not None and m.norm.groups == 1, BD=_power(d), BS=_power(parts), num_warps=4, **self._pairing,
         )  # fmt: skip
