@@ -35,10 +35,11 @@ def no_pictures(monkeypatch):
 def test_it_keeps_the_singular_vectors_and_brings_the_values_near_to_one(shape):
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    before = x.clone()
     inside = u.mT @ orthogonal(x) @ vh.mT  # diagonal, if the vectors are the same
     values = inside.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=1e-10)
-    assert values.min() > 0.5 and values.max() < 1.25
+    assert values.min() > 0.5 and values.max() < 1.25 and torch.equal(x, before)
 
 
 def test_nothing_comes_of_nothing():
