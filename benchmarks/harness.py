@@ -379,6 +379,15 @@ def save(result: Measurement, folder: Path) -> Path:
     return path
 
 
+def assignment(text: str) -> tuple[str, Any]:
+    """NAME=VALUE of a command line, the value as JSON has it: for argparse, which makes one line of the error."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a value such as 64, 0.1 or true") from None
+
+
 def as_json(results: Any) -> str:
     """Indented JSON in which a list of plain values is one line."""
     text = json.dumps(results, indent=1)

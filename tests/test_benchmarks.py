@@ -1,7 +1,6 @@
 """The benchmarks' arithmetic and their writer, on made numbers. Nothing here asserts a speed."""
 
-from __future__ import annotations
-
+import argparse
 import importlib
 import json
 import re
@@ -407,3 +406,15 @@ def test_a_side_that_fails_or_takes_too_long_costs_itself_alone():
     job = {"device": "nowhere", "threads": 1, "precision": "float32", "shape": "tiny", "stretches": 1, "sharded": False}
     assert "nowhere" in several_gpus.launch(job, 1, time.monotonic() + 60)["skipped"]
     assert several_gpus.launch(job, 2, 0.0) == {"skipped": "it exceeded its time limit"}
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("d_model=64", 64), ("dropout=0.1", 0.1), ("graph=true", True), ("a=b=1", None), ("lr", None), ("lr=", None)],
+)
+def test_an_assignment_is_a_name_and_a_value_of_json(text, value):
+    if value is None:
+        with pytest.raises(argparse.ArgumentTypeError, match="NAME=VALUE"):
+            harness.assignment(text)
+    else:
+        assert harness.assignment(text) == (text.partition("=")[0], value)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +47,7 @@ def parse() -> argparse.Namespace:
     add("--image", type=Path, default=Path("docs/images/kernels-curve.png"), metavar="FILE")
     add("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
     add("--steps", type=int, default=500)
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values of the model: d_model=64")
+    add("--set", nargs="*", default=[], type=harness.assignment, metavar="NAME=VALUE", help="of the model: d_model=64")
     return parser.parse_args()
 
 
@@ -126,7 +125,7 @@ def main() -> int:
     part = args.data / "train.txt"
     both = {"val_path": args.data / "valid.txt"} if files.is_file(part) else {}
     corpus = load_corpus(part if both else args.data, 8192, pattern="llama3", **both)
-    shape = MODEL | {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.set)}
+    shape = MODEL | dict(args.set)
     runs = []
     for seed in SEEDS:
         for kernels in (True, False):

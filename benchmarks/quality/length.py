@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def parse() -> argparse.Namespace:
     add("--longest", type=int, default=LONGEST, metavar="N", help="tokens read from each start (%(default)s)")
     add("--starts", type=int, default=STARTS, metavar="N", help="places of the held-out text to start (%(default)s)")
     add("--seed", type=int, default=0)
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values of the model: d_model=64")
+    add("--set", nargs="*", default=[], type=harness.assignment, metavar="NAME=VALUE", help="of the model: d_model=64")
     return parser.parse_args()
 
 
@@ -210,7 +209,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(
         f"{len(corpus.train):,} tokens to train on, {len(held):,} held out, read from {len(begins)} places", flush=True
     )
-    shape = MODEL | {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.set)}
+    shape = MODEL | dict(args.set)
     config = Mamba2Config(vocab_size=len(corpus.tokenizer), **shape)
     runs: list[dict[str, Any]] = []
     to_do = sum(way.steps for way in ways(args.steps, args.more_steps)) * len(args.contexts)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=0.0, help="time limit; the learning rate falls with the clock")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values of model or training")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        type=harness.assignment,
+        metavar="NAME=VALUE",
+        help="of the model or the training",
+    )
     return parser.parse_args()
 
 
@@ -109,12 +115,11 @@ def chosen(args: argparse.Namespace, seed: int) -> tuple[dict[str, Any], Setting
     """The values of the model and the settings, with those of --set. Raises SystemExit for a name that neither has."""
     model, training = dict(MODEL), dataclasses.asdict(TRAINING)
     training |= {"seed": seed, "max_minutes": args.minutes}
-    for text in args.set:
-        name, _, value = text.partition("=")
+    for name, value in args.set:
         place = training if name in training else model
         if name not in training and name not in {field.name for field in dataclasses.fields(Mamba2Config)}:
             raise SystemExit(f"neither the model nor the training has a {name}")
-        place[name] = json.loads(value)
+        place[name] = value
     return model, Settings(**training)
 
 
