@@ -1,5 +1,7 @@
 """The benchmarks' arithmetic and their writer, on made numbers. Nothing here asserts a speed."""
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import json
