@@ -594,13 +594,11 @@ def main() -> int:
 
     print(f"{len(left)} rows to make, {len(wanted) - len(left)} are there; results go to {out}", flush=True)
     with harness.pool(args.workers) as pool:
-        if any(row.split("/")[2] in PRETRAINED for row in left):  # before the rows, which then find it done
+        if left:  # before the rows, which then find it done
             pool.submit(_prepare, o).result()
             families = {split_name(row.split("/")[1])[0] for row in left if row.split("/")[2] in PRETRAINED}
             for one in as_completed([pool.submit(_pretrain, family, o) for family in sorted(families)]):
                 keep(one.result())
-        elif left:
-            pool.submit(_prepare, o).result()
         for one in as_completed([pool.submit(make, row, o) for row in left]):
             keep(one.result())
     print(summary(result["rows"]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -386,6 +387,12 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a value such as 64, 0.1 or true") from None
+
+
+def changed(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that do not have their default values."""
+    usual = dataclasses.asdict(type(settings)())
+    return {name: value for name, value in dataclasses.asdict(settings).items() if value != usual[name]}
 
 
 def as_json(results: Any) -> str:

@@ -138,7 +138,7 @@ def main() -> int:
         "machine": harness.machine(harness.Options(device=device.type, threads=torch.get_num_threads())),
         "versions": harness.versions(),
         "model": shape,
-        "training": {k: v for k, v in dataclasses.asdict(TRAINING).items() if v != getattr(Settings(), k)},
+        "training": harness.changed(TRAINING),
         "difference": found,
         "within_the_seeds_spread": found["with_and_without"] <= found["seeds"],
         "runs": runs,

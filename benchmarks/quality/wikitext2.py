@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "best_step": result.best_step,
         "parameters": model.config.num_parameters(),
         "model": model_values,
-        "training": {k: v for k, v in dataclasses.asdict(settings).items() if v != getattr(Settings(), k)},
+        "training": harness.changed(settings),
         **scores,
     }
 

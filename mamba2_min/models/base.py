@@ -35,10 +35,13 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's two groups of parameters: matrices are decayed; vectors (A_log, D, dt_bias, norms, biases) and the
     convolution's taps, one vector per channel, never are, nor is a table of which some rows alone are trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p.dim() == 2 and not hasattr(p, "trained_rows") for p in parameters]
+
+    def is_decayed(p: Tensor) -> bool:
+        return p.dim() == 2 and not hasattr(p, "trained_rows")
+
     return [
-        {"params": [p for p, d in zip(parameters, decayed, strict=True) if d], "weight_decay": weight_decay},
-        {"params": [p for p, d in zip(parameters, decayed, strict=True) if not d], "weight_decay": 0.0},
+        {"params": [p for p in parameters if is_decayed(p)], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if not is_decayed(p)], "weight_decay": 0.0},
     ]
 
 

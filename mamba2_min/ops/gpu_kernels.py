@@ -90,6 +90,12 @@ def shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) or 65_536
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a kernel of ours can multiply matrices of bf16 there: of NVIDIA's GPUs on those from Ampere on."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return not nvidia or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def rows_contiguous(t: Tensor) -> Tensor:
     """t with its last dimension contiguous."""
     return t if t.stride(-1) == 1 else t.contiguous()

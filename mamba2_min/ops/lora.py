@@ -46,13 +46,9 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
 
 @functools.cache
 def _fits(device: torch.device) -> bool:
-    """Whether a device has the shared memory for the kernels, and if NVIDIA made it multiplies bf16 (from Ampere)."""
-    if device.type != "cuda":
-        return True
-    nvidia = torch.version.hip is None
-    return gpu_kernels.shared_memory(device) >= (92_192 if nvidia else 40_960) and (
-        not nvidia or torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    """Whether a device has the shared memory for the kernels, and multiplies bf16."""
+    needed = 92_192 if torch.version.hip is None else 40_960
+    return gpu_kernels.shared_memory(device) >= needed and gpu_kernels.multiplies_bf16(device)
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -40,6 +40,7 @@ from mamba2_min.ops.gpu_kernels import (
     constant_when_compiled,
     has_triton,
     is_right,
+    multiplies_bf16,
     on,
     operator,
     product_precision,
@@ -82,8 +83,7 @@ def _checked(index: int, dtype: torch.dtype, p: int, n: int) -> bool:
 def _tiles(device: torch.device, dtype: torch.dtype, p: int, n: int):
     from mamba2_min.ssd.triton_launch import tiles_for
 
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    if nvidia and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+    if dtype == torch.bfloat16 and not multiplies_bf16(device):
         return None
     return tiles_for(dtype, p, n, shared_memory(device))
 
