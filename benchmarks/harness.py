@@ -36,6 +36,8 @@ from typing import Any
 import torch
 
 from mamba2_min import devices
+from mamba2_min.config import Mamba2Config
+from mamba2_min.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "mamba2_min"  # the peer that the ratios are about
@@ -387,6 +389,28 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a value such as 64, 0.1 or true") from None
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """A context in which the ValueError of a config or of settings becomes a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def model_values(usual: dict[str, Any], assignments: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The values of a Mamba2Config but for vocab_size, which the text gives: the usual ones with those of --set.
+
+    Raises UserError for a name or a value that no Mamba-2 has.
+    """
+    values = usual | dict(assignments)
+    if "vocab_size" in values:
+        raise UserError("--set cannot name vocab_size, which the text gives")
+    with explained():
+        Mamba2Config(vocab_size=1, **values)
+    return values
 
 
 def changed(settings: Any) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def without_kernels() -> Iterator[None]:
 
 def train(corpus: Corpus, shape: dict[str, Any], args: argparse.Namespace, seed: int, kernels: bool) -> dict[str, Any]:
     """One training; its losses are means of `log_every` steps each. Raises UserError where it ends early."""
-    settings = dataclasses.replace(TRAINING, max_steps=args.steps, seed=seed)
+    with harness.explained():
+        settings = dataclasses.replace(TRAINING, max_steps=args.steps, seed=seed)
     folder = args.out / f"seed{seed}-{'kernels' if kernels else 'plain'}"
     model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), **shape), seed)
     begun = time.perf_counter()
@@ -122,10 +123,10 @@ def main() -> int:
     args = parse()
     device = devices.pick_device(args.device)
     torch.set_num_threads(devices.cpu_threads(device))
+    shape = harness.model_values(MODEL, args.set)
     part = args.data / "train.txt"
     both = {"val_path": args.data / "valid.txt"} if files.is_file(part) else {}
     corpus = load_corpus(part if both else args.data, 8192, pattern="llama3", **both)
-    shape = MODEL | dict(args.set)
     runs = []
     for seed in SEEDS:
         for kernels in (True, False):

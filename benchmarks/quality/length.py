@@ -180,17 +180,18 @@ def train(
 ) -> tuple[float, int]:
     """Trains the model where it is, and returns the minutes and the steps that it took."""
     device = devices.pick_device(args.device)
-    settings = dataclasses.replace(
-        TRAINING,
-        context=context,
-        batch_size=max(1, STEP_TOKENS // context),
-        max_steps=way.steps,
-        max_minutes=minutes,
-        carry_state=way.carried,
-        graph=device.type == "cuda",
-        lr=TRAINING.lr / (3 if way.after else 1),
-        seed=args.seed,
-    )
+    with harness.explained():
+        settings = dataclasses.replace(
+            TRAINING,
+            context=context,
+            batch_size=max(1, STEP_TOKENS // context),
+            max_steps=way.steps,
+            max_minutes=minutes,
+            carry_state=way.carried,
+            graph=device.type == "cuda",
+            lr=TRAINING.lr / (3 if way.after else 1),
+            seed=args.seed,
+        )
     folder = args.out / f"{context}-{way.name.replace(' ', '-').replace(',', '')}"
     begun = time.perf_counter()
     result = Trainer(model, corpus, settings, folder, device).train()
@@ -203,13 +204,13 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A record for each context and way. The JSON and the picture are written after each."""
     device = devices.pick_device(args.device)
     precision = devices.pick_precision("auto", device)
+    shape = harness.model_values(MODEL, args.set)
     corpus, held = prepare(args.long, args.data, args.out)
     held = held[: SPAN * args.longest + max(args.contexts)]
     begins = starts(len(held), args.longest, args.starts, max(args.contexts))
     print(
         f"{len(corpus.train):,} tokens to train on, {len(held):,} held out, read from {len(begins)} places", flush=True
     )
-    shape = MODEL | dict(args.set)
     config = Mamba2Config(vocab_size=len(corpus.tokenizer), **shape)
     runs: list[dict[str, Any]] = []
     to_do = sum(way.steps for way in ways(args.steps, args.more_steps)) * len(args.contexts)

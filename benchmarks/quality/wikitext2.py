@@ -22,6 +22,7 @@ from benchmarks import harness
 from mamba2_min import devices
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import load_corpus
+from mamba2_min.errors import run_script
 from mamba2_min.evaluation.perplexity import evaluate
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.settings import Settings
@@ -112,15 +113,13 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def chosen(args: argparse.Namespace, seed: int) -> tuple[dict[str, Any], Settings]:
-    """The values of the model and the settings, with those of --set. Raises SystemExit for a name that neither has."""
-    model, training = dict(MODEL), dataclasses.asdict(TRAINING)
-    training |= {"seed": seed, "max_minutes": args.minutes}
-    for name, value in args.set:
-        place = training if name in training else model
-        if name not in training and name not in {field.name for field in dataclasses.fields(Mamba2Config)}:
-            raise SystemExit(f"neither the model nor the training has a {name}")
-        place[name] = value
-    return model, Settings(**training)
+    """The values of the model and the settings, with those of --set. Raises UserError for what neither can have."""
+    usual = {"seed": seed, "max_minutes": args.minutes}
+    names = {field.name for field in dataclasses.fields(Settings)}
+    training = {name: value for name, value in args.set if name in names}
+    model = harness.model_values(MODEL, [(name, value) for name, value in args.set if name not in names])
+    with harness.explained():
+        return model, dataclasses.replace(TRAINING, **usual | training)
 
 
 def say(event: str, values: dict[str, Any]) -> None:
@@ -131,7 +130,7 @@ def say(event: str, values: dict[str, Any]) -> None:
         print(f"not compiled: {values['why_not']}", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
     torch.set_num_threads(devices.cpu_threads(devices.pick_device(args.device)))
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -148,7 +147,8 @@ def main() -> None:
         }
         args.results.mkdir(parents=True, exist_ok=True)
         (args.results / "quality-wikitext2.json").write_text(harness.as_json(written))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
