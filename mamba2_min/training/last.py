@@ -233,42 +233,49 @@ def _check_optimizer(values: Mapping[str, Any], optimizer: torch.optim.Optimizer
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
         raise ValueError("its optimizer belongs to another model")
     taken = values["step"] - values["guard"]["skipped"]
-    parameters = _parameters(optimizer)
-    if saved["state"].keys() != (parameters.keys() if taken else set()):
+    if saved["state"].keys() != (_parameters(optimizer).keys() if taken else set()):
         raise ValueError("its optimizer does not have one state for each parameter")
-    memory: set[Any] = set()
-    clip = values["settings"].get("clip", 0)
-    most = 1.01 * clip**2 if clip else math.inf  # no number of a gradient is larger than its norm
-    count = 0
+    if not taken:
+        return
+    moments: list[Tensor] = []
     for group, own in zip(groups, optimizer.param_groups, strict=True):
-        moments = _moments(own)
-        bound = _largest_ratio(*own["betas"])
-        for i in group["params"] if taken else ():
+        for i, parameter in zip(group["params"], own["params"], strict=True):
             name, state = f"the optimizer's state {i}", saved["state"][i]
-            if not isinstance(state, dict) or state.keys() != {"step", *moments}:
-                raise ValueError(f"{name} must have only step, {', '.join(moments)}")
-            step = state["step"]
-            if not isinstance(step, Tensor) or step.shape != () or not step.is_floating_point():
-                raise ValueError(f"{name}.step must be a number")
-            tensors.check_kind(f"{name}.step", step)
-            if step.item() != taken:
-                raise ValueError(f"{name}.step is {step.item():g}, and {taken} steps were taken")
-            count += len(moments)
-            for moment in moments:
-                _check_moment(f"{name}.{moment}", state[moment], parameters[i])
-                memory.add(state[moment].untyped_storage().data_ptr() or (i, moment))
-            if len(moments) == 1:
-                if clip and state[moments[0]].norm() > 1.01 * clip:
-                    raise ValueError(f"{name}: its moments are beyond what clipped gradients can have")
-                continue
-            mean, square = (state[moment] for moment in _MOMENTS)
-            exact = mean.dtype in (torch.float32, torch.float64)
-            if square.min() < 0 or (exact and (mean.abs() > bound * square.sqrt() + 1e-15).any()):
-                raise ValueError(f"{name}: its moments contradict each other")
-            if square.max() > most:
-                raise ValueError(f"{name}: its moments are beyond what clipped gradients can have")
-    if len(memory) != count:
+            _check_state(name, state, parameter, _moments(own), taken)
+            _check_range(name, state, own, values["settings"].get("clip", 0))
+            moments += [state[moment] for moment in _moments(own)]
+    memory = {tensor.untyped_storage().data_ptr() or (k,) for k, tensor in enumerate(moments)}  # empty ones have none
+    if len(memory) != len(moments):
         raise ValueError("its optimizer has one tensor in several places")
+
+
+def _check_state(name: str, state: Any, parameter: Tensor, moments: tuple[str, ...], taken: int) -> None:
+    """What is kept for one parameter: the number of steps, and the moments as finite tensors of its shape."""
+    if not isinstance(state, dict) or state.keys() != {"step", *moments}:
+        raise ValueError(f"{name} must have only step, {', '.join(moments)}")
+    step = state["step"]
+    if not isinstance(step, Tensor) or step.shape != () or not step.is_floating_point():
+        raise ValueError(f"{name}.step must be a number")
+    tensors.check_kind(f"{name}.step", step)
+    if step.item() != taken:
+        raise ValueError(f"{name}.step is {step.item():g}, and {taken} steps were taken")
+    for moment in moments:
+        _check_moment(f"{name}.{moment}", state[moment], parameter)
+
+
+def _check_range(name: str, state: Mapping[str, Tensor], group: Mapping[str, Any], clip: float) -> None:
+    """The moments of one parameter: such as gradients whose norm is at most `clip` (0: any) can have."""
+    mean, square = state["exp_avg"], state.get("exp_avg_sq")
+    if square is None:  # Muon's
+        beyond = clip and mean.norm() > 1.01 * clip
+    else:
+        exact = mean.dtype in (torch.float32, torch.float64)
+        bound = _largest_ratio(*group["betas"])
+        if square.min() < 0 or (exact and (mean.abs() > bound * square.sqrt() + 1e-15).any()):
+            raise ValueError(f"{name}: its moments contradict each other")
+        beyond = clip and square.max() > 1.01 * clip**2  # no number of a gradient is larger than its norm
+    if beyond:
+        raise ValueError(f"{name}: its moments are beyond what clipped gradients can have")
 
 
 def _moments(group: Mapping[str, Any]) -> tuple[str, ...]:
