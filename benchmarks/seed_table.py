@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import harness, sorting_table
 from benchmarks.harness import FLOOR, OURS, Measurement
+from mamba2_min.data.findings import counted
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- benchmark:(\S+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
@@ -64,9 +65,10 @@ def describe(result: Measurement) -> str:
 
 
 def row_table(results: list[Measurement]) -> str:
-    """A row a setting and peer: speed, what our time is compared with, memory."""
-    state = any("state_bytes" in peer for result in results for peer in result["peers"].values())
-    head = ["", "", "tokens/s (quartiles)", "its time / ours", *(["state"] if state else []), "peak memory"]
+    """A row per setting and peer: speed, what our time is compared with, and what is known of the memory."""
+    memory = {"state_bytes": "state", "peak_bytes": "peak memory"}
+    known = [key for key in memory if any(key in peer for result in results for peer in result["peers"].values())]
+    head = ["", "", "tokens/s (quartiles)", "its time / ours", *(memory[key] for key in known)]
     rows = []
     for result in results:
         where = describe(result)
@@ -79,8 +81,7 @@ def row_table(results: list[Measurement]) -> str:
                 cells = [speed, "" if times is None else f"{times:.2f}"]
             else:
                 cells = [peer["skipped"], ""]
-            cells += [size(peer.get("state_bytes"))] if state else []
-            rows.append([where, label(name), *cells, size(peer.get("peak_bytes"))])
+            rows.append([where, label(name), *cells, *(size(peer.get(key)) for key in known)])
             where = ""
     return markdown(head, rows)
 
@@ -212,7 +213,7 @@ def caption(results: list[Measurement]) -> str:
     for result in results:
         machine, about = result["machine"], result["about"]
         rounds = max(len(peer.get("seconds", ())) for peer in result["peers"].values())
-        what = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+        what = machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
         how = f"median of {rounds} rounds; " if rounds else ""
         lines[
             f"*{what}; torch {result['versions']['torch']}, {about['precision']}; {how}"

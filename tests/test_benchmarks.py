@@ -149,8 +149,16 @@ def test_a_table_replaces_what_stands_between_its_markers(tmp_path):
     assert rows[3].startswith("|  | `transformers` Mamba2 | 1,020 (1,020 to 1,080) | 4.00 |")
     assert rows[4].startswith("|  | matrix products alone | 6,830 ") and "| 0.50 |" in rows[4]
     assert len(rows) == 5  # nothing is said of a peer that only another machine can run
-    assert "median of 3 rounds" in new and "python -m benchmarks.train_step" in new
+    assert "2 threads; " in new and "median of 3 rounds" in new and "python -m benchmarks.train_step" in new
     assert seed_table.rewrite(new, tmp_path) == (new, [])
+
+
+def test_a_table_without_memory_has_no_column_for_it():
+    result = made()
+    assert seed_table.row_table([result]).splitlines()[0].endswith("| its time / ours | peak memory |")
+    del result["peers"][OURS]["peak_bytes"]
+    table = seed_table.row_table([result]).splitlines()
+    assert table[0].endswith("| its time / ours |") and table[2].endswith("| 1.00 |")
 
 
 def test_faults_have_a_table_and_a_figure(tmp_path):
