@@ -1,9 +1,10 @@
 """Records a session at a terminal as an animated picture: python -m benchmarks.record --model mine
 
-The three commands run as they are, one after the other, at a terminal of 80 columns; what they write is kept with its
-time. Their waits are shortened in the picture, and how long each took is told beside it. The data generator needs an
-Ollama server with --model; `--without-generator` leaves that command out. The picture is an SVG that moves in every
-browser and follows the page's light or dark; the last frame alone is what a reader sees who asked for less motion.
+Four commands run as they are, one after the other, at a terminal of 80 columns: the data generator, the two of
+`make demo`, and the completer in a dialogue. What they write is kept with its time. Their waits are shortened in the
+picture, and how long each took is told beside it. The data generator needs an Ollama server with --model;
+`--without-generator` leaves that command out. The picture is an SVG that moves in every browser and follows the page's
+light or dark; the last frame alone is what a reader sees who asked for less motion.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, ROWS = 80, 24
 _LONGEST = 14.0  # seconds in the picture that a command may take
 _PAUSE = 1.2  # seconds in the picture in which nothing happens, at most
+_TYPING = 2.0  # seconds in the picture that a command line takes to type, at most
 _CONTROL = re.compile(r"\x1b\[([?\d;]*)([@-~])|\x1b\][^\x07]*\x07|\x1b[=>]")
 
 
@@ -185,11 +187,13 @@ def record(commands: Sequence[Command], folder: Path, environment: dict[str, str
 
     for command in commands:
         cells.feed("$ ")
-        for k, letter in enumerate(command.line):
+        line = broken(command.line)
+        pace = min(0.03, _TYPING / len(line))
+        for k, letter in enumerate(line):
             cells.feed(letter)
-            keep(offset + 0.03 * k)
+            keep(offset + pace * k)
         cells.feed("\r\n")
-        offset += 0.03 * len(command.line) + 0.4
+        offset += pace * len(line) + 0.4
         keep(offset)
         written = list(play(command, folder, environment))
         for at, (_, text) in zip(shortened([at for at, _ in written]), written, strict=True):
@@ -200,6 +204,25 @@ def record(commands: Sequence[Command], folder: Path, environment: dict[str, str
         offset = frames[-1].at + 1.5
         keep(offset)
     return frames
+
+
+def broken(line: str, width: int = COLUMNS) -> str:
+    """A command line as it is typed where it is longer than the terminal: a backslash and a line end before a flag."""
+    lines = [""]
+    for part in re.split(" (?=--)", line):
+        if lines[-1] and len(lines[-1]) + len(part) + 1 > width - 4:  # the prompt, and the backslash after a space
+            lines.append("   ")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\r\n".join(lines)
+
+
+def demo(makefile: str) -> list[str]:
+    """The command lines of a Makefile's target `demo`, for a shell in which its `$(BIN)` is active."""
+    recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    if recipe is None:
+        raise ValueError("there is no target demo")
+    lines = re.sub(r"\\\n\s*", "", recipe[1]).splitlines()
+    return [line.strip().removeprefix("$(BIN)/") for line in lines]
 
 
 _CHARACTER, _LINE, _MARGIN = 8.4, 18, 12  # pixels
@@ -254,19 +277,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3.1", help="the Ollama server's model (%(default)s)")
     parser.add_argument("--without-generator", action="store_true", help="record train.py and run.py alone")
-    parser.add_argument(
-        "--train",
-        default="--data training_data/first_stories --max-minutes 4",
-        metavar="FLAGS",
-        help="of train.py (%(default)s)",
-    )
     parser.add_argument("--out", default="docs/images/session.svg", metavar="FILE", help="(%(default)s)")
     args = parser.parse_args()
-    keys = (("> ", "The little owl\n"), ("> ", "/con\t\n"), ("> ", "\x04"))
-    commands = [
-        Command(f"python train.py {args.train} --out runs/mine"),
-        Command("python run.py --model runs/mine --max-tokens 60", keys),
-    ]
+    keys = (("> ", "A small duck\n"), ("> ", "/con\t\n"), ("> ", "\x04"))
+    commands = [Command(line) for line in demo((ROOT / "Makefile").read_text())]
+    commands.append(Command("python run.py --max-tokens 60", keys))
     if not args.without_generator:
         commands.insert(0, Command(f"python data_generator.py --model {args.model} --documents 3 --out runs/written"))
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}

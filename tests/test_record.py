@@ -3,6 +3,8 @@
 import itertools
 import os
 import re
+import shlex
+import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -51,6 +53,27 @@ def test_no_pause_is_long_and_nothing_changes_its_order():
     assert short == pytest.approx([0.1, 0.2, 1.2, 1.7, 2.7])
     assert record.shortened(times, longest=1.35, pause=1.0) == pytest.approx([at / 2 for at in short])
     assert record.shortened([]) == []
+
+
+def test_the_recorded_commands_are_those_of_the_demo():
+    train, run = record.demo((record.ROOT / "Makefile").read_text())
+    assert train.startswith("python train.py --data training_data/first_stories --out runs/demo --resume --max-minutes")
+    assert run.startswith("python run.py --model runs/demo --prompt ") and "\\" not in train + run
+    assert record.demo(
+        "all: demo\n\tx\n\ndemo: all  ## why\n\t$(BIN)/python a.py --b 1 \\\n\t\t--c\n\tls\n\nend:\n"
+    ) == ["python a.py --b 1 --c", "ls"]
+    with pytest.raises(ValueError, match="no target demo"):
+        record.demo("all:\n\tls\n")
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_long_command_is_typed_on_lines_that_fit_and_means_the_same(width):
+    for line in [*record.demo((record.ROOT / "Makefile").read_text()), "python run.py"]:
+        typed = record.broken(line, width).replace("\r", "")
+        assert max(map(len, f"$ {typed}".split("\n"))) <= width
+        assert all(after.startswith("    --") for after in typed.split("\n")[1:])  # a value stays with its flag
+        heard = subprocess.run(["sh", "-c", f"printf '%s\\n' {typed}"], capture_output=True, text=True, check=True)
+        assert heard.stdout.splitlines() == shlex.split(line)
 
 
 PROGRAM = r"""
