@@ -20,7 +20,7 @@ from mamba2_min.errors import UserError, output_status, printable, run_script
 from mamba2_min.finetune.talk import Chat
 from mamba2_min.flags import Parser
 from mamba2_min.inference.dialogue import Dialogue, how_it_ended, reading, show, write_out
-from mamba2_min.inference.terminal import is_terminal
+from mamba2_min.inference.terminal import is_terminal, wrapped
 from mamba2_min.inference.writing import add_flags, described, prepare, sampler_of
 
 RUNS = Path("runs")
@@ -46,16 +46,22 @@ def main() -> int:
     weights = None if args.quantize == "none" else args.quantize
     completer, template = open_run(folder, args.adapter, args.chat, device, weights)
     sampler = prepare(args, sampler, completer)
-    print(
-        f"model     {printable(str(folder))}{found}, {completer.model.config.num_parameters():,} "
-        f"parameters{'' if args.quantize == 'none' else f' in {args.quantize}'}, "
-        f"{len(completer.tokenizer):,} tokens known, on {device.type}\n"
-        f"sampling  {described(sampler, completer.known_words, all_of_it=not is_terminal(sys.stdout))}\n"
-        f"length    at most {args.max_tokens:,} tokens, to the end of the document"
-        + "".join(f" or {stop!r}" for stop in args.stop),
-        file=sys.stdout if prompt is None or is_terminal(sys.stdout) else sys.stderr,
-        flush=True,
-    )
+    stream = sys.stdout if prompt is None or is_terminal(sys.stdout) else sys.stderr
+    for label, text in (
+        (
+            "model",
+            f"{printable(str(folder))}{found}, {completer.model.config.num_parameters():,} "
+            f"parameters{'' if args.quantize == 'none' else f' in {args.quantize}'}, "
+            f"{len(completer.tokenizer):,} tokens known, on {device.type}",
+        ),
+        ("sampling", described(sampler, completer.known_words, all_of_it=not is_terminal(sys.stdout))),
+        (
+            "length",
+            f"at most {args.max_tokens:,} tokens, to the end of the document"
+            + "".join(f" or {stop!r}" for stop in args.stop),
+        ),
+    ):
+        print(wrapped(text, f"{label:10}", " " * 10, stream), file=stream, flush=True)
     if prompt is None:
         settings = (completer, sampler, args.max_tokens, args.stop)
         if template is None:

@@ -196,6 +196,7 @@ def test_a_chat_speaks_of_requests_and_answers(base, monkeypatch, capsys):
     chat.run()
     said = capsys.readouterr().out
     assert "Ask something, or /help" in said and "Any other line is a request." in said
+    assert said.index("/continue   ") < said.index("/load   ") < said.index("Any other line")
     assert said.count("cut at the length; /continue goes on") == 2 and "document begins" not in said
     assert "forgotten" in said and "there is nothing to continue yet" in said
     completer.stopped_by = "end"

@@ -328,13 +328,19 @@ def test_a_command_is_answered_in_one_line(answers, line, answer):
 def test_values_are_listed_and_kept(answers):
     for line in ("/top-k 12", "/top-k x", "/seed 5", "/length 3"):
         answers(line)
-    listed = {
-        line.split()[0]: line
-        for line in answers("/help").splitlines()[: len(dialogue.SETTINGS) + len(dialogue.ACTIONS)]
-    }
+    listed = {line.split()[0]: line for line in answers("/help").splitlines() if line.startswith("  ")}
     assert list(listed) == [*dialogue.SETTINGS, *dialogue.ACTIONS]
     assert all(len(line) <= 80 for line in listed.values())
     assert " 12 " in listed["/top-k"] and " 5 " in listed["/seed"] and " 3 " in listed["/length"]
+
+
+def test_help_in_a_narrow_terminal_stays_in_its_columns(answers, monkeypatch):
+    wide = answers("/help").split()
+    monkeypatch.setattr(terminal, "_columns", lambda stream: 50)
+    lines = answers("/help").splitlines()
+    assert " ".join(lines).split() == wide and all(len(line) < 50 for line in lines)
+    assert "  /top-k            off  only this many of the" in lines
+    assert lines[lines.index("  /top-k            off  only this many of the") + 1] == " " * 25 + "likeliest words"
 
 
 def test_a_text_and_its_continuation(answers, folder):
@@ -545,7 +551,15 @@ def test_no_word_is_broken_at_the_edge_of_a_terminal(folder):
     with Process("--model", str(folder), "--prompt", prompt, "--max-tokens", "1", "--temperature", "0") as session:
         set_width(session.screen, 24)
         lines = session.until("second, cut at the length\n").split("\n\n", 1)[0].split("\n")
-    text = lines[3:]
+    at = lines.index("the quick brown fox")
+    head, text = lines[:at], lines[at:]
+    assert head[-4:] == [
+        "length    at most 1",
+        "          tokens, to",
+        "          the end of",
+        "          the document",
+    ]
+    assert all(len(line) < 24 for line in head)
     assert text[:4] == ["the quick brown fox", "jumped over the lazy dog", "and into", "a\\x0bverylongword again"]
 
 

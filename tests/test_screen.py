@@ -14,6 +14,7 @@ from mamba2_min.config import Mamba2Config
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import UserError
 from mamba2_min.evaluation.perplexity import Score
+from mamba2_min.inference import terminal
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.training import screen, tensorboard
 from mamba2_min.training.metrics import MetricsLog, clock, read_metrics
@@ -53,6 +54,20 @@ class TestLines:
         assert letters and all(tokenizer.encode(f" {word}")[0] > 256 for word in letters)
         assert text.endswith(("…", ".")) and "\n" not in text
 
+    def test_the_optimizer_is_named(self, tmp_path, capsys):
+        for name in ("adamw", "muon"):
+            trainer = make_trainer(tmp_path / name, write_documents(tmp_path / "data"), optimizer=name)
+            screen.show_training(trainer, "1 MB", "")
+            assert f"recipe      small-corpus: {name}, warm-up " in capsys.readouterr().out
+
+    def test_a_command_is_never_broken(self, monkeypatch, capsys):
+        command = f"python train.py --out 'a folder' {'--preset tiny ' * 6}--resume"
+        for columns, shown in ((0, f"go on with: {command}"), (200, f"go on with: {command}"), (80, "go on with:")):
+            monkeypatch.setattr(terminal, "_columns", lambda stream, columns=columns: columns)
+            screen.show_command("saved", "go on with", command)
+            first, *rest = capsys.readouterr().out.splitlines()
+            assert first == f"saved       {shown}" and rest == ([command] if columns == 80 else [])
+
     def test_a_clock(self):
         assert [clock(s) for s in (0, 59.4, 187, 7387)] == ["0:00", "0:59", "3:07", "2:03:07"]
 
@@ -73,6 +88,13 @@ class TestPicture:
             {"step": 20 * k, "split": "validation", "loss": loss, "bits_per_byte": loss / 3}
             for k, loss in enumerate(losses, start=1)
         ]
+
+    def test_a_running_mean_does_not_lag(self):
+        line = [100 - 0.5 * k for k in range(300)]
+        assert plots._running_mean(line) == pytest.approx(line)
+        noise = [1.0, -1.0] * 150
+        assert max(abs(plots._running_mean(noise)[5:-5])) < 0.1 and len(plots._running_mean([])) == 0
+        assert list(plots._running_mean([3.0, 1.0, 2.0])) == [3.0, 1.0, 2.0]
 
     def test_what_follows_the_best_is_shaded(self, tmp_path):
         for name, losses in (("after", [5.5, 5.0, 5.1, 5.3, 5.5]), ("never", [5.5, 5.4, 5.3, 5.2, 5.1])):

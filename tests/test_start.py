@@ -181,7 +181,7 @@ class TestRecipes:
     def test_a_run_keeps_its_recipe(self, train, tmp_path):
         said = train("--recipe", "improved", "--d-model", "16", "--n-layer", "1", "--headdim", "8")
         assert "learning rate 0.003 to 1e-05" in said
-        assert "improved: warm-up 1 steps, decay 0.1, betas (0.9, 0.95), clip 1, dropout 0" in said
+        assert "improved: adamw, warm-up 1 steps, decay 0.1, betas (0.9, 0.95), clip 1, dropout 0" in said
         saved = read_plan(tmp_path / "run").training
         assert (saved.recipe, saved.lr, saved.beta2) == ("improved", 3e-3, 0.95)
         assert "--recipe was improved when" in train("--resume", "--recipe", "gpt3")

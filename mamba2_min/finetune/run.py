@@ -41,7 +41,7 @@ class Prepared:
     task: Task
     about: dict[str, Any]
     sample: Callable[[int], str]
-    next_command: str
+    next_command: tuple[str, str]  # what for, and the line
     notes: list[str]
     largest: tuple[int, int]  # rows and tokens per row of the largest batch
     longest: str  # where the longest text comes from
@@ -196,7 +196,7 @@ def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer
         task=task,
         about={"classify": {"labels": data.names, "pool": f.pool}},
         sample=task.example_of(classifier),
-        next_command=f"sort texts with: python -m mamba2_min.classify --model {shlex.quote(str(out))}",
+        next_command=("sort texts with", f"python -m mamba2_min.classify --model {shlex.quote(str(out))}"),
         notes=[
             f"{len(data.train):,} texts to train on, {len(data.validation):,} to validate with, "
             f"{len(data.names)} labels",
@@ -222,11 +222,10 @@ def _answer_to_a_request(model: Mamba2LM, data: ChatData, tokenizer: WordTokeniz
     return sample
 
 
-def _chat_command(f: FinetuneSettings, out: Path) -> str:
-    if f.method == "full":
-        return f"talk to it with: python run.py --model {shlex.quote(str(out))} --chat"
-    where = f"--model {shlex.quote(f.model)} --adapter {shlex.quote(str(out))}"
-    return f"talk to it with: python run.py {where} --chat"
+def _chat_command(f: FinetuneSettings, out: Path) -> tuple[str, str]:
+    folder = shlex.quote(str(out))
+    where = f"--model {folder}" if f.method == "full" else f"--model {shlex.quote(f.model)} --adapter {folder}"
+    return "talk to it with", f"python run.py {where} --chat"
 
 
 class _user_errors:

@@ -52,9 +52,6 @@ class Chat(Dialogue):
             remark("the answer is complete; ask something else")
         elif line.startswith("/") and "\n" not in line:
             super().answer(line)
-            if command == "/help":
-                for name, what in COMMANDS.items():
-                    remark(f"  {name:16}{'':5}  {what}")
         elif line.strip():
             sampler = dataclasses.replace(self.sampler)
             with reading(self.completer):

@@ -86,13 +86,12 @@ class Dialogue:
         elif command == "/stats":
             self._print_stats()
         elif command == "/help":
-            for name, (_, _, what) in SETTINGS.items():
-                remark(f"  {name:16}{self._value(name):>5}  {what}")
-            for name, what in ACTIONS.items():
-                remark(f"  {name:16}{'':5}  {what}")
+            commands = [(name, self._value(name), what) for name, (_, _, what) in SETTINGS.items()]
+            for name, value, what in [*commands, *((name, "", what) for name, what in self.actions.items())]:
+                remark(f"  {name:16}{value:>5}  {what}", indent=25)
             remark(f'"off" as a value switches one off. {self.any_other_line}')
         else:
-            near = difflib.get_close_matches(command, [*SETTINGS, *ACTIONS], n=1)
+            near = difflib.get_close_matches(command, [*SETTINGS, *self.actions], n=1)
             hint = f"did you mean {near[0]}?" if near else "see /help (a space before the / makes it a text)"
             remark(f"there is no {printable(command[:40])}; {hint}")
 

@@ -7,6 +7,7 @@ import os
 import re
 import select
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +32,26 @@ def styled(text: str, style: str) -> str:
     return text if plain or not (text and style) else f"{style}{text}\033[0m"
 
 
-def remark(text: str = "") -> None:
-    """Prints what the program itself says, in grey: line by line, so that no style goes on over a line's end."""
-    for line in text.split("\n"):
-        print(styled(line, DIM))
+def remark(text: str = "", indent: int = 0) -> None:
+    """Prints what the program itself says, in grey: line by line, so that no style goes on over a line's end.
+
+    A line that is longer than the terminal goes on after `indent` spaces.
+    """
+    for long in text.split("\n"):
+        for line in wrapped(long, "", " " * indent).split("\n"):
+            print(styled(line, DIM))
+
+
+def wrapped(text: str, first: str, rest: str, stream: Any = None) -> str:
+    """`first` and one line of text, broken between words where the terminal ends; later lines begin with `rest`.
+
+    `stream` (sys.stdout) is where it will be written. Where that is no terminal, nothing is broken.
+    """
+    columns = _columns(stream)
+    if not columns or len(first) + len(text) < columns:
+        return first + text
+    width = max(columns - 1, max(len(first), len(rest)) + 10)
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def _obeys(stream: Any) -> bool:
@@ -117,10 +134,10 @@ def _put(text: str) -> None:
     sys.stdout.flush()
 
 
-def _columns() -> int:
-    """The terminal's width, or 0 where it has none."""
+def _columns(stream: Any = None) -> int:
+    """The width of the terminal behind `stream` (sys.stdout); 0 where it has none."""
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns
+        return os.get_terminal_size((sys.stdout if stream is None else stream).fileno()).columns
     except (OSError, ValueError, AttributeError):
         return 0
 

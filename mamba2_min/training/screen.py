@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +15,9 @@ from mamba2_min import console
 from mamba2_min.data.corpus import Corpus
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import printable
+from mamba2_min.evaluation.perplexity import Score
 from mamba2_min.inference.completer import Completer
-from mamba2_min.inference.terminal import DIM, styled
+from mamba2_min.inference.terminal import DIM, styled, wrapped
 from mamba2_min.inference.writing import FEW_WORDS, WRITING
 from mamba2_min.models.evaluating import evaluating
 from mamba2_min.models.mamba2 import Mamba2LM
@@ -30,6 +29,7 @@ from mamba2_min.training.trainer import Result, Trainer
 
 _SECONDS_BETWEEN_LINES = 30
 _SAMPLE_TOKENS = 48
+_MARGIN = " " * 13 + "| "  # of a sample
 _SENTENCES = re.compile(r"""(?s).*[.!?][”"’')]*(?=\s)""")  # as many as are whole
 _MANY_BYTES = 0.2  # of a text outside the vocabulary
 
@@ -54,6 +54,7 @@ class Screen:
             initial=trainer.step,
             dynamic_ncols=True,
             mininterval=0.5,
+            leave=False,  # the lines after it say how the training ended; the bar's last figures are older
             bar_format="{n:>6,}/{total:,} |{bar}| {desc}",
             disable=sys.stderr is None or not sys.stderr.isatty(),
         )
@@ -81,7 +82,7 @@ class Screen:
             self.validation = f", val {score.loss:.3f}"
             self._write(f"{step}validation {score}" + ("  *" if values["best"] else ""))
             if self.sample and values["best"]:  # what a worse model writes would only mislead
-                sample = wrapped(self.sample(values["step"]), " " * 13 + "| ")
+                sample = wrapped(self.sample(values["step"]), _MARGIN, _MARGIN)
                 self._write("\n".join(styled(line, DIM) for line in sample.split("\n")))
 
     def _progress(self, values: dict[str, Any]) -> None:
@@ -125,6 +126,13 @@ def show(label: str, text: str) -> None:
     console.print(wrapped(printable(text), f"{label:<12}", " " * 12))
 
 
+def show_command(label: str, purpose: str, command: str) -> None:
+    """Prints what to do next; a command that does not fit beside the rest has a line of its own, to be copied whole."""
+    text, command = printable(f"{purpose}:"), printable(command)
+    line = wrapped(f"{text} {command}", f"{label:<12}", " " * 12)
+    console.print(f"{wrapped(text, f'{label:<12}', ' ' * 12)}\n{command}" if "\n" in line else line)
+
+
 def show_corpus(data: DataSettings, corpus: Corpus) -> None:
     """Prints what was read and how large it is."""
     show(
@@ -158,8 +166,8 @@ def show_training(trainer: Trainer, needed: str, free: str) -> None:
     )
     show(
         "recipe",
-        f"{s.recipe}: warm-up {s.warmup_steps:,} steps, decay {s.weight_decay:g}, betas ({s.beta1:g}, {s.beta2:g}), "
-        f"clip {s.clip:g}, dropout {c.dropout:g}",
+        f"{s.recipe}: {s.optimizer}, warm-up {s.warmup_steps:,} steps, decay {s.weight_decay:g}, betas ({s.beta1:g}, "
+        f"{s.beta2:g}), clip {s.clip:g}, dropout {c.dropout:g}",
     )
     for note in trainer.notes:
         show("note", note)
@@ -170,7 +178,7 @@ def show_training(trainer: Trainer, needed: str, free: str) -> None:
 def show_start(trainer: Trainer, folder: str, corpus: Corpus) -> None:
     """Prints what a run begins from, how good that is on the new documents, and how much its vocabulary lacks."""
     before = trainer.task.evaluate(trainer.model, trainer.autocast)
-    show("begins as", f"{folder}, on the validation part: {' '.join(str(before).split())}")
+    show("begins as", f"{folder}, on the validation part: {_in_words(before)}")
     if corpus.outside > _MANY_BYTES:
         show(
             "note",
@@ -179,21 +187,24 @@ def show_start(trainer: Trainer, folder: str, corpus: Corpus) -> None:
         )
 
 
-def show_result(result: Result, trainer: Trainer, resume_command: str, next_command: str = "") -> None:
-    """Prints how the training ended, and what to do next: `next_command`, or else complete text."""
+def show_result(
+    result: Result, trainer: Trainer, resume_command: str, next_command: tuple[str, str] | None = None
+) -> None:
+    """Prints how the training ended, and what to do next: `next_command` (what for, the line) or text."""
     guard = trainer.guard
     reason = _REASONS[result.reason].format(**vars(trainer.settings), first=result.step - guard.in_a_row + 1)
     show("ended", f"at step {result.step:,}: {reason}{_FAULTS[guard.reason] if result.reason == 'bad steps' else ''}")
     if guard.skipped:
         show("skipped", f"{guard.skipped:,} of {result.step:,} steps")
     if result.signal:
-        show("saved", f"go on with: {resume_command}")
+        show_command("saved", "go on with", resume_command)
     elif result.best is None:
         show("saved", "no model: no validation had a finite loss; train again with a lower --lr")
     else:
-        complete = f"complete text with: python run.py --model {shlex.quote(str(trainer.out))}"
-        show("best", f"step {result.best_step:,}: {' '.join(str(result.best).split())}")
-        show("saved", f"{trainer.out}; {next_command or complete}")
+        complete = "complete text with", f"python run.py --model {shlex.quote(str(trainer.out))}"
+        purpose, command = next_command or complete
+        show("best", f"step {result.best_step:,}: {_in_words(result.best)}")
+        show_command("saved", f"{trainer.out}; {purpose}", command)
 
 
 _REASONS = {
@@ -210,11 +221,9 @@ _FAULTS = {
 }
 
 
-def wrapped(text: str, first: str, rest: str | None = None) -> str:
-    """`text` after `first`, on lines that fit the terminal and begin with `rest` (`first` if None)."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
-    lines = textwrap.wrap(text, max(width - len(first) - 1, 20), break_on_hyphens=False) or [""]
-    return first + ("\n" + (first if rest is None else rest)).join(lines)
+def _in_words(score: Score) -> str:
+    """A score of the lines in columns, in a sentence: loss 3.2798, perplexity 26.6, bits per byte 2.3351."""
+    return "loss " + ", ".join(" ".join(part.split()) for part in re.split("  (?=[a-z])", str(score)))
 
 
 def _time_left(trainer: Trainer) -> str:
