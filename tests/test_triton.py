@@ -22,7 +22,7 @@ from mamba2_min import ssd
 from mamba2_min.config import Mamba2Config
 from mamba2_min.models import core, mamba2
 from mamba2_min.ops import conv, norm
-from mamba2_min.ops.gpu_kernels import has_triton
+from mamba2_min.ops.gpu_kernels import has_triton, is_right
 from mamba2_min.ops.lora import lora_linear
 from mamba2_min.ops.loss import cross_entropy, linear_cross_entropy
 from mamba2_min.ops.seq_idx import document_numbers
@@ -220,6 +220,42 @@ def test_the_first_row_that_fits():
     assert tiles_for(BF16, 24, 128, 1 << 30) is None and tiles_for(BF16, 64, 40, 1 << 30) is None
     assert tiles_for(BF16, 64, 4096, 1 << 30) is None and tiles_for(torch.float16, 64, 64, 1 << 30) is None
     assert tiles_for(BF16, 64, 128, 227 << 10) == TABLE[0][3]
+
+
+# -- The check at first use -------------------------------------------------------------------------------------------
+
+
+def test_the_check_at_first_use_sees_nothing_of_the_place_where_it_is_asked_for():
+    """A checkpoint's hooks, autocast, inference mode: it runs within the first forward of a process."""
+
+    def check():
+        assert not torch.is_autocast_enabled("cpu") and not torch.is_inference_mode_enabled()
+        x = torch.ones(3, requires_grad=True)
+        (x * x).sum().backward()
+        assert torch.equal(x.grad, torch.full((3,), 2.0))
+        yield 0.0
+
+    def never(t):
+        raise AssertionError("a tensor that the check saves is not the caller's")
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(never, never)
+    with hooks, torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
+        assert is_right("kernels", torch.device("cpu"), check, 0.1)
+
+
+@pytest.mark.gpu
+def test_the_first_pass_of_a_process_may_be_one_that_is_computed_again():
+    config = Mamba2Config(vocab_size=50, d_model=128, n_layer=2, d_state=64)
+    model = mamba2.Mamba2LM(config, seed=0).cuda()
+    ids = torch.randint(50, (2, 200), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for model.recompute in (True, False):
+        triton_scan._checked.cache_clear()
+        with torch.autocast("cuda", dtype=BF16):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    for again, kept in zip(*found, strict=True):
+        assert relative_error(again.double(), kept.double()) < 2e-2
 
 
 # -- On a GPU ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -50,9 +51,16 @@ def takes(t: Tensor) -> bool:
 
 def is_right(kernels: str, device: torch.device, check: Callable[[], Iterable[float]], tolerance: float) -> bool:
     """Whether `kernels` run on this device and the errors that `check` finds are at most the tolerance. Otherwise a
-    warning says why not, and the device goes without them."""
+    warning says why not, and the device goes without them.
+
+    The check comes at first use, which may lie within a block that is checkpointed, under autocast or in inference mode.
+    It runs in a thread of its own, where none of that holds: a checkpoint would count what the check saves for its
+    gradients, and miss it when the block runs again.
+    """
     try:
-        too_large = [error for error in check() if not error <= tolerance]
+        with ThreadPoolExecutor(1) as apart:
+            errors = apart.submit(lambda: list(check())).result()
+        too_large = [error for error in errors if not error <= tolerance]
     except Exception as fault:  # whatever a compiler or a driver raises
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
     else:

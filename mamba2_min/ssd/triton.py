@@ -95,7 +95,6 @@ def _chunk(kind: str, index: int | None, dtype: torch.dtype, p: int, n: int) -> 
     return tiles.q
 
 
-@torch.inference_mode(False)  # the first scan of a process may be that of a prompt
 def self_check(device: torch.device, dtype: torch.dtype, p: int, n: int) -> list[float]:
     """The relative errors of y, the state and all gradients but A's, against `ssd_plain` in float32."""
     random = torch.Generator().manual_seed(0)
@@ -108,10 +107,9 @@ def self_check(device: torch.device, dtype: torch.dtype, p: int, n: int) -> list
         leaves = [
             t.to(t.dtype if i in (1, 2, 5, 6) else narrow).detach().requires_grad_() for i, t in enumerate(inputs)
         ]
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            y, state = function(*leaves)
-            total = (y.float() * weights[0]).sum() + (state * weights[1]).sum()
-            return [y.detach(), state.detach(), *torch.autograd.grad(total, leaves)]
+        y, state = function(*leaves)
+        total = (y.float() * weights[0]).sum() + (state * weights[1]).sum()
+        return [y.detach(), state.detach(), *torch.autograd.grad(total, leaves)]
 
     inputs = [
         normal(b, l, h, p).to(dtype), F.softplus(normal(b, l, h) - 2), -normal(h).exp(), normal(b, l, g, n).to(dtype),
