@@ -94,6 +94,17 @@ def test_two_processes_reach_the_losses_of_one(tmp_path, data, alone, device, mo
     assert_near(alone(device), trained(device, data, tmp_path / "run", 2, *more))
 
 
+@pytest.mark.gpu
+@TWO
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("more", [(), ("--recompute",)], ids=" ".join)
+def test_a_text_over_two_gpus_in_bf16(tmp_path, data, more):
+    """By our kernels, which take bf16."""
+    one = trained("cuda", data, tmp_path / "one", 1, "--precision", "bf16", *more)
+    two = trained("cuda", data, tmp_path / "two", 2, "--precision", "bf16", "--context-parallel", "2", *more)
+    assert_near(one, two, 1e-2)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_of_two_is_killed_and_the_run_goes_on(tmp_path, data, alone, device):
     out = tmp_path / "run"

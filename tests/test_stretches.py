@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from mamba2_min.config import Mamba2Config
 from mamba2_min.models.mamba2 import Mamba2LM
+from mamba2_min.ops.gpu_kernels import has_triton
 from mamba2_min.ssd.stretches import spread_over
 
 SHAPE = {"vocab_size": 30, "d_model": 16, "n_layer": 2, "d_state": 4, "headdim": 4, "ngroups": 2, "chunk_size": 4}
@@ -98,6 +101,25 @@ def test_a_sequence_over_several_processes_is_the_whole(size):
         assert len(found[rank]) == len(CASES[size])
         for case, error in found[rank].items():
             assert error < 1e-10, (rank, case, error)
+
+
+@pytest.mark.skipif(not has_triton(), reason='needs Triton: pip install "mamba2-min[dev]" on Linux')
+def test_by_the_kernels_of_a_gpu(tmp_path):
+    """In Triton's interpreter, in float32: a mixer as one function, and blocks that run again."""
+    script, meeting = os.path.join(os.path.dirname(__file__), "stretches_interpreter.py"), str(tmp_path / "meeting")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", script, str(rank), meeting],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in started:
+        said, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-2000:]
+        found = list(map(float, said.split()))
+        assert len(found) == 3 and max(found) < 1e-4, found
 
 
 def test_alone_nothing_is_spread():

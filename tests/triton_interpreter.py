@@ -205,7 +205,7 @@ def between_projections():
             leaves = [t, *m.conv1d.parameters(), m.dt_bias, m.A_log, m.D, m.norm.weight]
             leaves = [leaf for leaf in leaves if leaf.requires_grad]
             if start is not None:
-                leaves.append(start.requires_grad_())
+                leaves += [start.requires_grad_(), before.requires_grad_()]
             out = computed(t, before, start, seq_idx)
             total = sum((value * torch.randn(value.shape, generator=r).to(value.dtype)).sum() for value in out)
             found.append([*out, *torch.autograd.grad(total, leaves)])

@@ -15,23 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mamba2_min.ops import gpu_kernels
 from mamba2_min.ops.autograd import autocast_off, handwritten_backward
-from mamba2_min.ops.conv import KERNEL_TAPS, kernel_documents, last_inputs
+from mamba2_min.ops.conv import KERNEL_TAPS, conv_silu_by_taps, kernel_documents, last_inputs
 from mamba2_min.ops.norm import LONGEST, writes_bf16
 from mamba2_min.ops.recipes import with_recipe
 from mamba2_min.ssd import Shape, chosen
-from mamba2_min.ssd.stretches import is_spread
+from mamba2_min.ssd.stretches import Crossing, inputs_before, is_spread
 
 if TYPE_CHECKING:
     from mamba2_min.models.mamba2 import Mamba2Mixer
 
 
 def takes(mixer: Mamba2Mixer, zxBCdt: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None) -> bool:
-    """Whether `core` computes the mixer's part from these states. That of the convolution gets no gradient there."""
-    if is_spread() or (conv_state is not None and conv_state.requires_grad):
-        return False
+    """Whether `core` computes the mixer's part from these states."""
     if ssm_state is not None and ssm_state.dtype not in (torch.float32, torch.bfloat16):
         return False
     c = mixer.config
@@ -67,12 +66,18 @@ def core(
     before = None if conv_state is None else conv_state.to(zxBCdt.dtype).contiguous()
     start = None if ssm_state is None else ssm_state.float().contiguous()
     documents = kernel_documents(zxBCdt, seq_idx)
-    window = last_inputs(zxBCdt[..., c.d_inner : c.d_inner + c.conv_dim], before, documents)
+    xBC = zxBCdt[..., c.d_inner : c.d_inner + c.conv_dim]
+    if is_spread():
+        before, window = inputs_before(xBC, c.d_conv - 1, before, seq_idx)
+        before = before.contiguous()
+    else:
+        window = last_inputs(xBC, before, documents)
     about: dict[str, Any] = {
         "sizes": shape_of(mixer, zxBCdt),
         "eps": norm.eps,
         "parts": norm.groups,
         "narrow": writes_bf16(),
+        "crossing": Crossing(seq_idx) if is_spread() else None,
     }
     with autocast_off(zxBCdt):
         weights = (conv.weight[:, 0], conv.bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight)
@@ -122,7 +127,9 @@ class Core(torch.autograd.Function):
         if start is None:
             start = zxBCdt.new_zeros(s.b, s.h, s.p, s.n, dtype=torch.float32)
         x, B, C = _heads(convolved, s)
-        y, last, H, *decays = triton.forward(x, dt, A_log, B, C, D_, start, documents, dt_bias=dt_bias)
+        y, last, H, *decays = triton.forward(
+            x, dt, A_log, B, C, D_, start, documents, dt_bias=dt_bias, crossing=about["crossing"]
+        )
         out, scale = _norm(about, y, z, weight)
         about["y"] = y
         ctx.frozen = not any(ctx.needs_input_grad[2:8])
@@ -157,9 +164,30 @@ class Core(torch.autograd.Function):
         into = (*_heads(dconvolved, s), ddt)
         dy, dlast = dy.view(y.shape), dlast.contiguous()
         arguments = (dy, dlast, x, A_log, B, C, D, documents, H, *decays)
-        _, ddt_bias, dA_log, _, _, dstart, dD = triton.backward(*arguments, into=into, trained=trained)
+        _, ddt_bias, dA_log, _, _, dstart, dD = triton.backward(
+            *arguments, into=into, trained=trained, crossing=ctx.about["crossing"]
+        )
         _, dtaps, dbias = conv_kernels.backward(xBC, dconvolved, taps, bias, before, documents, dxBC, trained)
         small = [dtaps, None if bias is None else dbias, ddt_bias, dA_log, dD]
         narrowed = [None if t is None else t.to(dtype) for t, dtype in zip(small, ctx.dtypes, strict=True)]
         dstart = dstart if ctx.from_a_state else None
-        return gradient, dstart, *narrowed, None if dweight is None else dweight.to(weight.dtype), None, None, None
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        dbefore = None
+        if ctx.needs_input_grad[8]:
+            dbefore = _gradient_of_before(before, xBC, taps, bias, documents, dconvolved).to(before.dtype)
+        return gradient, dstart, *narrowed, dweight, dbefore, None, None
+
+
+def _gradient_of_before(
+    before: Tensor, xBC: Tensor, taps: Tensor, bias: Tensor | None, documents: Tensor | None, dconvolved: Tensor
+) -> Tensor:
+    """The gradient of the inputs before the text: they reach as many of the first outputs, by the definition."""
+    few = min(before.shape[1], xBC.shape[1])
+    numbers = None if documents is None else F.pad(documents[:, :few], (before.shape[1], 0))
+    with torch.enable_grad():
+        past = before.detach().float().requires_grad_()
+        padded = torch.cat([past, xBC[:, :few].detach().float()], 1)
+        first = conv_silu_by_taps(
+            padded, taps.detach().float(), None if bias is None else bias.detach().float(), numbers
+        )
+        return torch.autograd.grad(first, past, dconvolved[:, :few].float())[0]

@@ -53,8 +53,8 @@ def is_right(kernels: str, device: torch.device, check: Callable[[], Iterable[fl
     """Whether `kernels` run on this device and the errors that `check` finds are at most the tolerance. Otherwise a
     warning says why not, and the device goes without them.
 
-    The check comes at first use, which may lie within a block that is checkpointed, under autocast or in inference mode.
-    It runs in a thread of its own, where none of that holds: a checkpoint would count what the check saves for its
+    The check comes at first use, which may lie in a block that is checkpointed, under autocast or in inference mode. It
+    runs in a thread of its own, where none of that holds: a checkpoint would count what the check saves for its
     gradients, and miss it when the block runs again.
     """
     try:

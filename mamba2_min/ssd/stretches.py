@@ -8,7 +8,8 @@ Each process holds a stretch of the tokens, of any length, in order of rank. Wha
 As in ssd_plain, with stretch r in the place of chunk c: (1) each process scans its stretch from an empty state, which
 gives y and what the stretch adds to the state, S_r; (2) the pairs (S_r, P_r), P_r the decay over the whole stretch, go
 to every process, and H_{r+1} = P_r H_r + S_r is a recurrence of as many steps as there are processes; (3) each token
-reads from the state that entered its stretch, decayed up to itself. Gradients take the same ways back.
+reads from the state that entered its stretch, decayed up to itself. Gradients take the same ways back. (A scan by our
+kernels computes its states twice instead, the second time from the state that enters: step 3 is then its own.)
 
 A pair is b h (p n + 1) float32 numbers: 6.3 MB per layer at b 8, h 24, p 64, n 128, whether a stretch has a thousand
 tokens or a million. Attention would have to send its keys and values, which grow with the stretch.
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mamba2_min.ops.autograd import widen, without_autocast
 from mamba2_min.ssd.plain import log_decay
@@ -59,6 +61,66 @@ def is_spread() -> bool:
     return _here.size > 1
 
 
+class Crossing:
+    """How the state of one scan crosses the stretches: step 2, and the way of its gradient, from right to left.
+
+    seq_idx (b, l): the stretch's documents. A state does not enter a stretch that begins with another document than the
+    one that the stretch before it ended with.
+    """
+
+    def __init__(self, seq_idx: Tensor | None):
+        self.group, self.rank, self.size = _here.group, _here.rank, _here.size
+        self.goes_on = None if seq_idx is None else _goes_on(seq_idx)
+
+    def forward(self, added: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        """added (b, h, p, n), what this stretch adds to the state; decay (b, h), over all of it; initial, the state
+        before the whole sequence. Returns the state that enters this stretch, and the one after the whole sequence."""
+        every_added, self.decays = _shared(added, self.group), _shared(self._entering(decay), self.group)
+        H = entering = initial
+        for r in range(self.size):
+            if r == self.rank:
+                entering = H
+            H = self.decays[r][..., None, None] * H + every_added[r]
+        return self._entering(entering), H
+
+    def backward(self, read: Tensor, dend: Tensor) -> tuple[Tensor, Tensor]:
+        """read: the gradient that reaches the entering state from this stretch's tokens; dend, the one that reaches the
+        state after the whole sequence from this process. Returns the gradient of the state that leaves this stretch,
+        and that of the initial state, which is the first process's: those of all processes are added up."""
+        reads, dends = _shared(self._entering(read), self.group), _shared(dend, self.group)
+        G = leaving = dends.sum(0)
+        for r in reversed(range(self.size)):
+            if r == self.rank:
+                leaving = G
+            G = self.decays[r][..., None, None] * G + reads[r]
+        return leaving, G if self.rank == 0 else torch.zeros_like(G)
+
+    def _entering(self, t: Tensor) -> Tensor:
+        """t (b, ...), zero in rows whose state does not enter."""
+        return t if self.goes_on is None else t * self.goes_on.view(-1, *[1] * (t.dim() - 1)).to(t.dtype)
+
+
+def _goes_on(seq_idx: Tensor) -> Tensor:
+    """Whether the stretch begins with the document that the one before it ended with: (b,)"""
+    ends = _shared(seq_idx[:, -1])
+    return seq_idx[:, 0] == ends[_here.rank - 1] if _here.rank else torch.ones_like(ends[0], dtype=torch.bool)
+
+
+class _Cross(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, added: Tensor, decay: Tensor, initial: Tensor, crossing: Crossing) -> tuple[Tensor, Tensor]:
+        entering, end = crossing.forward(added, decay, initial)
+        ctx.crossing = crossing
+        ctx.save_for_backward(entering)
+        return entering, end
+
+    @staticmethod
+    def backward(ctx: Any, read: Tensor, dend: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        (entering,) = ctx.saved_tensors
+        leaving, dinitial = ctx.crossing.backward(read, dend)
+        return leaving, (leaving * entering).sum((-1, -2)), dinitial, None
+
+
 @without_autocast
 def scan_stretch(
     scan: Callable[..., tuple[Tensor, Tensor]],
@@ -79,29 +141,16 @@ def scan_stretch(
     """
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     y, added = scan(x, dt, A, B, C, D, None, seq_idx, chunk_size=chunk_size)  # step 1
-    a = log_decay(widen(dt), widen(A), seq_idx)
-    if seq_idx is not None:
-        a = _cut_off(a, seq_idx)
-    from_start = a.cumsum(1).exp()  # (b, l, h)
-    decay = from_start[:, -1]
-    every_added, every_decay = _gathered(added), _gathered(decay)  # (size, b, h, p, n), (size, b, h)
-
-    H = torch.zeros_like(added) if initial_state is None else initial_state.to(added.dtype)  # step 2
-    states = [H]
-    for r in range(_here.size):
-        states.append(every_decay[r][..., None, None] * states[-1] + every_added[r])
-    # A sum in which every process has a part, so that every process takes part in the backward pass.
-    mine = torch.zeros(_here.size, dtype=added.dtype, device=added.device)
-    mine[_here.rank] = 1
-    entering = torch.einsum("r,rbhpn->bhpn", mine, torch.stack(states[:-1]))
-
+    from_start = log_decay(widen(dt), widen(A), seq_idx).cumsum(1).exp()  # (b, l, h)
+    initial = torch.zeros_like(added) if initial_state is None else initial_state.to(added.dtype)
+    entering, end = _Cross.apply(added, from_start[:, -1].to(added.dtype), initial, Crossing(seq_idx))  # step 2
     read = torch.einsum(  # step 3
         "blgn,bgkpn,blgk->blgkp",
         C.to(added.dtype),
         entering.view(b, g, h // g, p, n),
         from_start.to(added.dtype).view(b, l, g, h // g),
     )
-    return (y + read.reshape(b, l, h, p)).to(y.dtype), states[-1]
+    return (y + read.reshape(b, l, h, p)).to(y.dtype), end
 
 
 def inputs_before(u: Tensor, count: int, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,7 +162,8 @@ def inputs_before(u: Tensor, count: int, state: Tensor | None, seq_idx: Tensor |
     b, _, c = u.shape
     if count == 0:
         return u[:, :0], u[:, :0]
-    tail = torch.cat([u.new_zeros(b, count, c), u], 1)[:, -count:]
+    tail = u[:, max(0, u.shape[1] - count) :]
+    tail = F.pad(tail, (0, 0, count - tail.shape[1], 0))
     lengths = _shared(torch.tensor([min(u.shape[1], count)]))[:, 0].tolist()  # on the CPU: nobody waits for a GPU
     tails = _gathered(tail.contiguous())
     first = u.new_zeros(b, count, c) if state is None else state.to(u.dtype)
@@ -137,23 +187,14 @@ def _same_document(inputs: Tensor, numbers: Tensor, following: Tensor) -> Tensor
     return torch.where(same[..., None], inputs, 0)
 
 
-def _cut_off(a: Tensor, seq_idx: Tensor) -> Tensor:
-    """a with -inf at the stretch's first token, where the stretch before it ended with another document."""
-    ends = _shared(seq_idx[:, -1:])
-    if _here.rank == 0:
-        return a
-    changed = seq_idx[:, :1] != ends[_here.rank - 1]  # (b, 1)
-    first = torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device)
-    first[:, :1] = changed
-    return a.masked_fill(first[..., None], -torch.inf)
-
-
-def _shared(mine: Tensor) -> Tensor:
-    """The tensors of all processes, (size, ...), without gradients."""
+def _shared(mine: Tensor, group: Any = None) -> Tensor:
+    """The tensors of all processes of a group, or of `spread_over`'s, (size, ...), without gradients."""
     from torch import distributed as dist
 
-    every = [torch.empty_like(mine) for _ in range(_here.size)]
-    dist.all_gather(every, mine.contiguous(), group=_here.group)
+    group = group or _here.group
+    mine = mine.contiguous()
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
     return torch.stack(every)
 
 

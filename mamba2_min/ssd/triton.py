@@ -49,6 +49,7 @@ from mamba2_min.ops.gpu_kernels import (
 from mamba2_min.ops.seq_idx import document_numbers
 from mamba2_min.ssd.arguments import Shape
 from mamba2_min.ssd.plain import ssd_plain
+from mamba2_min.ssd.stretches import Crossing
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # of the self-check: an error of a compiler is far above
@@ -177,17 +178,25 @@ def _launch(x: Tensor, B: Tensor, documents: Tensor | None):
     return Launch(x, B, documents, tiles, product_precision(x.dtype))
 
 
-def forward(x, dt, A, B, C, D, start, documents, *, dt_bias=None):
-    """dt_bias: dt and A are then a mixer's, softplus(dt + dt_bias) the steps and -exp(A) the rates."""
+def forward(x, dt, A, B, C, D, start, documents, *, dt_bias=None, crossing: Crossing | None = None):
+    """dt_bias: dt and A are then a mixer's, softplus(dt + dt_bias) the steps and -exp(A) the rates. crossing: the
+    tokens are a stretch of the sequence; `start` and the state at the end are the whole sequence's."""
     x, B, C = map(_aligned, (x, B, C))
     with on(x):
         launch = _launch(x, B, documents)
         decays = launch.prepare(dt, A, dt_bias)
-        H, last, _ = launch.states(x, B, decays, start, None)
-        return launch.outputs(C, B, x, H, decays, D, reverse=False), last, H, *decays
+        end = None
+        if crossing is not None:
+            added = launch.states(x, B, decays, torch.zeros_like(start), None)[1]
+            start, end = crossing.forward(added, decays.across.prod(-1), start)
+        H, last, _ = launch.states(x, B, decays, start.contiguous(), None)
+        return launch.outputs(C, B, x, H, decays, D, reverse=False), last if end is None else end, H, *decays
 
 
-def backward(dy, dlast, x, A, B, C, D, documents, H, *decays, into=(None, None, None, None), trained=True):
+def backward(
+    dy, dlast, x, A, B, C, D, documents, H, *decays, into=(None, None, None, None), trained=True,
+    crossing: Crossing | None = None,
+):  # fmt: skip
     """into: memory for the gradients of x, B, C and dt. With the last, dt and A are a mixer's, and the gradient of
     dt_bias comes in the place of that of dt. trained: whether those of A, D and dt_bias are wanted; else they are
     None."""
@@ -196,13 +205,17 @@ def backward(dy, dlast, x, A, B, C, D, documents, H, *decays, into=(None, None, 
     dy, x, B, C = map(_aligned, (dy, x, B, C))
     with on(x):
         launch, decays = _launch(x, B, documents), Decays(*decays)
-        dH, dstart, carried = launch.states(dy, C, decays, dlast, H)
+        dinitial = None
+        if crossing is not None:
+            read = launch.states(dy, C, decays, torch.zeros_like(dlast), H)[1]
+            dlast, dinitial = crossing.backward(read, dlast)
+        dH, dstart, carried = launch.states(dy, C, decays, dlast.contiguous(), H)
         dx = launch.outputs(B, C, dy, dH, decays, D, True, into[0])
         dC, *read, _ = launch.key_gradients(C, B, dy, x, H, decays, False, into[2])
         dB, *written = launch.key_gradients(B, C, x, dy, dH, decays, True, into[1])
         ddt, dA, dbias = launch.step_gradients(B, C, decays.dt, A, read, written, carried, into[3], trained)
         dD = written[-1].sum((0, 2)) if trained else None
-        return dx, ddt if into[3] is None else dbias, dA, dB, dC, dstart, dD
+        return dx, ddt if into[3] is None else dbias, dA, dB, dC, dstart if crossing is None else dinitial, dD
 
 
 def _fake_forward(x, dt, A, B, C, D, start, documents):
