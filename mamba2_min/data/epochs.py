@@ -15,8 +15,10 @@ class Epochs(ABC):
     """An endless iterator of batches. Its order depends on `seed`, the epoch and the sizes of the data alone.
 
     So `state_dict` is a few integers, and `load_state_dict` goes on with the very next batch. A subclass sets `sizes`,
-    what the saved place belongs to by name; implements `_shuffle` and `__next__`, which counts `position` up to
-    `length`; and calls `_begin(0)` when it has what these need.
+    what the saved place belongs to by name; implements `_shuffle` and `_draw`, which counts `position` up to `length`;
+    and calls `_begin(0)` when it has what these need.
+
+    While a GPU is at work, `draw_ahead` draws the next batch already. Nobody but `next` notices.
     """
 
     context: int  # tokens per window
@@ -24,6 +26,8 @@ class Epochs(ABC):
     targets_per_epoch: int
     seed: int
     sizes: dict[str, int]
+    # A batch that was drawn ahead, with `state_dict` and `epochs` as they were before it.
+    _ahead: tuple[tuple[Tensor, ...], dict[str, int], float] | None = None
 
     @property
     @abstractmethod
@@ -35,18 +39,33 @@ class Epochs(ABC):
         """Draws the order of an epoch."""
 
     @abstractmethod
-    def __next__(self) -> tuple[Tensor, ...]: ...
+    def _draw(self) -> tuple[Tensor, ...]:
+        """The next batch."""
+
+    def __next__(self) -> tuple[Tensor, ...]:
+        if self._ahead is None:
+            return self._draw()
+        batch, self._ahead = self._ahead[0], None
+        return batch
 
     def __iter__(self) -> Epochs:
         return self
 
+    def draw_ahead(self) -> None:
+        """Draws the batch that `next` will return."""
+        if self._ahead is None:
+            before = self.state_dict(), self.epochs
+            self._ahead = (self._draw(), *before)
+
     @property
     def epochs(self) -> float:
         """How often the data has been gone through so far, such as 2.25."""
-        return self.epoch + self.position / self.length
+        return self._ahead[2] if self._ahead else self.epoch + self.position / self.length
 
     def state_dict(self) -> dict[str, int]:
         """The place in the data, after the last batch that was taken."""
+        if self._ahead:
+            return dict(self._ahead[1])
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position, **self.sizes}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -57,7 +76,7 @@ class Epochs(ABC):
         for name, here in self.sizes.items():
             if state[name] != here:
                 raise UserError(f"cannot go on at the saved place in the data: {name} {state[name]} then, {here} now")
-        self.seed = state["seed"]
+        self.seed, self._ahead = state["seed"], None
         self._begin(state["epoch"])
         if not 0 <= state["position"] <= self.length:
             raise damaged

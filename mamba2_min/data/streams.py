@@ -51,7 +51,7 @@ class Streams(Epochs):
         self.sizes = {"context": self.context, "rows": batch_size, "tokens": len(tokens)}
         self._begin(epoch=0)
 
-    def __next__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.position == self.length:
             self._begin(self.epoch + 1)
         at = self.position * self.context + torch.arange(self.context)  # within a row

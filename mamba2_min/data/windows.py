@@ -40,7 +40,7 @@ class Windows(Epochs):
         self.sizes = {"context": self.context, "tokens": len(tokens)}
         self._begin(epoch=0)
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = []
         missing = self.batch_size
         while missing:

@@ -80,7 +80,7 @@ class PackedWindows(Epochs):
     def length(self) -> int:
         return len(self._batches)
 
-    def __next__(self) -> Batch:
+    def _draw(self) -> Batch:
         if self.position == len(self._batches):
             self._begin(self.epoch + 1)
         room, rows = self._batches[self.position]

@@ -103,7 +103,7 @@ class TextBatches(Epochs):
     def length(self) -> int:
         return len(self._batches)
 
-    def __next__(self) -> Batch:
+    def _draw(self) -> Batch:
         if self.position == len(self._batches):
             self._begin(self.epoch + 1)
         chosen = self._batches[self.position]

@@ -72,9 +72,8 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor, add: Callable[
 
     reached: dict[Tensor, bool] = {}
     loss, *gradients = tree_sum(leaf, mine.start, mine.stop)
-    team.total([loss])
-    team.total(gradients)
-    for p, gradient in zip((p for p in parameters if reached[p]), gradients, strict=True):
+    (loss,) = team.summed([loss])
+    for p, gradient in zip((p for p in parameters if reached[p]), team.summed(gradients), strict=True):
         p.grad = gradient
     return loss
 

@@ -162,6 +162,7 @@ class Trainer:
         if self.carried:
             self.carried.commit(len(input_ids))
         total_norm = sharding.clip_gradients(self.model, s.clip or math.inf)
+        self.windows.draw_ahead()  # while a GPU works on this batch
         loss, norm = torch.stack([total, total_norm.to(total.dtype)]).tolist()  # the only wait for a GPU in a step
         loss, norm = self.team.agree(loss, norm)[0]
         self.step += 1
