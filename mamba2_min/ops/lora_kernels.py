@@ -49,10 +49,15 @@ def _digit(word, random, ONE: tl.constexpr):
 
 
 @triton.jit
-def _kept(values, bits, row, column, inside, words):
-    """values (rows, columns), 0 where the bit is 0."""
-    word = tl.load(bits + row[:, None] * words + column[None, :] // 32, mask=inside, other=0)
-    return tl.where((word >> (column % 32)[None, :]) & 1 != 0, values, 0.0)
+def _mask(bits, row, first, tokens, words, BT: tl.constexpr, BK: tl.constexpr):
+    """Which numbers of some rows are kept, BK columns from `first` on, a multiple of 32: (BT, BK).
+
+    Each word is loaded once and spread over its 32 columns: loaded for each column, words cost more than x itself.
+    """
+    place = first // 32 + tl.arange(0, BK // 32)
+    there = (row < tokens)[:, None] & (place < words)[None, :]
+    word = tl.load(bits + row[:, None] * words + place[None, :], mask=there, other=0)
+    return tl.reshape((word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, (BT, BK)) != 0
 
 
 @triton.jit
@@ -69,7 +74,7 @@ def _project_kernel(
         inside = (row < tokens)[:, None] & (column < width)[None, :]
         value = tl.load(x + row[:, None] * x_s + column[None, :], mask=inside, other=0.0)
         tl.store(xh + row[:, None] * (width + r) + column[None, :], value, mask=inside)
-        value = _kept(value, bits, row, column, inside, words).to(a.dtype.element_ty)
+        value = tl.where(_mask(bits, row, start, tokens, words, BT, BK), value, 0.0).to(a.dtype.element_ty)
         of_a = (rank < r)[None, :] & (column < width)[:, None]
         factor = tl.load(a + rank[None, :] * width + column[:, None], mask=of_a, other=0.0)
         total += tl.dot(value, factor, input_precision=PRECISION)
@@ -99,11 +104,12 @@ def _gradients_kernel(
             dh + row[:, None] * dh_s + rank[None, :], mask=(row < tokens)[:, None] & (rank < r)[None, :], other=0.0
         )
         value = tl.load(x + row[:, None] * x_s + column[None, :], mask=inside, other=0.0)
-        value = _kept(value, bits, row, column, inside, words).to(slope.dtype)
+        kept = _mask(bits, row, tl.program_id(1) * BK, tokens, words, BT, BK)
+        value = tl.where(kept, value, 0.0).to(slope.dtype)
         total += tl.dot(tl.trans(slope), value, input_precision=PRECISION)
         if DX:
             place = dx + row[:, None] * dx_s + column[None, :]
-            more = _kept(tl.dot(slope, factor, input_precision=PRECISION) * c, bits, row, column, inside, words)
+            more = tl.where(kept, tl.dot(slope, factor, input_precision=PRECISION) * c, 0.0)
             more += tl.load(place, mask=inside, other=0.0).to(tl.float32)
             tl.store(place, more.to(dx.dtype.element_ty), mask=inside)
     tl.store(parts + program * r * width + at, total * c, mask=of_a)
