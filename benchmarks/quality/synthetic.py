@@ -9,6 +9,7 @@ this size take longer to launch than to compute.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import time
@@ -110,14 +111,15 @@ def train(
     graphed = device.type == "cuda"
     seen: list[Tensor] = []
     model.train()
-    with devices.matmul_precision(device, precision), StepSizes(model) as sizes:
+    with devices.matmul_precision(device, precision):
         while not ended:
             stage = stages[at]
 
             def backward(input_ids: Tensor, places: Tensor, wanted: Tensor, stage: Stage = stage) -> Tensor:
-                with devices.autocast(device, precision):
-                    loss, right = answered(model, input_ids, places, wanted)
-                (loss + stage.still * sizes.cost() if stage.still else loss).backward()
+                with StepSizes(model) if stage.still else contextlib.nullcontext() as sizes:
+                    with devices.autocast(device, precision):
+                        loss, right = answered(model, input_ids, places, wanted)
+                    (loss + stage.still * sizes.cost() if sizes else loss).backward()
                 return torch.stack([loss.detach().float(), right.float().mean()])
 
             progress = max(step / plan.steps, (time.perf_counter() - begun) / limit)
@@ -152,7 +154,11 @@ def train(
 
 
 class StepSizes:
-    """Within a `with` block: the dt of every token and head, of all layers of a Mamba-2, in the latest forward pass."""
+    """Within a `with` block: the dt of every token and head, of all layers of a Mamba-2, in the latest forward pass.
+
+    Nothing of a pass outlives the block: what holds on to a pass that a CUDA graph recorded has the next recording add
+    its gradients up in the earlier one's stream, and PyTorch warns.
+    """
 
     def __init__(self, model: LanguageModel):
         self._mixers = [block.mixer for block in model.backbone.blocks] if isinstance(model, Mamba2LM) else []
@@ -168,6 +174,7 @@ class StepSizes:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._seen = {}
 
     def cost(self) -> Tensor:
         """0 if every head writes with a dt of 1 or more somewhere in each row, and elsewhere stands still.

@@ -90,7 +90,7 @@ class Team:
             torch._foreach_copy_(list(tensors), self.summed(tensors))
 
     def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all processes of tensors of one dtype: parts of one new tensor. Alone, the tensors themselves."""
+        """The sums of all processes' tensors, of one dtype: parts of one new tensor. Alone, the tensors themselves."""
         if self.size == 1 or not tensors:
             return list(tensors)
         sizes = [-(-t.numel() // _ALIGNED) * _ALIGNED for t in tensors]
