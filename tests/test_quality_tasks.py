@@ -126,14 +126,16 @@ def test_a_dt_of_zero_costs_nothing_and_has_a_gradient():
     model = synthetic.build(induction_heads.rows(batch=4)[0], seed=0)
     with synthetic.StepSizes(model) as sizes:
         model(induction_heads.stage(32, 4).draw(seeded())[0])
-    for k, projected in sizes._seen.items():
-        sizes._seen[k] = projected.detach()
-        sizes._seen[k][:, 1:] = -500.0
-        sizes._seen[k][:, 0] = 500.0
-        sizes._seen[k].requires_grad_()
-    cost = sizes.cost()
-    cost.backward()
-    assert cost.item() > 0 and all(seen.grad.isfinite().all() for seen in sizes._seen.values())
+        seen = sizes._seen
+        for k, projected in seen.items():
+            seen[k] = projected.detach()
+            seen[k][:, 1:] = -500.0
+            seen[k][:, 0] = 500.0
+            seen[k].requires_grad_()
+        cost = sizes.cost()
+        cost.backward()
+        assert cost.item() > 0 and all(projected.grad.isfinite().all() for projected in seen.values())
+    assert not sizes._seen
 
 
 def small(name):
