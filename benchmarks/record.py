@@ -125,6 +125,15 @@ def play(
     os.close(theirs)
     decoder, keys, shown = codecs.getincrementaldecoder("utf-8")("replace"), list(command.keys), ""
     began = time.monotonic()
+
+    def read() -> str | None:
+        """What there is to read; None at the end."""
+        try:
+            data = os.read(ours, 65536)
+        except OSError:  # the other side is closed, on Linux
+            data = b""
+        return decoder.decode(data) if data else None
+
     try:
         while True:
             if time.monotonic() - began > seconds:
@@ -136,16 +145,12 @@ def play(
                     for key in keys.pop(0)[1]:
                         os.write(ours, key.encode())
                         time.sleep(0.08)
-                        if select.select([ours], [], [], 0)[0]:
-                            yield time.monotonic() - began, decoder.decode(os.read(ours, 65536))
+                        if select.select([ours], [], [], 0)[0] and (text := read()):
+                            shown += text  # an answer may come that quickly
+                            yield time.monotonic() - began, text
                 continue
-            try:
-                data = os.read(ours, 65536)
-            except OSError:  # the other side is closed, on Linux
-                data = b""
-            if not data:
+            if (text := read()) is None:
                 break
-            text = decoder.decode(data)
             shown = (shown + text)[-1000:]
             yield time.monotonic() - began, text
     finally:

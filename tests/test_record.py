@@ -83,6 +83,14 @@ print("hello", name)
 """
 
 
+def test_an_answer_may_come_as_quickly_as_a_key_is_typed(tmp_path):
+    """The program asks again before the last key of the answer has been looked at."""
+    (tmp_path / "ask.py").write_text("while (line := input('> ')) != 'q': print('yes', line)")
+    command = record.Command("python ask.py", (("> ", "a\n"), ("> ", "b\n"), ("> ", "q\n")))
+    written = "".join(text for _, text in record.play(command, tmp_path, {**os.environ, "TERM": "dumb"}, seconds=20))
+    assert written.replace("\r", "") == "> a\nyes a\n> b\nyes b\n> q\n"
+
+
 def test_a_session_becomes_a_picture(tmp_path):
     (tmp_path / "ask.py").write_text(PROGRAM)
     commands = [record.Command("python ask.py", (("name? ", "owl\n"),)), record.Command("python -c 'print(6 * 7)'")]
