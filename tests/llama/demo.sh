@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
-prompt="The old man looked at the sea and"
+prompt="Anna and Tom sat by the pond. The duck"
 [ -f runs/demo/model.pt ] || make demo
 [ -d tests/llama/node_modules ] || npm ci --prefix tests/llama --omit=optional --ignore-scripts
 
