@@ -44,7 +44,7 @@ from mamba2_min.training.trainer import Trainer
 
 # Of a model: windows a process and their length; the text that processes share, and lengths for one, longest first.
 SHAPES: dict[str, dict[str, Any]] = {
-    "base": {"batch": 8, "length": 2048, "text": 262_144, "alone": [2**20, 3 * 2**18, 2**19, 3 * 2**17, 2**18, 2**17]},
+    "base": {"batch": 8, "length": 2048, "text": 262_144, "alone": [3 * 2**18, 5 * 2**17, 2**19, 2**18, 2**17]},
     "small": {"batch": 8, "length": 256, "text": 16_384, "alone": [16_384]},
     "tiny": {"batch": 2, "length": 48, "text": 512, "alone": [512, 256]},
 }
