@@ -3,7 +3,7 @@ r"""Complete text with a trained model: once for --prompt or for standard input,
 
 python run.py                                          # the completer
 python run.py --prompt "Once upon a time"
-echo "Once upon a time" | python run.py > story.txt    # standard output holds the completion alone
+echo "Once upon a time" | python run.py > story.txt    # the completion alone
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from mamba2_min import validate
 from mamba2_min.errors import UserError, output_status, printable, run_script
 from mamba2_min.finetune.talk import Chat
-from mamba2_min.flags import Parser
+from mamba2_min.flags import HelpFormatter, Parser
 from mamba2_min.inference.dialogue import Dialogue, how_it_ended, reading, show, write_out
 from mamba2_min.inference.terminal import is_terminal, wrapped
 from mamba2_min.inference.writing import add_flags, described, prepare, sampler_of
@@ -105,7 +105,7 @@ def _read_standard_input() -> str:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     model = parser.add_argument_group("the model")
     model.add_argument("--model", metavar="DIR", type=Path, help="a run's folder (default: runs/demo or the newest)")
     model.add_argument("--adapter", metavar="DIR", type=Path, help="what a fine-tuning of that model left")

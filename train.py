@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mamba2_min import console
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError, run_script
-from mamba2_min.flags import add_flags, asked_for, check_threads
+from mamba2_min.flags import HelpFormatter, add_flags, asked_for, check_threads
 from mamba2_min.settings import MODEL_FLAGS, PRESETS, DataSettings, Settings
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags: those that follow from the settings' fields, and those that are the command's own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     run = parser.add_argument_group("the run")
     run.add_argument("--out", default="runs/latest", metavar="DIR", help="the run's folder (%(default)s)")
     either = run.add_mutually_exclusive_group()

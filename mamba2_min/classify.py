@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from mamba2_min import console
 from mamba2_min.errors import UserError, output_status, printable, run_script
+from mamba2_min.flags import HelpFormatter
 
 if TYPE_CHECKING:
     from mamba2_min.data.tokenizer import WordTokenizer
@@ -29,7 +30,7 @@ _BATCH = 32
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mamba2_min.classify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m mamba2_min.classify", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument(
         "--model",

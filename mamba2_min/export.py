@@ -27,7 +27,7 @@ TEMPLATES = {"text": "{{ .Prompt }}", "request": "{{ .Prompt }}<start>"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="the run's folder")
     parser.add_argument(
         "--out", type=flags.folder, required=True, metavar="DIR", help=f"folder for {GGUF} and {MODELFILE}"

@@ -1,12 +1,13 @@
 """Command-line flags made from the fields of settings classes: each setting is described in one place, its field.
 
-And a parser whose errors are one line.
+And a parser whose errors are one line, and help that fits the terminal.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the arguments)")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills the paragraphs of a description to the terminal's width. Indented lines and commands stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        paragraph: list[str] = []
+        for line in [*text.strip().splitlines(), ""]:
+            if line and not line.startswith((" ", "python ", "echo ")):
+                paragraph.append(line)
+                continue
+            if paragraph:
+                lines.append(textwrap.fill(" ".join(paragraph), width, break_on_hyphens=False))
+                paragraph = []
+            lines.append(line)
+        return "\n".join(lines).rstrip()
 
 
 def add_flags(

@@ -18,7 +18,7 @@ _LARGEST = 1e-4  # relative difference of the logits
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mamba2_min.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m mamba2_min.merge", description=__doc__, formatter_class=flags.HelpFormatter
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the folder of a fine-tuning with lora")
     parser.add_argument("--model", metavar="DIR", help="the base, where it has moved (the one that the adapter names)")

@@ -12,7 +12,7 @@ import torch
 from mamba2_min import devices, flags, validate
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
-from mamba2_min.flags import add_flags, asked_for, flag
+from mamba2_min.flags import HelpFormatter, add_flags, asked_for, flag
 from mamba2_min.settings import MODEL_FLAGS, PRESETS, DataSettings, Settings, setting
 
 # Plain values
@@ -197,3 +197,26 @@ def test_beside_a_gpu_one_thread_is_enough(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert devices.cpu_threads(torch.device("cuda")) == 1
     assert devices.cpu_threads(torch.device("cpu")) == devices.cpu_threads()
+
+
+def test_a_description_fills_the_terminal_and_its_examples_stay_as_they_are(monkeypatch):
+    description = """It does one thing.
+
+    python -m program --data my_documents --out runs/mine    # longer than the lines
+python program.py
+
+A paragraph of long lines, such as a source has them, is
+filled anew, with well-known words whole.
+"""
+    monkeypatch.setenv("COLUMNS", "42")
+    parser = argparse.ArgumentParser(prog="p", description=description, formatter_class=HelpFormatter, add_help=False)
+    assert parser.format_help().splitlines()[2:] == [
+        "It does one thing.",
+        "",
+        "    python -m program --data my_documents --out runs/mine    # longer than the lines",
+        "python program.py",
+        "",
+        "A paragraph of long lines, such as a",
+        "source has them, is filled anew, with",
+        "well-known words whole.",
+    ]

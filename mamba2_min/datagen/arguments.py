@@ -13,7 +13,7 @@ from mamba2_min.datagen.judging import Rules
 from mamba2_min.datagen.kinds import Kind
 from mamba2_min.datagen.languages import LANGUAGES
 from mamba2_min.errors import UserError
-from mamba2_min.flags import Parser
+from mamba2_min.flags import HelpFormatter, Parser
 from mamba2_min.printable import one_line
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _INTEGERS = {  # the smallest and the largest value of each; the server's seeds 
 
 def parse(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, each within its bounds. Raises UserError for the first that makes no sense."""
-    result = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=description, formatter_class=HelpFormatter)
     what = result.add_argument_group("what is written").add_argument
     kinds = f"{', '.join(KINDS)}, or a .toml or .json file of your own"
     what("--kind", default="stories", metavar="KIND", help=f"{kinds} (stories)")

@@ -2,13 +2,13 @@
 
     python -m mamba2_min.evaluation.compare runs/a runs/b runs/c --data my_documents --out comparison
 
-    bits per byte   of documents that none of the runs was trained on: each from an empty state, and all with the state
-                    carried from one to the next
-    distinct        the share of three-word phrases that are new, in sampled texts
-    loop-free       the share of a greedy text that is outside of its longest loop
+    bits per byte   of documents that none of the runs was trained on: each from
+                    an empty state, and all with the state carried on
+    distinct        of three-word phrases in sampled texts, the share that is new
+    loop-free       the share of a greedy text outside of its longest loop
     closure         the share of sampled texts that end by themselves
-    induction       which word followed the marker the last time? asked with words of the vocabulary
-    association     pairs of words, then the first of each: which was the second?
+    induction       which word followed the marker the last time?
+    association     pairs of words, then a first one: which was the second?
     speed, memory   words are written one by one; the weights and the state
 
 The documents are those of --data that each run kept for validation, by the settings in its folder; --all takes all. A
@@ -181,9 +181,7 @@ def shown(run: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mamba2_min.evaluation.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m mamba2_min.evaluation.compare", description=__doc__, formatter_class=flags.HelpFormatter
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders of runs")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamba2_min import files
 from mamba2_min.errors import UserError, run_script
-from mamba2_min.flags import check_integers
+from mamba2_min.flags import HelpFormatter, check_integers
 from mamba2_min.printable import one_line
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ def evaluate_tasks(
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mamba2_min.evaluation.harness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m mamba2_min.evaluation.harness", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of the harness or of --include (the bundled)")

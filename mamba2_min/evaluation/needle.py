@@ -6,8 +6,10 @@ Several rows read "The stranger's name was NAME.", each with another name, and t
 copy of the state is asked "The stranger's name was". The rows differ in nothing but the name, so that what they answer
 differently is what the state still holds of it:
 
-    gain      nats by which a name is likelier in the row that was given it than in the others; 0: it is forgotten
-    right     the share of rows whose own name gains the most there; one in as many as there are names by chance
+    gain      nats by which a name is likelier in the row that was given it than
+              in the others; 0: it is forgotten
+    right     the share of rows whose own name gains the most there; by chance
+              one in as many as there are names
 
 The state is carried and of one size, so that memory does not grow with the distance. Names that occur in the book are
 not used, nor are names that are more than one token.
@@ -195,9 +197,7 @@ def plot(points: Sequence[Point], chance: float, path: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mamba2_min.evaluation.needle",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m mamba2_min.evaluation.needle", description=__doc__, formatter_class=flags.HelpFormatter
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="a run's folder")

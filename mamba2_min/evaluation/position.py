@@ -203,9 +203,7 @@ def _trained_context(run: str) -> int | None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mamba2_min.evaluation.position",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m mamba2_min.evaluation.position", description=__doc__, formatter_class=flags.HelpFormatter
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a run's folder")
     parser.add_argument("--data", required=True, metavar="FILE", help="a text; of a folder, its longest document")

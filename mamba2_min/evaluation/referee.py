@@ -251,9 +251,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mamba2_min.evaluation.referee",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m mamba2_min.evaluation.referee", description=__doc__, formatter_class=flags.HelpFormatter
     )
     add = parser.add_argument
     add("--a", metavar="MODEL", help="a run's folder, or ollama:NAME")

@@ -21,13 +21,13 @@ import sys
 from mamba2_min import console
 from mamba2_min.errors import UserError, run_script
 from mamba2_min.finetune.spec import FinetuneSettings, plan
-from mamba2_min.flags import add_flags, asked_for, check_threads
+from mamba2_min.flags import HelpFormatter, add_flags, asked_for, check_threads
 from mamba2_min.settings import Settings
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mamba2_min.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m mamba2_min.finetune", description=__doc__, formatter_class=HelpFormatter
     )
     run = parser.add_argument_group("the run")
     run.add_argument("--out", default="runs/finetuned", metavar="DIR", help="the new run's folder (%(default)s)")
