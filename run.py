@@ -20,7 +20,7 @@ from mamba2_min.errors import UserError, output_status, printable, run_script
 from mamba2_min.finetune.talk import Chat
 from mamba2_min.flags import HelpFormatter, Parser
 from mamba2_min.inference.dialogue import Dialogue, how_it_ended, reading, show, write_out
-from mamba2_min.inference.terminal import is_terminal, wrapped
+from mamba2_min.inference.terminal import DIM, is_terminal, styled, wrapped
 from mamba2_min.inference.writing import add_flags, described, prepare, sampler_of
 
 RUNS = Path("runs")
@@ -78,7 +78,7 @@ def main() -> int:
         raise UserError(str(error)) from None
     status = output_status("the text")
     if not status:
-        print(how_it_ended(completer), file=sys.stderr)
+        print(styled(how_it_ended(completer), DIM, sys.stderr), file=sys.stderr)
     return status
 
 

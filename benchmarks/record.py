@@ -205,7 +205,7 @@ def record(commands: Sequence[Command], folder: Path, environment: dict[str, str
             cells.feed(text)
             keep(offset + at)
         took = written[-1][0] if written else 0.0
-        cells.feed(f"\x1b[2m({took:,.0f} seconds)\x1b[0m\r\n\r\n")
+        cells.feed(f"\x1b[2m({took:,.0f} second{'' if round(took) == 1 else 's'})\x1b[0m\r\n\r\n")
         offset = frames[-1].at + 1.5
         keep(offset)
     return frames
@@ -288,7 +288,7 @@ def main() -> None:
     commands = [Command(line) for line in demo((ROOT / "Makefile").read_text())]
     commands.append(Command("python run.py --max-tokens 60", keys))
     if not args.without_generator:
-        commands.insert(0, Command(f"python data_generator.py --model {args.model} --documents 3 --out runs/written"))
+        commands.insert(0, Command(f"python data_generator.py --model {args.model} --documents 20 --out runs/written"))
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -11,13 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from ollama_server import HARMLESS, LASTING, PASSING, OllamaServer, faults, story
 
 from mamba2_min.datagen.duplicates import NearDuplicates, jaccard, signature
-from mamba2_min.datagen.judging import Rules, judge
+from mamba2_min.datagen.judging import Rules, judge, words
+from mamba2_min.datagen.screen import MOST_OPENINGS
 
 SCRIPT = Path(__file__).parents[1] / "data_generator.py"
 QUICK = ("--backoff", "0.01", "--timeout", "0.3", "--first-timeout", "5")
@@ -96,6 +98,10 @@ def test_two_hundred_documents_in_spite_of_faults(server, tmp_path):
         assert re.search(rf"  {re.escape(reason)} +{rejected.count(reason)}\n", table)
     for name in ("words", "distinct words", "unique openings", "tokens"):
         assert re.search(rf"{name} +[1-9]", table)
+    openings = Counter(" ".join(words(text)[:4]) for text in texts)
+    told = re.findall(r"^  ([\d,]+) times +(.+)$", table, re.M)
+    assert all(openings[opening] == int(count) > 1 for count, opening in told)  # those that are frequent alone
+    assert len(told) == min(MOST_OPENINGS, sum(count > 1 for count in openings.values()))
     assert "train.py --data" in table
     assert "200/200" in done.stderr and "tokens/s" in done.stderr and f"{len(rejected)} rejected" in done.stderr
 
@@ -301,7 +307,7 @@ def test_a_full_disk(server, tmp_path):
 # --- screens ---
 
 RUSSIAN = (
-    "Дождь кончился {seed}. Старик снял шляпу со стены и вышел посмотреть на реку, которая ночью поднялась и теперь"
+    "Дождь кончился к утру среды {seed}. Старик снял шляпу со стены и вышел посмотреть на реку, которая ночью поднялась и теперь"
     " стояла у самой двери мельницы номер {seed}, и он не знал, что ему делать с этой водой {seed} раз."
 )
 
@@ -312,7 +318,7 @@ def test_a_screen_that_lacks_letters(server, tmp_path, encoding):
     args = ("--host", server.url, "--out", tmp_path, "--language", "ru", "--similarity", 1, "--documents", 2, *QUICK)
     done = run(*args, PYTHONIOENCODING=f"{encoding}:strict", PYTHONUTF8="0")
     assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert "\\u0434\\u043e\\u0436\\u0434\\u044c" in done.stdout  # the first word of an opening
+    assert "\\u0434\\u043e\\u0436\\u0434\\u044c" in done.stdout  # the first word of both openings
     assert len(entries(tmp_path)) == 2
 
 

@@ -502,6 +502,14 @@ def test_tab_completes_commands_and_suggestions(well_read, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
+def test_how_a_text_ended_is_grey_like_every_remark(well_read):
+    arguments = ("--model", str(well_read), "--prompt", "The owl", "--max-tokens", "3")
+    with Process(*arguments, TERM="xterm", NO_COLOR="") as session:
+        shown = session.until("cut at the length\x1b[0m\n")
+    assert shown.splitlines()[-1].startswith("\x1b[2m3 tokens at ")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals here")
 @pytest.mark.parametrize("terminal", ["xterm", "dumb"])
 def test_what_is_done_while_a_long_prompt_is_read(well_read, terminal):
     arguments = ("--model", str(well_read), "--prompt", "The owl flew " * 700, "--max-tokens", "1")

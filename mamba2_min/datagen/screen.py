@@ -126,6 +126,7 @@ def show_rows(*rows: tuple[str, str]) -> None:
 def show_table(store: Store, progress: Progress) -> None:
     """What the folder holds and what this run did, on standard output."""
     summary = summarize(store)
+    frequent = summary.openings.most_common(MOST_OPENINGS)
 
     def so_far(count: int, here: int) -> str:
         return f"{count:,}" if count == here else f"{count:,} ({here:,} in this run)"
@@ -140,6 +141,6 @@ def show_table(store: Store, progress: Progress) -> None:
         ("words", f"{summary.words:,}"),
         ("distinct words", f"{summary.distinct_words:,}"),
         ("unique openings", f"{summary.unique_openings:.0%} of the documents' first four words"),
-        *((f"  {count:,} times", one_line(text, 80)) for text, count in summary.openings.most_common(MOST_OPENINGS)),
+        *((f"  {count:,} times", one_line(text, 80)) for text, count in frequent if count > 1),
         ("tokens", f"{summary.tokens:,} for train.py"),
     )

@@ -26,9 +26,9 @@ def is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()
 
 
-def styled(text: str, style: str) -> str:
-    """`text` in a style, where standard output is a terminal that has styles."""
-    plain = not _obeys(sys.stdout) or os.environ.get("NO_COLOR")
+def styled(text: str, style: str, stream: Any = None) -> str:
+    """`text` in a style, where `stream` (sys.stdout), to which it goes, is a terminal that has styles."""
+    plain = not _obeys(sys.stdout if stream is None else stream) or os.environ.get("NO_COLOR")
     return text if plain or not (text and style) else f"{style}{text}\033[0m"
 
 
