@@ -27,6 +27,7 @@ from mamba2_min.finetune.token_rows import train_rows
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.training import distributed, screen
 from mamba2_min.training.memory import shared_out, training_memory
+from mamba2_min.training.muon import layer_matrices
 from mamba2_min.training.task import ModelFiles, Task
 from mamba2_min.training.trainer import Result, Trainer
 
@@ -94,7 +95,8 @@ def check_memory(ready: Prepared, spec: FinetuneSpec, device: torch.device) -> N
     rows, length = ready.largest
     micro = min(s.micro_batch or rows, rows)
     precision = devices.pick_precision(s.precision, device)
-    needed = training_memory(ready.model.config, micro, length, device, s.recompute, precision)
+    optimizer = s.optimizer if layer_matrices(ready.model) else "adamw"
+    needed = training_memory(ready.model.config, micro, length, device, s.recompute, precision, optimizer=optimizer)
     # What is frozen has no gradient and no moments.
     needed -= 12 * sum(p.numel() for p in ready.model.parameters() if not p.requires_grad)
     if free is not None and needed > free:

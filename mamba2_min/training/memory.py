@@ -32,13 +32,15 @@ def training_memory(
     recompute: bool = False,
     precision: str = "float32",
     averaged: bool = False,
+    optimizer: str = "adamw",
 ) -> int:
     """An estimate of the bytes that a training adds to the process: too high, by at most three fifths.
 
     Weights, gradients and AdamW's two moments are four float32 copies of the parameters; while the head's gradient is
     computed there is one more of the embedding. Until the backward pass a token keeps, in each layer, the residual
     stream and the inputs and outputs of projections, convolution, scan and norms; with `recompute`, of one layer only.
-    Weights that are `averaged` are one copy more.
+    Weights that are `averaged` are one copy more. Of the layers' matrices Muon keeps one moment, and its step takes as
+    much as three and a half copies: what the backward pass took is free by then, but in blocks of other sizes.
     With `precision` "bf16" a GPU keeps all but the residual stream in half of the bytes.
     """
     device = torch.device(device)
@@ -57,7 +59,10 @@ def training_memory(
     with devices.matmul_precision(device, precision):
         logits = min(slice_elements(device), tokens * config.vocab_size) * (1 if on_cpu else 3)
     libraries = 216 << 20 if on_cpu else 0  # what the optimizer and the plot import, Triton with them
-    return 4 * ((4 + averaged) * config.num_parameters() + head + logits) + tokens * per_token + libraries
+    copies = (4 + averaged) * config.num_parameters()
+    if optimizer == "muon":
+        copies += 5 * config.n_layer * (config.d_in_proj + config.d_inner) * config.d_model // 2  # 3.5, less a moment
+    return 4 * (copies + head + logits) + tokens * per_token + libraries
 
 
 def fit_to_memory(config: Mamba2Config, settings: Settings, device: torch.device, team: Team | None = None) -> Settings:
@@ -151,6 +156,6 @@ def _needed(
     """Bytes for this process's part of the texts and, where the model is sharded, of the weights."""
     precision, averaged = devices.pick_precision(settings.precision, device), settings.ema_decay > 0
     own = -(-context // team.stretches) if team else context
-    needed = training_memory(config, batch, own, device, settings.recompute, precision, averaged)
+    needed = training_memory(config, batch, own, device, settings.recompute, precision, averaged, settings.optimizer)
     elsewhere = 1 - 1 / team.size if team and team.sharded else 0
     return needed - int(4 * (4 + averaged) * config.num_parameters() * elsewhere)

@@ -77,6 +77,7 @@ class Muon(torch.optim.AdamW):
             del ahead
             length = group["lr"] * _SIZE * math.sqrt(max(steps.shape[1:]))
             torch._foreach_add_([p[part] for p in matrices], list(steps.to(matrices[0].dtype)), alpha=-length)
+            del steps
 
     def _mean(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -101,8 +102,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # a copy, which the steps below change
     for _ in range(_STEPS):
         gram = x @ x.mT
-        more = (b * gram + c * gram @ gram) @ x
-        x.mul_(a).add_(more)  # in place: all layers at once are a third of the model
+        square = c * gram @ gram
+        gram.mul_(b).add_(square)  # in place: all layers at once are a third of the model
+        del square
+        more = gram @ x
+        x.mul_(a).add_(more)
     return x if wide else x.mT
 
 
