@@ -1,5 +1,6 @@
 """Fine-tuning from end to end: by the trainer, resumed to the bit, its files read back, its commands in one line."""
 
+import dataclasses
 import json
 import math
 import resource
@@ -136,6 +137,22 @@ def test_it_learns_and_resumes_to_the_bit(base, tmp_path, monkeypatch, task, met
         a, b = (torch.load(tmp_path / n / "model.pt", weights_only=True) for n in ("whole", "parts"))
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert same_files(tmp_path / "whole", tmp_path / "parts", names)
+
+
+@pytest.mark.parametrize("method", [{"method": "full"}, {"method": "lora", "lora_targets": "in_proj,lm_head"}], ids=str)
+def test_sorting_leaves_a_head_of_the_models_own_alone(base, tmp_path, method):
+    """It is not read: no gradient reaches it, and nothing of it is needed to resume."""
+    config = dataclasses.replace(Mamba2LM.from_pretrained(base).config, tie_embeddings=False)
+    model = Mamba2LM(config, seed=0)
+    model.save_pretrained(base)
+    data, out = write_lines(tmp_path / "data.jsonl", TEXTS), tmp_path / "run"
+    finetune(base, data, out, task="classify", val_fraction=0.3, max_steps=4, **method)
+    spec = plan(out, {"max_steps": 6}, resume=True, accept=("max_steps",))
+    assert run.finetune(spec, out, CPU, again="", quiet=True).step == 6
+    if method["method"] == "full":
+        trained = torch.load(out / "model.pt", weights_only=True)
+        assert torch.equal(trained["lm_head.weight"], model.lm_head.weight)
+        assert not torch.equal(trained["backbone.embedding.weight"], model.backbone.embedding.weight)
 
 
 def test_every_example_of_a_few_is_learnt_by_heart_and_ended(base, tmp_path):

@@ -29,7 +29,10 @@ ABSENT = 1  # stands for a word that is taken away: the zero byte, or in the pat
 
 
 class Classifier(nn.Module):
-    """`model` with a head for `labels` classes. It has what the trainer needs of a model."""
+    """`model` with a head for `labels` classes. It has what the trainer needs of a model.
+
+    Its lm_head is not read: where that is not the embedding, it is frozen.
+    """
 
     class_weights: Tensor
 
@@ -58,6 +61,9 @@ class Classifier(nn.Module):
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
         self.model, self.pool, self.label_smoothing, self.dropout = model, pool, label_smoothing, dropout
         like = model.lm_head.weight
+        for p in model.lm_head.parameters():
+            if p is not model.backbone.embedding.weight:  # else an optimizer would expect gradients of it
+                p.requires_grad_(False)
         self.word_dropout, self.consistency, self.spelling = word_dropout, consistency, spelling
         width = model.config.d_model * (1 + pool.count("+"))
         self.head = nn.Linear(width, labels, device=like.device, dtype=like.dtype)
