@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba2_min.ops.autograd import widen, without_autocast
+from mamba2_min.ops.autograd import handwritten_backward, widen, without_autocast
 from mamba2_min.ssd.plain import log_decay
 
 
@@ -115,6 +115,7 @@ class _Cross(torch.autograd.Function):
         return entering, end
 
     @staticmethod
+    @handwritten_backward
     def backward(ctx: Any, read: Tensor, dend: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         (entering,) = ctx.saved_tensors
         leaving, dinitial = ctx.crossing.backward(read, dend)
@@ -211,6 +212,7 @@ class _Gather(torch.autograd.Function):
         return _shared(mine)
 
     @staticmethod
+    @handwritten_backward
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         from torch import distributed as dist
 
