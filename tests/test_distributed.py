@@ -100,6 +100,15 @@ def test_a_text_cannot_be_shared_by_one_process(tmp_path, data, more):
     assert processes.all[0].text().startswith("error: --context-parallel")
 
 
+def test_a_text_with_fewer_tokens_than_processes_cannot_be_shared(tmp_path, data):
+    processes = Processes(2, data, tmp_path / "run", "--context-parallel", "2", "--context", "1")
+    assert processes.wait(60) == [2, 2]
+    assert (
+        processes.all[0].text().endswith("error: 2 processes cannot share texts of 1 token: lower --context-parallel\n")
+    )
+    assert not (tmp_path / "run" / checkpoint.METRICS).exists()
+
+
 def test_a_signal_to_one_of_them_saves_and_another_number_goes_on(tmp_path, data, alone):
     processes = Processes(2, data, tmp_path / "run")
     processes.after(4)

@@ -11,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba2_min.data.corpus import load_corpus
+from mamba2_min.data.streams import Streams
 from mamba2_min.data.windows import Windows, validation_windows
 from mamba2_min.errors import UserError
+from mamba2_min.finetune.conversations import Example
+from mamba2_min.finetune.labels import Sample
+from mamba2_min.finetune.packing import PackedWindows
+from mamba2_min.finetune.sorting import TextBatches
 from mamba2_min.ops.loss import IGNORE
 
 
@@ -32,6 +37,33 @@ def pairs(batches):
         keep = targets != IGNORE
         count.update(zip(inputs[keep].tolist(), targets[keep].tolist(), strict=True))
     return count
+
+
+TEXTS = [torch.arange(n + 1) for n in (3, 5, 9, 40, 2, 70, 6)]
+ITERATORS = {
+    "windows": lambda: Windows(torch.arange(50), 7, 3, seed=1),
+    "streams": lambda: Streams(torch.arange(50), torch.tensor([0, 9, 30]), 7, 3, start_id=0, seed=1),
+    "conversations": lambda: PackedWindows([Example(t, t[1:] % 3 > 0, 1) for t in TEXTS], 16, 2, seed=1),
+    "texts to sort": lambda: TextBatches([Sample(t, 0) for t in TEXTS], 2, seed=1),
+}
+
+
+@pytest.mark.parametrize("made", ITERATORS.values(), ids=ITERATORS)
+def test_a_batch_that_is_drawn_ahead_is_the_next_one_and_has_not_been_taken(made):
+    plain, ahead, resumed = made(), made(), made()
+    for _ in range(20):  # over the ends of epochs
+        random = torch.get_rng_state()
+        ahead.draw_ahead()
+        ahead.draw_ahead()
+        assert torch.equal(torch.get_rng_state(), random)  # else dropout would depend on what is drawn ahead
+        assert (ahead.state_dict(), ahead.epochs) == (plain.state_dict(), plain.epochs)
+        resumed.load_state_dict(ahead.state_dict())
+        for expected, *others in zip(next(plain), next(ahead), next(resumed), strict=True):
+            assert all(torch.equal(expected, other) for other in others)
+    assert plain.epochs > 2
+    ahead.draw_ahead()
+    ahead.load_state_dict(made().state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(next(ahead), next(made()), strict=True))
 
 
 class TestWindows:
@@ -56,19 +88,6 @@ class TestWindows:
             assert inputs.equal(torch.cat([pair[0] for pair in expected]))
             assert targets.equal(torch.cat([pair[1] for pair in expected]))
         assert windows.epochs == single.epochs
-
-    def test_a_batch_that_is_drawn_ahead_is_the_next_one_and_has_not_been_taken(self):
-        plain, ahead, resumed = (Windows(torch.arange(50), 7, 3, seed=1) for _ in range(3))
-        for _ in range(9):  # over the ends of epochs
-            ahead.draw_ahead()
-            ahead.draw_ahead()
-            assert (ahead.state_dict(), ahead.epochs) == (plain.state_dict(), plain.epochs)
-            resumed.load_state_dict(ahead.state_dict())
-            expected = next(plain)
-            assert all(map(torch.equal, expected, next(resumed))) and all(map(torch.equal, expected, next(ahead)))
-        ahead.draw_ahead()
-        ahead.load_state_dict(Windows(torch.arange(50), 7, 3, seed=1).state_dict())
-        assert all(map(torch.equal, next(ahead), next(Windows(torch.arange(50), 7, 3, seed=1))))
 
     def test_rows_are_consecutive_tokens_and_padding_is_on_the_right(self):
         windows = Windows(torch.arange(10, 113), context=8, batch_size=1)

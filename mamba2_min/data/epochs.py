@@ -18,7 +18,8 @@ class Epochs(ABC):
     what the saved place belongs to by name; implements `_shuffle` and `_draw`, which counts `position` up to `length`;
     and calls `_begin(0)` when it has what these need.
 
-    While a GPU is at work, `draw_ahead` draws the next batch already. Nobody but `next` notices.
+    While a GPU is at work, `draw_ahead` draws the next batch already. `state_dict` and `epochs` still tell the place
+    after the last batch that was taken; `epoch` and `position` are then ahead of it.
     """
 
     context: int  # tokens per window
@@ -40,7 +41,7 @@ class Epochs(ABC):
 
     @abstractmethod
     def _draw(self) -> tuple[Tensor, ...]:
-        """The next batch."""
+        """The next batch, from `epoch` and `position`."""
 
     def __next__(self) -> tuple[Tensor, ...]:
         if self._ahead is None:
@@ -52,14 +53,14 @@ class Epochs(ABC):
         return self
 
     def draw_ahead(self) -> None:
-        """Draws the batch that `next` will return."""
+        """Draws the batch that `next` will return, unless that is done already."""
         if self._ahead is None:
             before = self.state_dict(), self.epochs
             self._ahead = (self._draw(), *before)
 
     @property
     def epochs(self) -> float:
-        """How often the data has been gone through so far, such as 2.25."""
+        """How often the data has been gone through, after the last batch that was taken, such as 2.25."""
         return self._ahead[2] if self._ahead else self.epoch + self.position / self.length
 
     def state_dict(self) -> dict[str, int]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from mamba2_min.data.findings import counted
 from mamba2_min.errors import UserError
 from mamba2_min.ssd.stretches import spread_over
 
@@ -76,7 +77,11 @@ class Team:
         return self.size // self.stretches
 
     def stretch(self, length: int) -> slice:
-        """Which of a text's tokens this process takes."""
+        """Which of a text's tokens this process takes. Raises UserError where there are fewer than processes."""
+        if length < self.stretches:
+            raise UserError(
+                f"{self.stretches} processes cannot share texts of {counted(length, 'token')}: lower --context-parallel"
+            )
         k = self.rank % self.stretches
         return slice(length * k // self.stretches, length * (k + 1) // self.stretches)
 

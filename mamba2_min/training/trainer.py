@@ -96,6 +96,7 @@ class Trainer:
         self.model = sharding.placed(task.files.unwrapped(model), self.device, self.team.sharded, settings)
         self.model.recompute = settings.recompute
         self.windows = _batches(task, settings, self.model)
+        self.team.stretch(self.windows.context)  # raises now, and not in the first step
         self.asked, self.settings = settings, _resolved(settings, task, self.windows)
         self.micro_batch = min(settings.micro_batch or settings.batch_size, settings.batch_size)
         self.optimizer = _optimizer(self.model, settings, self.team.sharded)
