@@ -32,7 +32,7 @@ from mamba2_min.errors import UserError
 from mamba2_min.ssd.stretches import spread_over
 
 _GONE = "another process of this training ended; what was saved before is intact"
-_ALIGNED = 64  # numbers: where each tensor begins within one that is sent, so that a GPU reads it as fast as before
+_ALIGNED = 64  # numbers: of tensors that are sent as one, each begins at a multiple; a GPU reads that faster
 _PATIENCE = timedelta(minutes=10)  # how long a process waits for the others, who may be validating or saving
 
 
