@@ -156,8 +156,8 @@ def train(
 class StepSizes:
     """Within a `with` block: the dt of every token and head, of all layers of a Mamba-2, in the latest forward pass.
 
-    Nothing of a pass outlives the block: what holds on to a pass that a CUDA graph recorded has the next recording add
-    its gradients up in the earlier one's stream, and PyTorch warns.
+    Nothing of a pass outlives the block. If a pass that a CUDA graph recorded were kept, the next recording would add
+    its gradients up in the stream of the earlier one, and PyTorch would warn.
     """
 
     def __init__(self, model: LanguageModel):

@@ -52,7 +52,7 @@ def _digit(word, random, ONE: tl.constexpr):
 def _mask(bits, row, first, tokens, words, BT: tl.constexpr, BK: tl.constexpr):
     """Which numbers of some rows are kept, BK columns from `first` on, a multiple of 32: (BT, BK).
 
-    Each word is loaded once and spread over its 32 columns: loaded for each column, words cost more than x itself.
+    Each word is loaded once and spread over its 32 columns. To load it for each column costs more than to load x.
     """
     place = first // 32 + tl.arange(0, BK // 32)
     there = (row < tokens)[:, None] & (place < words)[None, :]

@@ -8,8 +8,10 @@ Each process holds a stretch of the tokens, of any length, in order of rank. Wha
 As in ssd_plain, with stretch r in the place of chunk c: (1) each process scans its stretch from an empty state, which
 gives y and what the stretch adds to the state, S_r; (2) the pairs (S_r, P_r), P_r the decay over the whole stretch, go
 to every process, and H_{r+1} = P_r H_r + S_r is a recurrence of as many steps as there are processes; (3) each token
-reads from the state that entered its stretch, decayed up to itself. Gradients take the same ways back. (A scan by our
-kernels computes its states twice instead, the second time from the state that enters: step 3 is then its own.)
+reads from the state that entered its stretch, decayed up to itself. Gradients take the same ways back.
+
+Our kernels on a GPU do it in another order (ssd/triton.py): step 1 computes the states alone, and after step 2 an
+ordinary scan of the stretch begins from the state that enters, so that step 3 is part of it.
 
 A pair is b h (p n + 1) float32 numbers: 6.3 MB per layer at b 8, h 24, p 64, n 128, whether a stretch has a thousand
 tokens or a million. Attention would have to send its keys and values, which grow with the stretch.

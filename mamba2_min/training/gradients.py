@@ -54,7 +54,7 @@ def batch_gradients(trainer: Trainer, team: Team, *batch: Tensor, add: Callable[
         raise UserError(f"{team.size} processes share {most} micro-batch(es): lower --micro-batch")
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     if not mine:
-        for p in parameters:
+        for p in parameters:  # the others have gradients of all: what a model does not read is frozen (Classifier)
             p.grad = torch.zeros_like(p)
         loss = torch.zeros((), dtype=widest(trainer.device), device=trainer.device)
         team.total([loss])
