@@ -59,7 +59,7 @@ def is_right(kernels: str, device: torch.device, check: Callable[[], Iterable[fl
     """
     try:
         with ThreadPoolExecutor(1) as apart:
-            errors = apart.submit(lambda: list(check())).result()
+            errors = apart.submit(_checked, check).result()
         too_large = [error for error in errors if not error <= tolerance]
     except Exception as fault:  # whatever a compiler or a driver raises
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
@@ -69,6 +69,12 @@ def is_right(kernels: str, device: torch.device, check: Callable[[], Iterable[fl
         reason = f"they are off by {too_large[0]:.1e}"
     warnings.warn(f"{device} goes without {kernels}: {reason}", stacklevel=3)
     return False
+
+
+def _checked(check: Callable[[], Iterable[float]]) -> list[float]:
+    # Its own backward pass runs in this thread: that of the device may be the one that waits for the check.
+    with torch.autograd.set_multithreading_enabled(False):
+        return list(check())
 
 
 def operator(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
