@@ -100,6 +100,22 @@ def test_the_form_for_gpus_is_the_definition_too(b, l, c, K, bias, seed):
         assert_close(run(causal_conv_silu, case), run(by_definition, case))
 
 
+def test_with_documents_only_the_inputs_are_kept_for_the_gradient():
+    """Not a copy of them for each tap: what a batch of documents keeps is what the estimate of memory counts."""
+    case = make(2, 300, 8, 4)
+    leaves = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in case.items()}
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() if t.is_floating_point() else 0
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        causal_conv_silu(**leaves)
+    documents = len(case["seq_idx"]) + int((case["seq_idx"].diff() > 0).sum())
+    assert sum(kept.values()) <= 8 * 8 * (2 * 300 + 3 * documents) + 1000
+
+
 @pytest.mark.parametrize("cpu", [False, True], ids=["gpu", "cpu"])
 def test_a_compiler_finds_the_same_gradients(cpu):
     """Without its code generator: what it reads out of the hand-written derivative."""

@@ -69,7 +69,8 @@ def causal_conv_silu(
     if seq_idx is not None:
         documents = F.pad(document_numbers(seq_idx, b, l, u.device), (K - 1, 0))
         new_state = _of_last_document(new_state, documents)
-    form = _on_cpu if seq_idx is None and fast and _is_cpu(u) else conv_silu_by_taps
+    library = fast and _is_cpu(u) and (documents is None or (u.numel() > 0 and not torch.compiler.is_compiling()))
+    form = _on_cpu if library else conv_silu_by_taps
     if not (fast and _is_cpu(u)) or torch.compiler.is_compiling() or bool(padded.detach().sum().isfinite()):
         return form(padded, weight, bias, documents), new_state
     # Else the derivative at NaN, itself NaN, would reach earlier tokens, even where nobody asks for it: 0 NaN = NaN.
@@ -150,8 +151,19 @@ def _shifted(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @no_compile
-def _on_cpu(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: None = None) -> Tensor:
-    return _ConvSiLU.apply(padded, weight, bias)
+def _on_cpu(padded: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None = None) -> Tensor:
+    """`conv_silu_by_taps`. Documents become one row in which K - 1 zeros stand before each, so that no tap keeps a copy
+    of its own."""
+    if documents is None:
+        return _ConvSiLU.apply(padded, weight, bias)
+    gap = weight.shape[1] - 1
+    place = torch.arange(documents.shape[1], device=documents.device)
+    place = place + documents * gap  # (b, K - 1 + l): within the row, with its gaps
+    lengths = place[:, -1] + 1
+    place = place + (lengths.cumsum(0) - lengths)[:, None]
+    apart = padded.new_zeros(int(lengths.sum()), padded.shape[2]).index_put((place,), padded)  # keeps `place` alone
+    y = _ConvSiLU.apply(apart[None], weight, bias)[0]
+    return y.index_select(0, (place[:, gap:] - gap).flatten()).unflatten(0, (len(padded), -1))
 
 
 class _ConvSiLU(torch.autograd.Function):
