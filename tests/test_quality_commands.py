@@ -1,17 +1,18 @@
 """What the quality benchmarks are told on their command lines: a fault is one line and a non-zero status."""
 
 import dataclasses
+import json
 
 import pytest
 from forked import Command
 
 from benchmarks import harness
-from benchmarks.quality import kernels_curve, length, wikitext2
+from benchmarks.quality import kernels_curve, length, stories, texts, wikitext2
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 
 
-@pytest.mark.parametrize("benchmark", ["length", "kernels_curve", "wikitext2"])
+@pytest.mark.parametrize("benchmark", ["length", "kernels_curve", "wikitext2", "stories"])
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -39,11 +40,27 @@ def test_what_is_set_stands_in_the_place_of_the_usual_values():
         Mamba2Config(vocab_size=10, **usual)
 
 
-def test_of_wikitext2_the_model_and_the_settings_can_be_set(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["wikitext2", "--data", "x", "--minutes", "3", "--set", "d_model=32", "lr=0.5"])
-    model, settings = wikitext2.chosen(wikitext2.parse(), 7)
+def test_the_model_and_the_settings_can_be_set():
+    changes = [("d_model", 32), ("lr", 0.5)]
+    model, settings = texts.chosen(wikitext2.MODEL, wikitext2.TRAINING, changes, seed=7, max_minutes=3.0)
     assert model == wikitext2.MODEL | {"d_model": 32}
     assert settings == dataclasses.replace(wikitext2.TRAINING, lr=0.5, seed=7, max_minutes=3.0)
-    monkeypatch.setattr("sys.argv", ["wikitext2", "--data", "x", "--set", "context=0"])
     with pytest.raises(UserError, match="context must be an integer from 1"):
-        wikitext2.chosen(wikitext2.parse(), 7)
+        texts.chosen(wikitext2.MODEL, wikitext2.TRAINING, [("context", 0)])
+
+
+def test_stories_write_a_row_for_each_recipe_and_seed_and_replace_an_older_one(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    for k in range(12):
+        (data / f"{k}.txt").write_text(f"The {k} birds sat on a wall and sang. " * 20)
+    for seeds in (["0", "1"], ["1"]):
+        small = ["d_model=16", "n_layer=1", "headdim=16", "max_steps=3", "eval_every=2", "context=16", "warmup_steps=1"]
+        where = ["--data", str(data), "--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+        told = ["--threads", "1", "--minutes", "1", "--seeds", *seeds, "--set", *small]
+        monkeypatch.setattr("sys.argv", ["stories", *where, *told])
+        assert stories.main() == 0
+    runs = json.loads((tmp_path / stories.RESULTS).read_text())["runs"]
+    assert [(run["recipe"], run["seed"]) for run in runs] == [("adamw", 0), ("adamw", 1), ("muon", 0), ("muon", 1)]
+    assert all(run["steps"] == 3 and 0 < run["bits_per_byte"] < 9 for run in runs)
+    assert runs[2]["training"]["optimizer"] == "muon" and runs[2]["model"]["dropout"] == 0.05

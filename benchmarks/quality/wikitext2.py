@@ -11,7 +11,6 @@ test.txt is scored once, at the end.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.quality.texts import chosen, say
 from mamba2_min import devices
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import load_corpus
@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Trains with one seed, and scores the best model on both parts that it did not learn from."""
-    model_values, settings = chosen(args, seed)
+    model_values, settings = chosen(MODEL, TRAINING, args.set, seed=seed, max_minutes=args.minutes)
     device = devices.pick_device(args.device)
     files = {"val_path": args.data / "valid.txt", "min_count": 1, "pattern": "whitespace"}
     corpus = load_corpus(args.data / "train.txt", **files)
@@ -110,24 +110,6 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "training": harness.changed(settings),
         **scores,
     }
-
-
-def chosen(args: argparse.Namespace, seed: int) -> tuple[dict[str, Any], Settings]:
-    """The values of the model and the settings, with those of --set. Raises UserError for what neither can have."""
-    usual = {"seed": seed, "max_minutes": args.minutes}
-    names = {field.name for field in dataclasses.fields(Settings)}
-    training = {name: value for name, value in args.set if name in names}
-    model = harness.model_values(MODEL, [(name, value) for name, value in args.set if name not in names])
-    with harness.explained():
-        return model, dataclasses.replace(TRAINING, **usual | training)
-
-
-def say(event: str, values: dict[str, Any]) -> None:
-    if event == "evaluation":
-        star = "  *" if values["best"] else ""
-        print(f"step {values['step']:>6,}  validation {values['score']}{star}", flush=True)
-    elif event == "compiled" and values["why_not"]:
-        print(f"not compiled: {values['why_not']}", flush=True)
 
 
 def main() -> int:
