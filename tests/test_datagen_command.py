@@ -110,7 +110,7 @@ def test_two_hundred_documents_in_spite_of_faults(server, tmp_path):
     ("seed", "most"), [(0, 5), *(pytest.param(seed, 10, marks=pytest.mark.slow) for seed in range(1, 10))]
 )
 def test_kills_at_random_moments(server, tmp_path, seed, most):
-    out, chance, documents = tmp_path / "out", random.Random(seed), 6 * most
+    out, chance, documents = tmp_path / "out", random.Random(seed), 15 * most  # not all before the last kill
     server.misbehave = faults(0.3, PASSING + LASTING + HARMLESS)
     args = command("--host", server.url, "--documents", documents, "--out", out, "--workers", 2, *QUICK)
     kills = 0
