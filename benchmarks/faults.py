@@ -196,7 +196,7 @@ class Trial:
         if not files:
             return False
         path = self.draw.choice(files)
-        aside = self.said / "aside"
+        aside, had_ended = self.said / "aside", self.work.progress() >= self.work.whole
         shutil.copy2(path, aside)
         path.unlink()
         process = self.start()
@@ -208,7 +208,7 @@ class Trial:
             process.wait()
         elif (status := process.wait()) != 0:
             self.expect(process, status, 1, 2, line="error: ")
-        elif not isinstance(self.work, Generating):  # it had come to its end before the file was deleted
+        elif had_ended and not isinstance(self.work, Generating):
             shutil.copy2(aside, path)
             return False
         if path.exists():  # it went on without the file, and wrote another one
