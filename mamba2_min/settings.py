@@ -100,7 +100,10 @@ class Settings:
         "auto", "of matrix products", choices=PRECISIONS, shown="auto: the faster", group="machine"
     )
     compile: bool = setting(  # where that fails, the run goes on without it and says so
-        False, "torch.compile the blocks: much faster on a GPU", group="machine", acceptable=True
+        False,
+        "torch.compile the blocks: faster, after some time; on a GPU --graph gains more",
+        group="machine",
+        acceptable=True,
     )
     graph: bool = setting(  # where that fails, the run goes on without it and says so
         False, "launch a step's kernels as one CUDA graph: faster on a GPU, at once", group="machine", acceptable=True

@@ -18,6 +18,7 @@ from mamba2_min import Completer, Mamba2Config, Mamba2LM, Sampler, UserError, Wo
 from mamba2_min.classify import classify, classify_together, load_all
 from mamba2_min.classify import load as load_classifier
 from mamba2_min.finetune import adapter, labels, run
+from mamba2_min.finetune.__main__ import build_parser
 from mamba2_min.finetune.chat import load_chat, split
 from mamba2_min.finetune.classifier import ABSENT, POOLS, Classifier, divergence
 from mamba2_min.finetune.conversations import TEMPLATES, TURNS, conversation, prompt_ids, tokenize
@@ -25,7 +26,7 @@ from mamba2_min.finetune.load import load_completer, template_of
 from mamba2_min.finetune.lora import LoRAConfig
 from mamba2_min.finetune.packing import batches_of, lay_out
 from mamba2_min.finetune.sorting import SortingScore, make_classifier, pad, score
-from mamba2_min.finetune.spec import FinetuneSettings, plan
+from mamba2_min.finetune.spec import METHODS, FinetuneSettings, plan
 from mamba2_min.finetune.spelling import Spelling, parts_of
 from mamba2_min.finetune.sweep import sweep
 from mamba2_min.finetune.talk import Chat
@@ -642,6 +643,22 @@ def test_bad_settings_are_one_line(base, tmp_path, changes, message):
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     with pytest.raises(UserError, match=message):
         finetune(base, data, tmp_path / "out", **changes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_the_defaults_of_fine_tuning(tmp_path, method):
+    """They are not those of train.py."""
+    said = " ".join(build_parser().format_help().split())
+    settings = plan(tmp_path / "run", {"model": "base", "data": "data", "task": "classify", "method": method}).training
+    assert f"{method} {settings.lr:g}" in said.split("peak learning rate")[1].split(")")[0]
+    for text, value in {
+        "tokens per window": settings.context,
+        "steps between validations": settings.eval_every,
+        "steps of linear warm-up": settings.warmup_steps,
+        "on matrices only": settings.weight_decay,
+    }.items():
+        assert f"{text} ({value:g})" in said
+    assert "--carry-state" not in said and "--validate" not in said  # which would change nothing
 
 
 def test_commands_end_in_one_line(base, tmp_path):

@@ -1,4 +1,4 @@
-"""What peft and accelerate do to a model, and Lightning's way of training one."""
+"""What peft and accelerate do to a model."""
 
 import copy
 

@@ -20,7 +20,7 @@ import sys
 
 from mamba2_min import console
 from mamba2_min.errors import UserError, run_script
-from mamba2_min.finetune.spec import FinetuneSettings, plan
+from mamba2_min.finetune.spec import SHOWN, FinetuneSettings, plan
 from mamba2_min.flags import HelpFormatter, add_flags, asked_for, check_threads
 from mamba2_min.settings import Settings
 
@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--sweep", type=float, nargs="+", metavar="X", help="try these learning rates, with full and lora")
     add_flags(parser.add_argument_group("what is learnt"), dataclasses.fields(FinetuneSettings))
     fields = dataclasses.fields(Settings)
-    add_flags(parser.add_argument_group("training"), (f for f in fields if f.metadata["group"] == "training"))
+    of_documents = ("validate", "carry_state")  # each record is read from an empty state
+    training = (f for f in fields if f.metadata["group"] == "training" and f.name not in of_documents)
+    add_flags(parser.add_argument_group("training"), training, SHOWN)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (%(default)s)")
     add_flags(machine, (f for f in fields if f.metadata["group"] == "machine"))

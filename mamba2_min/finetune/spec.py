@@ -83,6 +83,8 @@ class FinetuneSettings:
 # more often, for small data.
 _TRAINING: dict[str, Any] = {"context": 512, "weight_decay": 0.1, "eval_every": 50, "warmup_steps": 20, "beta2": 0.99}
 _RATES = {"full": 1e-3, "lora": 5e-3, "state": 2e-2, "scratch": 5e-3}
+# What --help shows as the defaults of these settings.
+SHOWN = {**_TRAINING, "lr": ", ".join(f"{method} {rate:g}" for method, rate in _RATES.items())}
 
 
 @dataclass(frozen=True)
