@@ -38,6 +38,7 @@ import torch
 from mamba2_min import devices
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
+from mamba2_min.flags import HelpFormatter
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "mamba2_min"  # the peer that the ratios are about
@@ -95,7 +96,9 @@ class Options:
 
 def parser(name: str, description: str, peers: Sequence[str]) -> argparse.ArgumentParser:
     """A parser with the flags that every benchmark has. `peers`: those it compares unless told otherwise."""
-    p = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    p = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=description, formatter_class=HelpFormatter
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     p.add_argument("--precision", choices=("float32", "bf16"), help="default: float32 on a CPU, bf16 on a GPU")

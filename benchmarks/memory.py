@@ -1,4 +1,4 @@
-"""A whole training step against context: peak memory and time, where the plots of the README come from.
+"""A whole training step against context: peak memory and time, as docs/benchmarks.md shows them.
 
 The step is `benchmarks.train_step`'s. A peer is left out from the context on at which its memory, which grows at least
 in proportion, would pass --limit-gb.
