@@ -36,10 +36,17 @@ LABELS = {
     "transformers-mamba2": "`transformers` Mamba2",
     "transformers-llama": "`transformers` Llama",
     "mamba_ssm": "`mamba_ssm`",
+    "mamba_ssm-q128": "`mamba_ssm`, chunks of 128",
+    "mamba_ssm-q256": "`mamba_ssm`, chunks of 256",
     "fft": "convolution by FFT",
     "llama.cpp": "llama.cpp",
     "plain-autograd": "plain autograd",
     FLOOR: "matrix products alone",
+}
+CELL = {  # of a scan: what stands in it, by the figure's name
+    "median": "time",
+    "kept_bytes": "where there is a backward, what is kept for it",
+    "peak_bytes": "peak memory",
 }
 _SUFFIXES = {"compile": "compiled", "recompute": "recomputed", "bf16state": "state in bf16", "graph": "one CUDA graph"}
 
@@ -54,7 +61,8 @@ def describe(result: Measurement) -> str:
     """A setting's sizes for readers."""
     about = result["about"]
     if result["benchmark"] == "scan":
-        return f"b {about['b']}, l {about['l']:,}, h {about['h']}"
+        way = "forward and backward" if about["backward"] else "forward"
+        return f"{way}, b {about['b']}, l {about['l']:,}, h {about['h']}"
     model = f"d {about['model']['d_model']}, {about['model']['n_layer']} layers"
     if result["benchmark"] == "llama_cpp":
         return f"{model}, {'reading' if about['written'] == 1 else 'writing'}"
@@ -94,7 +102,8 @@ def length_table(results: list[Measurement]) -> str:
         peers = result["peers"]
         rows.append([describe(result), *(length_cell(result["benchmark"], peers.get(name, {})) for name in names)])
     if results[0]["benchmark"] == "scan":
-        meaning = "Each cell: time; where there is a backward also what is kept for it; and peak memory."
+        parts = [text for key, text in CELL.items() if any(key in p for r in results for p in r["peers"].values())]
+        meaning = f"Each cell: {'; '.join(parts)}."
     else:
         meaning = "Each cell: tokens per second; peak memory."
     return f"{markdown(['', *map(label, names)], rows)}\n{meaning}\n"
