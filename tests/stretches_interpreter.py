@@ -29,6 +29,7 @@ from mamba2_min.ssd.stretches import spread_over  # noqa: E402
 SMALL = triton_launch.Tiles(32, 16, 16, 16, (4, 1), (4, 1), (4, 1), (4, 1), 0)  # chunks of 32 tokens
 conv_kernels._SEGMENT = 8
 triton_launch.TABLE[:] = [(torch.float32, 64, 128, SMALL)]
+triton_launch._SPAN = 1  # a section for each chunk
 
 # The lengths of both stretches; rows; whether documents are packed; whether a state goes before; whether blocks run
 # again.

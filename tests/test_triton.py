@@ -50,7 +50,7 @@ def interpreted():
 
 @needs_triton
 def test_values_and_gradients_in_the_interpreter(interpreted):
-    assert len(interpreted) == 25
+    assert len(interpreted) == 26
     for name, errors in interpreted.items():
         for what, error in errors.items():
             small = what.endswith(("dA", "dD", "A_log", ".D"))  # a small difference of large sums
@@ -134,6 +134,8 @@ def compiled(monkeypatch, name, tiles, dtype, documents=False):
     launch = Launch(x, B, new(b, l, dtype=torch.int32) if documents else None, tiles, "ieee")
     decays = launch.prepare(new(b, l, h), A)
     H, last, _ = launch.states(x, B, decays, new(b, h, p, n), None)
+    launch.sums(x, B, decays, reverse=False)
+    launch.sums(x, C, decays, reverse=True)
     launch.outputs(C, B, x, H, decays, D, reverse=False)
     dH, _, carried = launch.states(x, C, decays, last, H)
     launch.outputs(B, C, x, dH, decays, D, reverse=True)
@@ -153,7 +155,7 @@ def rows(*dtypes):
 def test_compiled_for_an_h100(monkeypatch):
     dtype, tiles = rows(BF16)[0]
     found = compiled(monkeypatch, "sm_90", tiles, dtype)
-    assert len(found) == 10
+    assert len(found) == 12
     for kernel in found:
         assert kernel["shared"] <= tiles.shared and kernel["registers"] <= 255, kernel
         # With four warps `pair_gradients` spills 30 registers or fewer; with eight it does not, and is slower.
@@ -276,8 +278,10 @@ def plain_on_gpu(**case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("dtype", [BF16, FLOAT32], ids=str)
-def test_every_configuration_on_a_gpu(monkeypatch, dtype, documents):
+@pytest.mark.parametrize("span", [1, 16], ids=["sections", "one section"])
+def test_every_configuration_on_a_gpu(monkeypatch, dtype, documents, span):
     """Values, gradients and bits."""
+    monkeypatch.setattr("mamba2_min.ssd.triton_launch._SPAN", span)
     low, wide = on_gpu(make(l=500, h=8, g=2, p=64, n=128, documents=documents), dtype)
     wanted = run(plain_on_gpu, wide)
     for _, tiles in rows(dtype):

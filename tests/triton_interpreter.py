@@ -53,8 +53,10 @@ def scans():
         "one token": make(1, b=1, h=2, p=16, n=16),
         "strided": make(33, b=1, h=2, p=16, n=16, documents=False),
         "decays that forget": make(40, b=1, h=2, p=16, n=16, documents=False),
+        "sections": make(150, b=1, h=2, p=16, n=32),  # of 3 and 2 chunks
     }
     for name, arguments in cases.items():
+        triton_launch._SPAN = 2 if name == "sections" else 16
         if name.startswith("decays"):
             arguments["A"] = torch.tensor([-1e4, -1e-3], dtype=torch.float64)
             arguments["dt"][:, ::7] = 30.0

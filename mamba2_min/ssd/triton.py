@@ -185,11 +185,12 @@ def forward(x, dt, A, B, C, D, start, documents, *, dt_bias=None, crossing: Cros
     with on(x):
         launch = _launch(x, B, documents)
         decays = launch.prepare(dt, A, dt_bias)
-        end = None
+        end = sums = None
         if crossing is not None:
-            added = launch.states(x, B, decays, torch.zeros_like(start), None)[1]
+            sums = launch.sums(x, B, decays, reverse=False)
+            _, added = launch.starts(sums, decays, torch.zeros_like(start), reverse=False)
             start, end = crossing.forward(added, decays.across.prod(-1), start)
-        H, last, _ = launch.states(x, B, decays, start.contiguous(), None)
+        H, last, _ = launch.states(x, B, decays, start.contiguous(), None, sums)
         return launch.outputs(C, B, x, H, decays, D, reverse=False), last if end is None else end, H, *decays
 
 
@@ -205,11 +206,12 @@ def backward(
     dy, x, B, C = map(_aligned, (dy, x, B, C))
     with on(x):
         launch, decays = _launch(x, B, documents), Decays(*decays)
-        dinitial = None
+        dinitial = sums = None
         if crossing is not None:
-            read = launch.states(dy, C, decays, torch.zeros_like(dlast), H)[1]
+            sums = launch.sums(dy, C, decays, reverse=True)
+            _, read = launch.starts(sums, decays, torch.zeros_like(dlast), reverse=True)
             dlast, dinitial = crossing.backward(read, dlast)
-        dH, dstart, carried = launch.states(dy, C, decays, dlast.contiguous(), H)
+        dH, dstart, carried = launch.states(dy, C, decays, dlast.contiguous(), H, sums)
         dx = launch.outputs(B, C, dy, dH, decays, D, True, into[0])
         dC, *read, _ = launch.key_gradients(C, B, dy, x, H, decays, False, into[2])
         dB, *written = launch.key_gradients(B, C, x, dy, dH, decays, True, into[1])

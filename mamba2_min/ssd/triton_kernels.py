@@ -26,7 +26,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _GRID = tl.constexpr(512.0)  # s is split into a multiple of 1 / 512, whose differences are exact, and the rest
 _LARGEST = tl.constexpr(32.0)  # of an exponent: a masked pair's would be anything, and a seen one's is log2(dt) at most
 # What differs from text to text: a kernel is compiled once, not again for lengths of other factors.
-_COUNTS = ["l", "chunks", "heads", "size", "bh"]
+_COUNTS = ["l", "chunks", "heads", "size", "bh", "span"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -84,25 +84,30 @@ def prepare(
 @triton.jit(do_not_specialize=_COUNTS)
 def states(
     v, K, far, dt, across, start, forward, H, last, carried,
-    v_sb, v_sl, v_sh, K_sb, K_sl, K_sg, l, chunks, h, heads_a_group, p, n, bh,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BQ: tl.constexpr, BP: tl.constexpr,
-    BN: tl.constexpr,
+    v_sb, v_sl, v_sh, K_sb, K_sl, K_sg, l, chunks, h, heads_a_group, p, n, bh, span,
+    REVERSE: tl.constexpr, WRITE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BQ: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Steps 1 and 2, a loop over chunks: H (b, chunks, h, p, n), the state that comes to each chunk, and the last.
 
+    One program per head of a row, BN columns and section of `span` chunks, which reads BQ tokens at a time. start and
+    last (sections, b, h, p, n). Without WRITE it computes the last alone.
+
     Forwards v = x, K = B and far = leave. In reverse v = dy, K = C, far = enter, and the state is the gradient of the
     one that leaves each chunk; `carried` (n / BN, b, chunks, h) is then the part of the gradient of a that acts on the
-    whole state: across <gradient, state of the forward>. One program per head of a row and BN columns, which reads BQ
-    tokens at a time.
+    whole state: across <gradient, state of the forward>.
     """
-    program = tl.program_id(0).to(tl.int64)
+    program, section = tl.program_id(0).to(tl.int64), tl.program_id(2)
     b, head = program // h, program % h
+    first = section * span
+    count = tl.minimum(span, chunks - first)
     pieces: tl.constexpr = Q // BQ
     P, N, tokens = tl.arange(0, BP), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BQ)
     tile = P[:, None] * n + N[None, :]
     v_tile, K_tile = P[:, None] + tokens[None, :] * v_sl, tokens[:, None] * K_sl + N[None, :]
     inside = (P < p)[:, None] & (N < n)[None, :]
-    state = tl.load(start + program * p * n + tile, mask=inside, other=0.0)
+    ends = (section.to(tl.int64) * bh + program) * p * n + tile
+    state = tl.load(start + ends, mask=inside, other=0.0)
     v += b * v_sb + head * v_sh
     K += b * K_sb + (head // heads_a_group) * K_sg
     H += (b * chunks * h + head) * p * n
@@ -111,12 +116,12 @@ def states(
     across += program * chunks
     far += program * chunks * Q
     dt += program * chunks * Q
-    decay = tl.load(across + (chunks - 1 if REVERSE else 0))
-    for k in range(0, chunks * pieces):
-        c, piece = k // pieces, k % pieces
+    decay = tl.load(across + (first + count - 1 if REVERSE else first))
+    for k in range(0, count * pieces):
+        c, piece = first + k // pieces, k % pieces
         following = tl.minimum(c + 1, chunks - 1)
         if REVERSE:
-            c = chunks - 1 - c
+            c = first + count - 1 - k // pieces
             following = tl.maximum(c - 1, 0)
         token = tl.cast(c, tl.int64) * Q + piece * BQ
         place = tl.cast(c, tl.int64) * h * p * n
@@ -128,16 +133,17 @@ def states(
         if not REVERSE:
             weight *= tl.load(dt + token + tokens)
         if piece == 0:
-            if REVERSE:
+            if REVERSE and WRITE:
                 other = tl.load(forward + place + tile, mask=inside, other=0.0).to(tl.float32)
                 tl.store(carried + tl.cast(c, tl.int64) * h, tl.sum(tl.sum(state * other, axis=1), axis=0) * decay)
-            tl.store(H + place + tile, state.to(H.dtype.element_ty), mask=inside)
+            if WRITE:
+                tl.store(H + place + tile, state.to(H.dtype.element_ty), mask=inside)
             state *= decay
         scaled = (columns.to(tl.float32) * weight[None, :]).to(keys.dtype)
         state = tl.dot(scaled, keys, state, input_precision=PRECISION)
         if piece == pieces - 1:
             decay = next_decay
-    tl.store(last + program * p * n + tile, state, mask=inside)
+    tl.store(last + ends, state, mask=inside)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mamba2_min.ssd import triton_kernels as kernels
 
@@ -36,6 +37,10 @@ TABLE: list[tuple[torch.dtype, int, int, Tiles]] = [
     (torch.bfloat16, 64, 128, Tiles(64, 64, 64, 64, (4, 2), (4, 1), (4, 1), (4, 1), 65_536)),
     (torch.float32, 64, 128, Tiles(64, 32, 32, 32, (4, 1), (4, 1), (4, 1), (4, 1), 101_376)),
 ]
+
+
+_PROGRAMS = 256  # of `states`, that keep a GPU busy; a constant, for sums of sections are other bits
+_SPAN = 16  # chunks in a section, at the least
 
 
 def tiles_for(dtype: torch.dtype, p: int, n: int, shared: int) -> Tiles | None:
@@ -83,6 +88,12 @@ class Launch:
         self.tiles, self.device = tiles, x.device
         self.r = self.h // self.g
         self.chunks = -(-self.l // tiles.q)
+        # The chunks of a head follow one another. Where few heads leave a GPU idle, sections of them run side by side,
+        # at the price of reading the tokens twice.
+        programs = self.b * self.h * -(-self.n // tiles.columns)
+        sections = max(1, min(-(-_PROGRAMS // programs), self.chunks // _SPAN))
+        self.span = -(-self.chunks // sections)
+        self.sections = -(-self.chunks // self.span)
         self.padded = self.chunks * tiles.q
         self.size = self.b * self.h * self.padded
         self.documents = documents
@@ -107,20 +118,52 @@ class Launch:
         return Decays(s, s_dt, enter, leave, steps, across)
 
     def states(
-        self, v: Tensor, K: Tensor, decays: Decays, start: Tensor, forward: Tensor | None
+        self, v: Tensor, K: Tensor, decays: Decays, start: Tensor, forward: Tensor | None, sums: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """H (b, chunks, h, p, n), the last state, and in reverse (with the `forward` states) `carried`."""
+        """H (b, chunks, h, p, n), the last state, and in reverse (with the `forward` states) `carried`.
+
+        sums: what the function of that name gives, if the caller has it.
+        """
+        reverse = forward is not None
+        if self.sections == 1:
+            H, last, carried = self._states(v, K, decays, start, forward, reverse)
+            return H, last[0], carried
+        if sums is None:
+            sums = self.sums(v, K, decays, reverse)
+        starts, last = self.starts(sums, decays, start, reverse)
+        H, _, carried = self._states(v, K, decays, starts, forward, reverse)
+        return H, last, carried
+
+    def sums(self, v: Tensor, K: Tensor, decays: Decays, reverse: bool) -> Tensor:
+        """What the chunks of each section add to the state: (sections, b, h, p, n)."""
+        empty = torch.zeros(self.sections, self.b, self.h, self.p, self.n, device=self.device)
+        return self._states(v, K, decays, empty, None, reverse, write=False)[1]
+
+    def starts(self, sums: Tensor, decays: Decays, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+        """The state that comes to each section, as `sums`, and the last (b, h, p, n)."""
+        across = F.pad(decays.across, (0, self.sections * self.span - self.chunks), value=1.0)
+        across = across.unflatten(-1, (self.sections, self.span)).prod(-1)[..., None, None]
+        starts = torch.empty_like(sums)
+        for k in reversed(range(self.sections)) if reverse else range(self.sections):
+            starts[k] = start
+            start = torch.addcmul(sums[k], across[:, :, k], start)
+        return starts, start
+
+    def _states(
+        self, v: Tensor, K: Tensor, decays: Decays, start: Tensor, forward: Tensor | None, reverse: bool,
+        write: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         columns = min(self.tiles.columns, _power(self.n))
         parts = -(-self.n // columns)
-        H = self.empty(self.b, self.chunks, self.h, self.p, self.n, dtype=v.dtype)
-        last = self.empty(self.b, self.h, self.p, self.n)
-        carried = last if forward is None else self.empty(parts, self.b, self.chunks, self.h)
+        last = self.empty(self.sections, self.b, self.h, self.p, self.n)
+        H = self.empty(self.b, self.chunks, self.h, self.p, self.n, dtype=v.dtype) if write else last
+        carried = self.empty(parts, self.b, self.chunks, self.h) if write and reverse else last
         warps, stages = self.tiles.states
-        kernels.states[(self.b * self.h, parts)](
-            v, K, decays.leave if forward is None else decays.enter, decays.dt, decays.across, start,
+        kernels.states[(self.b * self.h, parts, self.sections)](
+            v, K, decays.enter if reverse else decays.leave, decays.dt, decays.across, start,
             H if forward is None else forward, H, last, carried, *v.stride()[:3], *K.stride()[:3], self.l, self.chunks,
-            self.h, self.r, self.p, self.n, self.b * self.h,
-            REVERSE=forward is not None, **self.sizes, BQ=self.tiles.piece, BN=columns, num_warps=warps,
+            self.h, self.r, self.p, self.n, self.b * self.h, self.span,
+            REVERSE=reverse, WRITE=write, **self.sizes, BQ=self.tiles.piece, BN=columns, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
         return H, last, carried
