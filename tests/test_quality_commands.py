@@ -7,12 +7,12 @@ import pytest
 from forked import Command
 
 from benchmarks import harness
-from benchmarks.quality import kernels_curve, length, stories, texts, wikitext2
+from benchmarks.quality import kernels_curve, length, regularisation, stories, texts, wikitext2
 from mamba2_min.config import Mamba2Config
 from mamba2_min.errors import UserError
 
 
-@pytest.mark.parametrize("benchmark", ["length", "kernels_curve", "wikitext2", "stories"])
+@pytest.mark.parametrize("benchmark", ["length", "kernels_curve", "wikitext2", "stories", "regularisation"])
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -64,3 +64,31 @@ def test_stories_write_a_row_for_each_recipe_and_seed_and_replace_an_older_one(t
     assert [(run["recipe"], run["seed"]) for run in runs] == [("adamw", 0), ("adamw", 1), ("muon", 0), ("muon", 1)]
     assert all(run["steps"] == 3 and 0 < run["bits_per_byte"] < 9 for run in runs)
     assert runs[2]["training"]["optimizer"] == "muon" and runs[2]["model"]["dropout"] == 0.05
+
+
+def test_regularisation_measures_each_row_once_and_draws_a_picture(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    article = (
+        " = A bird =\n\n " + "the {} bird sat on a wall and sang . " * 12 + "\n = = Song = =\n " + "it sang . " * 9
+    )
+    for part, numbers in (("train", range(12)), ("valid", [20, 1]), ("test", [1, 40])):
+        (data / f"{part}.txt").write_text("\n".join(article.format(*[k] * 12) for k in numbers) + "\n")
+    small = ["d_model=16", "n_layer=1", "headdim=16", "max_steps=4", "eval_every=2", "context=16", "batch_size=2"]
+    where = ["--data", str(data), "--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    told = [*where, "--image", str(tmp_path / "it.png"), "--device", "cpu", "--seeds", "0", "1", "--set", *small]
+    monkeypatch.setattr("sys.argv", ["x", *told, "--only", "recipe", "noise", "zero"])
+    assert regularisation.main() == 0
+    written = json.loads((tmp_path / "quality-regularisation.json").read_text())
+    names = ["the recipe", "state from zero in each window", "with noise 0.15"]
+    assert [(run["name"], run["seed"]) for run in written["runs"]] == [
+        (name, seed) for name in names for seed in (0, 1)
+    ]
+    assert all(run["test"] > 1 and len(run["validation_by_step"]) == 2 for run in written["runs"])
+    assert (tmp_path / "it.png").stat().st_size > 5000
+    kept = (tmp_path / "runs" / "data" / "train.txt").read_text()
+    assert kept.count("= A bird =") == 3 and " 2 " in kept and " 3 " not in kept
+    assert "<unk>" in (tmp_path / "runs" / "data" / "test.txt").read_text() and "40" not in kept
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["x", *told, "--only", "recipe"])
+    assert regularisation.main() == 0 and "test perplexity" not in capsys.readouterr().out
