@@ -148,12 +148,18 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE, STYLE, save_figure
 
     names = [name for name in ROWS if any(run["name"] == name for run in runs)]
-    shown = dict(zip(("none of them", "the recipe", "with noise 0.15"), (GREY, BLUE, ORANGE), strict=True))
+    shown = {
+        "the recipe": BLUE,
+        "no dropout of blocks": GREEN,
+        "state from zero in each window": ORANGE,
+        "with noise 0.15": "#8e63b5",
+        "none of them": "#c0504d",
+    }
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
         for place, name in enumerate(reversed(names)):
             found = [run["test"] for run in runs if run["name"] == name]
-            colour = shown.get(name, GREEN)
+            colour = shown.get(name, GREY)
             left.plot(found, [place] * len(found), "o", color=colour, alpha=0.7, markersize=5)
             left.plot([statistics.mean(found)] * 2, [place - 0.3, place + 0.3], color=colour)
         left.set_yticks(range(len(names)), reversed(names))
@@ -163,7 +169,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             steps = [step for step, _ in min(ways, key=len)]
             means = [statistics.mean(way[k][1] for way in ways) for k in range(len(steps))]
             emphasis = {"linewidth": 2, "label": name} if name in shown else {"linewidth": 0.8, "alpha": 0.6}
-            right.plot(steps, means, color=shown.get(name, GREEN), **emphasis)
+            right.plot(steps, means, color=shown.get(name, GREY), **emphasis)
         best = min(value for run in runs for _, value in run["validation_by_step"])
         right.set_ylim(0.97 * best, 2 * best)
         right.set_xlabel("step")
