@@ -85,7 +85,7 @@ class Settings:
         0.0, "of the average of weights that is validated and kept, such as 0.998; 0: none", high=1
     )
     input_noise: float = setting(  # see UnigramNoise
-        0.0, "share of the input tokens that training reads as other ones at first, against learning by heart", high=1
+        0.0, "share of the input tokens that training reads as other ones, against learning by heart", high=1
     )
     optimizer: str = setting("adamw", "of the layers' matrices; all else has adamw", choices=OPTIMIZERS)
     lr: float = setting(5e-3, "peak learning rate", acceptable=True)

@@ -154,7 +154,6 @@ class Trainer:
         lr = learning_rate(self.progress, self.step, s)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.noise.scale(lr / s.lr)
         batch = next(self.windows)
         input_ids, targets = batch[:2]
         if self._to_compile:
