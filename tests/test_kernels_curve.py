@@ -54,6 +54,31 @@ def test_one_command_trains_compares_and_draws(command, tmp_path, capsys):
     assert "mean difference" in capsys.readouterr().out
 
 
+def test_a_benchmark_that_was_stopped_goes_on(command, tmp_path, capsys, monkeypatch):
+    ended, train = [], kernels_curve.train
+
+    def stops(*args):
+        if len(ended) == 3:
+            raise KeyboardInterrupt
+        ended.append(args[3:])
+        return train(*args)
+
+    monkeypatch.setattr(kernels_curve, "train", stops)
+    with pytest.raises(KeyboardInterrupt):
+        kernels_curve.main()
+    monkeypatch.setattr(kernels_curve, "train", lambda *args: ended.append(args[3:]) or train(*args))
+    assert kernels_curve.main() == 0
+    assert ended == [(0, True), (0, False), (1, True), (1, False)]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--steps", "10"])  # another training
+    assert kernels_curve.main() == 0 and len(ended) == 8
+
+
+def test_one_seed_has_no_spread(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seeds", "3", "3"])
+    with pytest.raises(UserError, match="needs two seeds"):
+        kernels_curve.main()
+
+
 def test_a_training_that_ends_early_is_no_curve(command, monkeypatch):
     monkeypatch.setattr(
         kernels_curve, "TRAINING", kernels_curve.dataclasses.replace(kernels_curve.TRAINING, max_minutes=1e-6)

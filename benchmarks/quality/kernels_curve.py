@@ -4,7 +4,7 @@
 
 Without kernels means the scan of ssd/plain.py and the definitions of convolution, norms and loss in plain PyTorch. With
 one seed, weights and batches are the same both ways, so the curves differ by rounding alone. On a CPU "with kernels"
-stands for the scan for CPUs.
+stands for the scan for CPUs. A training that the results hold is left out: a benchmark that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 from benchmarks import harness
+from benchmarks.quality import texts
 from mamba2_min import devices, files, ssd
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import Corpus, load_corpus
@@ -35,19 +36,13 @@ MODEL: dict[str, Any] = {"d_model": 512, "n_layer": 8, "d_state": 128, "chunk_si
 TRAINING = Settings(
     context=512, batch_size=16, eval_every=10**9, save_every=10**9, patience=0, lr=3e-3, weight_decay=0.1, spike=0
 )
-SEEDS = (0, 1)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="FOLDER", help="documents, or train.txt and valid.txt")
-    add("--out", type=Path, default=Path("runs/kernels-curve"), metavar="DIR", help="of the runs (%(default)s)")
-    add("--results", type=Path, default=harness.RESULTS, metavar="DIR", help="the JSON (%(default)s)")
-    add("--image", type=Path, default=Path("docs/images/kernels-curve.png"), metavar="FILE")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
-    add("--steps", type=int, default=500)
-    add("--set", nargs="*", default=[], type=harness.assignment, metavar="NAME=VALUE", help="of the model: d_model=64")
+    data = "documents, or train.txt and valid.txt"
+    parser = texts.parser(__doc__, data, "kernels-curve", seeds=(0, 1), image="kernels-curve.png")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--again", action="store_true", help="measure also what the results hold already")
     return parser.parse_args()
 
 
@@ -88,9 +83,10 @@ def distances(runs: list[dict[str, Any]]) -> dict[str, float]:
         difference = (curves[one] - curves[other]).abs()
         return float(difference[len(difference) // 2 :].mean())
 
-    first, second = SEEDS
+    seeds = sorted({run["seed"] for run in runs})
+    first, second, *_ = seeds
     return {
-        "with_and_without": max(between((seed, True), (seed, False)) for seed in SEEDS),
+        "with_and_without": max(between((seed, True), (seed, False)) for seed in seeds),
         "seeds": between((first, False), (second, False)),
     }
 
@@ -99,11 +95,11 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     """All losses, and below the difference that the kernels make."""
     import matplotlib.pyplot as plt
 
-    from mamba2_min.plots import BLUE, ORANGE, STYLE, save_figure
+    from mamba2_min.plots import BLUE, GREEN, ORANGE, STYLE, save_figure
 
     with plt.rc_context(STYLE):
         figure, (top, bottom) = plt.subplots(2, figsize=(7, 6), sharex=True, layout="constrained")
-        for seed, colour in zip(SEEDS, (BLUE, ORANGE), strict=True):
+        for seed, colour in zip(sorted({run["seed"] for run in runs}), (BLUE, ORANGE, GREEN), strict=False):
             pair = {run["kernels"]: run for run in runs if run["seed"] == seed}
             for kernels, run in pair.items():
                 label = f"seed {seed}, {'with' if kernels else 'without'} kernels"
@@ -121,31 +117,29 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     args = parse()
+    if len(set(args.seeds)) < 2:
+        raise UserError("--seeds needs two seeds, for the difference between two")
     device = devices.pick_device(args.device)
     torch.set_num_threads(devices.cpu_threads(device))
     shape = harness.model_values(MODEL, args.set)
     part = args.data / "train.txt"
     both = {"val_path": args.data / "valid.txt"} if files.is_file(part) else {}
     corpus = load_corpus(part if both else args.data, 8192, pattern="llama3", **both)
-    runs = []
-    for seed in SEEDS:
+    settings = harness.changed(dataclasses.replace(TRAINING, max_steps=args.steps))
+    path, about = args.results / "quality-kernels_curve.json", {"model": shape, "training": settings}
+    old = files.load_json(path) if files.is_file(path) and not args.again else {}
+    runs = old["runs"] if old and all(old[name] == value for name, value in about.items()) else []
+    for seed in args.seeds:
         for kernels in (True, False):
+            if any((run["seed"], run["kernels"]) == (seed, kernels) for run in runs):
+                continue
             runs.append(train(corpus, shape, args, seed, kernels))
             told = {name: runs[-1][name] for name in ("seed", "kernels", "seconds", "validation")}
             print(", ".join(f"{name} {value}" for name, value in told.items()), flush=True)
+            texts.write(path, "quality.kernels_curve", device, runs, **about)
     found = distances(runs)
-    written = {
-        "benchmark": "quality.kernels_curve",
-        "machine": harness.machine(harness.Options(device=device.type, threads=torch.get_num_threads())),
-        "versions": harness.versions(),
-        "model": shape,
-        "training": harness.changed(TRAINING),
-        "difference": found,
-        "within_the_seeds_spread": found["with_and_without"] <= found["seeds"],
-        "runs": runs,
-    }
-    files.make_folder(args.results)
-    (args.results / "quality-kernels_curve.json").write_text(harness.as_json(written))
+    within = found["with_and_without"] <= found["seeds"]
+    texts.write(path, "quality.kernels_curve", device, runs, **about, difference=found, within_the_seeds_spread=within)
     plot(runs, args.image)
     print(
         f"mean difference, nats: with and without kernels {found['with_and_without']:.4f}, seeds {found['seeds']:.4f}"

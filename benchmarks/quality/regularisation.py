@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.quality.texts import chosen
+from benchmarks.quality import texts
 from mamba2_min import devices, files
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import Corpus, load_corpus
@@ -79,32 +79,26 @@ RESULTS = "quality-regularisation.json"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = "holds train.txt, valid.txt, test.txt"
+    parser = texts.parser(__doc__, parts, "regularisation", seeds=(0, 1, 2), image="regularisation.png")
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="holds train.txt, valid.txt, test.txt")
-    add("--out", type=Path, default=Path("runs/regularisation"), metavar="DIR", help="of the runs (%(default)s)")
-    add("--results", type=Path, default=harness.RESULTS, metavar="DIR", help="the JSON (%(default)s)")
-    add("--image", type=Path, default=Path("docs/images/regularisation.png"), metavar="FILE")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--only", nargs="+", metavar="TEXT", help=f"rows whose name contains one of these: {', '.join(ROWS)}")
     add("--again", action="store_true", help="measure also what the results hold already")
     add("--share", type=int, default=SHARE, metavar="N", help="train on one article of N, the first ones (%(default)s)")
-    add("--set", nargs="*", default=[], type=harness.assignment, metavar="NAME=VALUE", help="of model or training")
     return parser.parse_args()
 
 
 def cut(data: Path, share: int, out: Path) -> Path:
     """A folder with the first articles of train.txt, one of `share`, and the other files in the words of these."""
-    texts = {part: files.read_text(data / f"{part}.txt", 1 << 28) for part in ("train", "valid", "test")}
-    lines = texts["train"].splitlines(keepends=True)
+    found = {part: files.read_text(data / f"{part}.txt", 1 << 28) for part in ("train", "valid", "test")}
+    lines = found["train"].splitlines(keepends=True)
     titles = [k for k, line in enumerate(lines) if line.startswith(" = ") and not line.startswith(" = = ")]
     if len(titles) < share:
         raise UserError(f"{data / 'train.txt'} has {len(titles)} articles (titles: ' = Title = '), and {share} are few")
-    texts["train"] = "".join(lines[: titles[len(titles) // share]])
-    words = set(texts["train"].split())
+    found["train"] = "".join(lines[: titles[len(titles) // share]])
+    words = set(found["train"].split())
     files.make_folder(out)
-    for part, text in texts.items():
+    for part, text in found.items():
         known = (" ".join(word if word in words else UNKNOWN for word in line.split()) for line in text.splitlines())
         (out / f"{part}.txt").write_text("\n".join(known) + "\n", encoding="utf-8")
     return out
@@ -113,7 +107,7 @@ def cut(data: Path, share: int, out: Path) -> Path:
 def measure(name: str, seed: int, corpus: Corpus, test: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """Trains a row with a seed, and scores the best model on the test text."""
     device = devices.pick_device(args.device)
-    values, settings = chosen(MODEL, TRAINING, [*ROWS[name].items(), *args.set], seed=seed)
+    values, settings = texts.chosen(MODEL, TRAINING, [*ROWS[name].items(), *args.set], seed=seed)
     out = args.out / f"{name.replace(' ', '-')}-{seed}"
     model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), **values), seed=seed)
     trainer = Trainer(model, corpus, settings, out, device)
@@ -185,7 +179,7 @@ def main() -> int:
     if not chosen_rows:
         raise UserError(f"no row's name contains {' or '.join(args.only)}; there are {', '.join(ROWS)}")
     for name in chosen_rows:  # what cannot be is told before anything is read
-        chosen(MODEL, TRAINING, [*ROWS[name].items(), *args.set])
+        texts.chosen(MODEL, TRAINING, [*ROWS[name].items(), *args.set])
     device = devices.pick_device(args.device)
     torch.set_num_threads(devices.cpu_threads(device))
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -204,15 +198,7 @@ def main() -> int:
             row = measure(name, seed, corpus, test, args)
             runs = [run for run in runs if (run["name"], run["seed"]) != (name, seed)] + [row]
             runs.sort(key=lambda run: (list(ROWS).index(run["name"]), run["seed"]))
-            written = {
-                "benchmark": "quality.regularisation",
-                "machine": harness.machine(harness.Options(device=device.type, threads=torch.get_num_threads())),
-                "versions": harness.versions(),
-                "tokens": about,
-                "runs": runs,
-            }
-            files.make_folder(args.results)
-            path.write_text(harness.as_json(written))
+            texts.write(path, "quality.regularisation", device, runs, tokens=about)
     plot(runs, args.image)
     return 0
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import harness
-from benchmarks.quality.texts import chosen, say
+from benchmarks.quality import texts
 from mamba2_min import devices, files
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import load_corpus
@@ -38,27 +37,21 @@ RESULTS = "quality-stories.json"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = texts.parser(__doc__, "a folder of documents", "stories-benchmark", device="cpu")
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="FOLDER", help="of documents")
-    add("--out", type=Path, default=Path("runs/stories-benchmark"), metavar="DIR", help="of the runs (%(default)s)")
-    add("--results", type=Path, default=harness.RESULTS, metavar="DIR", help="the JSON (%(default)s)")
-    add("--device", default="cpu", help="auto, cpu, cuda or mps (%(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     add("--minutes", type=float, default=10.0, help="of each training (%(default)s)")
     add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    add("--seeds", type=int, nargs="+", default=[0])
-    add("--set", nargs="*", default=[], type=harness.assignment, metavar="NAME=VALUE", help="of model or training")
     return parser.parse_args()
 
 
 def measure(args: argparse.Namespace, recipe: str, seed: int, device: torch.device) -> dict[str, Any]:
     """Trains once, and returns what came of it."""
     changes = [*RECIPES[recipe], *args.set]
-    values, settings = chosen(PRESETS["small"], TRAINING, changes, seed=seed, max_minutes=args.minutes)
+    values, settings = texts.chosen(PRESETS["small"], TRAINING, changes, seed=seed, max_minutes=args.minutes)
     corpus = load_corpus(args.data, VOCABULARY, pattern="llama3")
     model = Mamba2LM(Mamba2Config(len(corpus.tokenizer), **values), seed=seed)
-    trainer = Trainer(model, corpus, settings, args.out / f"{recipe}-{seed}", device, report=say)
+    trainer = Trainer(model, corpus, settings, args.out / f"{recipe}-{seed}", device, report=texts.say)
     begun = time.perf_counter()
     result = trainer.train()
     minutes = (time.perf_counter() - begun) / 60
@@ -92,14 +85,8 @@ def main() -> int:
             row = measure(args, recipe, seed, device)
             old = json.loads(path.read_text())["runs"] if files.is_file(path) else []
             runs = [one for one in old if any(one[name] != row[name] for name in _NAMES)]
-            written = {
-                "benchmark": "quality.stories",
-                "machine": harness.machine(harness.Options(device=device.type, threads=args.threads)),
-                "versions": harness.versions(),
-                "runs": sorted([*runs, row], key=lambda one: [str(one[name]) for name in _NAMES]),
-            }
-            files.make_folder(args.results)
-            path.write_text(harness.as_json(written))
+            runs = sorted([*runs, row], key=lambda one: [str(one[name]) for name in _NAMES])
+            texts.write(path, "quality.stories", device, runs)
     return 0
 
 

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import harness
+from mamba2_min import files
 from mamba2_min.settings import Settings
+
+
+def parser(
+    doc: str, data: str, out: str, device: str = "auto", seeds: Sequence[int] = (0,), image: str = ""
+) -> argparse.ArgumentParser:
+    """The flags that all have: where the data is (`data` says what), where results go, device, seeds, what to set."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, required=True, metavar="DIR", help=data)
+    p.add_argument("--out", type=Path, default=Path("runs") / out, metavar="DIR", help="of the runs (%(default)s)")
+    p.add_argument("--results", type=Path, default=harness.RESULTS, metavar="DIR", help="the JSON (%(default)s)")
+    if image:
+        p.add_argument("--image", type=Path, default=Path("docs/images") / image, metavar="FILE")
+    p.add_argument("--device", default=device, help="auto, cpu, cuda or mps (%(default)s)")
+    p.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    p.add_argument(
+        "--set", nargs="*", default=[], type=harness.assignment, metavar="NAME=VALUE", help="of model or training"
+    )
+    return p
+
+
+def write(path: Path, benchmark: str, device: torch.device, runs: list[dict[str, Any]], **more: Any) -> None:
+    """The JSON of a benchmark: its runs, where they were made, and what else there is to say."""
+    options = harness.Options(device=device.type, threads=torch.get_num_threads())
+    about = {"benchmark": benchmark, "machine": harness.machine(options), "versions": harness.versions()}
+    files.make_folder(path.parent)
+    path.write_text(harness.as_json(about | more | {"runs": runs}))
 
 
 def chosen(

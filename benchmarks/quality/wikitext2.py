@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import harness
-from benchmarks.quality.texts import chosen, say
+from benchmarks.quality import texts
 from mamba2_min import devices
 from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import load_corpus
@@ -56,29 +55,14 @@ TRAINING = Settings(
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="holds train.txt, valid.txt, test.txt")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/wikitext2"), metavar="DIR", help="of the runs (%(default)s)"
-    )
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, metavar="DIR", help="the JSON (%(default)s)")
-    parser.add_argument("--device", default="cuda")
+    parser = texts.parser(__doc__, "holds train.txt, valid.txt, test.txt", "wikitext2", device="cuda")
     parser.add_argument("--minutes", type=float, default=0.0, help="time limit; the learning rate falls with the clock")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        type=harness.assignment,
-        metavar="NAME=VALUE",
-        help="of the model or the training",
-    )
     return parser.parse_args()
 
 
 def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Trains with one seed, and scores the best model on both parts that it did not learn from."""
-    model_values, settings = chosen(MODEL, TRAINING, args.set, seed=seed, max_minutes=args.minutes)
+    model_values, settings = texts.chosen(MODEL, TRAINING, args.set, seed=seed, max_minutes=args.minutes)
     device = devices.pick_device(args.device)
     files = {"val_path": args.data / "valid.txt", "min_count": 1, "pattern": "whitespace"}
     corpus = load_corpus(args.data / "train.txt", **files)
@@ -87,7 +71,7 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         print(f"the vocabulary has {len(corpus.tokenizer):,} words, and WikiText-2 has {WORDS:,}: another data set?")
     model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), **model_values), seed=seed)
     out = args.out / f"seed{seed}"
-    trainer = Trainer(model, corpus, settings, out, device, report=say)
+    trainer = Trainer(model, corpus, settings, out, device, report=texts.say)
     begun = time.perf_counter()
     result = trainer.train()
     minutes = (time.perf_counter() - begun) / 60
@@ -119,16 +103,8 @@ def main() -> int:
     runs = []
     for seed in args.seeds:
         runs.append(measure(args, seed))
-        options = harness.Options(device=devices.pick_device(args.device).type, threads=torch.get_num_threads())
-        written = {
-            "benchmark": "quality.wikitext2",
-            "machine": harness.machine(options),
-            "versions": harness.versions(),
-            "published": PUBLISHED,
-            "runs": runs,
-        }
-        args.results.mkdir(parents=True, exist_ok=True)
-        (args.results / "quality-wikitext2.json").write_text(harness.as_json(written))
+        path = args.results / "quality-wikitext2.json"
+        texts.write(path, "quality.wikitext2", devices.pick_device(args.device), runs, published=PUBLISHED)
     return 0
 
 
