@@ -40,7 +40,7 @@ class Classifier(nn.Module):
         self,
         model: LanguageModel,
         labels: int,
-        pool: str = "mean",
+        pool: str = "mean+max",
         class_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         dropout: float = 0.0,

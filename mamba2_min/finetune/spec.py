@@ -52,7 +52,7 @@ class FinetuneSettings:
     )
     text_column: str = setting("text", "classify: the column or key with the text", metavar="NAME")
     label_column: str = setting("label", "classify: the column or key with the label", metavar="NAME")
-    pool: str = setting("mean", "classify: what of the text the head reads", choices=POOLS, shown="mean")
+    pool: str = setting("mean+max", "classify: what of the text the head reads", choices=POOLS, shown="mean+max")
     class_weights: bool = setting(False, "classify: weigh rare labels more")
     label_smoothing: float = setting(0.0, "classify: share of the target spread over all labels", high=1)
     word_dropout: float = setting(0.0, "classify: share of the words that training takes away", high=1)
