@@ -76,10 +76,8 @@ class Settings:
         "each document from an empty state, as it is completed, or the state carried through all of them",
         choices=VALIDATE,
     )
-    carry_state: bool | None = setting(  # see Streams
-        None,
-        "each window goes on with the state of the one before it",
-        shown="on where most of the text is in documents longer than 16 windows",
+    carry_state: bool | None = setting(  # see Streams; None, in older runs: on where most of the text is long documents
+        False, "each window goes on with the state of the one before it"
     )
     ema_decay: float = setting(  # see Average
         0.0, "of the average of weights that is validated and kept, such as 0.998; 0: none", high=1

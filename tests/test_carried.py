@@ -215,13 +215,17 @@ def test_micro_batches_carry_what_the_batch_does(tmp_path, data):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_chosen_by_the_documents_unless_asked_for(tmp_path, data):
-    assert make_trainer(tmp_path / "a", data).carried is None  # short documents
-    assert make_trainer(tmp_path / "b", data, carry_state=True).carried is not None
+def test_it_is_off_unless_asked_for(tmp_path, data):
     long = write_documents(tmp_path / "long", count=2, words=3000)
-    trainer = make_trainer(tmp_path / "c", long)
+    assert make_trainer(tmp_path / "a", long).carried is None
+    assert make_trainer(tmp_path / "b", data, carry_state=True).carried is not None
+
+
+def test_in_older_runs_it_is_chosen_by_the_documents(tmp_path, data):
+    assert make_trainer(tmp_path / "a", data, carry_state=None).carried is None  # short documents
+    long = write_documents(tmp_path / "long", count=2, words=3000)
+    trainer = make_trainer(tmp_path / "c", long, carry_state=None)
     assert trainer.carried is not None and any("the state is carried on" in note for note in trainer.notes)
-    assert make_trainer(tmp_path / "d", long, carry_state=False).carried is None
 
 
 def test_a_transformer_carries_nothing(tmp_path):
