@@ -7,8 +7,8 @@ What stands between two lines like these is replaced by the table of benchmarks/
 
 Between `<!-- figure:faults-cpu -->` and `<!-- /figure:faults-cpu -->`, within a line, stands its one figure.
 `benchmark:decode-cpu/small` takes only the settings whose names begin with "small", and `classification-cpu/sms/` only
-the rows of that task. A benchmark over lengths (scan, memory) also becomes a picture, docs/images/NAME.png, where one
-of the documents shows it.
+the rows of that task. A benchmark over lengths (scan, memory, train_step) also becomes a picture, docs/images/NAME.png,
+where one of the documents shows it.
 """
 
 from __future__ import annotations
@@ -312,6 +312,44 @@ def plot(results: list[Measurement], path: Path) -> bool:
     return True
 
 
+def plot_rates(results: list[Measurement], path: Path) -> bool:
+    """Draws tokens per second against the length of a text, of the model that was measured at most lengths; False, and
+    no picture, for fewer than three lengths."""
+    import matplotlib.pyplot as plt
+
+    from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE, STYLE
+
+    by_model: dict[str, list[Measurement]] = {}
+    for r in sorted(results, key=lambda r: r["about"]["length"]):
+        by_model.setdefault(repr(r["about"]["model"]), []).append(r)
+    series = max(by_model.values(), key=len)
+    lengths = [r["about"]["length"] for r in series]
+    if len(lengths) < 3:
+        return False
+    colours = iter((BLUE, ORANGE, GREEN, "#8e63b5"))
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+        for name, _ in shown_peers(series[0]):
+            points = [
+                (r["about"]["length"], r["peers"][name]["tokens_per_second"] / 1e3)
+                for r in series
+                if "median" in r["peers"].get(name, {})
+            ]
+            if len(points) > 2:
+                style = {"color": GREY, "linestyle": "--"} if name == FLOOR else {"color": next(colours), "marker": "o"}
+                axis.plot(*zip(*points, strict=True), label=plain(name), **style)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{l:,}" for l in lengths])
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens of a text")
+        axis.set_ylabel("thousand tokens a second")
+        axis.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+    return True
+
+
 def without(about: dict[str, Any], field: str) -> str:
     return repr(sorted((key, value) for key, value in about.items() if key != field))
 
@@ -347,11 +385,11 @@ def main() -> int:
     if args.check:
         return 1 if stale else 0
     for path in sorted(args.results.glob("*.json")):
-        results = harness.load(path)
-        if isinstance(results, list) and results and TABLES.get(results[0]["benchmark"]) is length_table:
-            image = args.images / f"{path.stem}.png"
-            if image.name in shown and plot(results, image):
-                print(f"drawn: {image.name}")
+        results, image = harness.load(path), args.images / f"{path.stem}.png"
+        if image.name not in shown or not isinstance(results, list) or not results:
+            continue
+        if (plot if TABLES.get(results[0]["benchmark"]) is length_table else plot_rates)(results, image):
+            print(f"drawn: {image.name}")
     return 0
 
 

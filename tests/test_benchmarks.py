@@ -203,6 +203,15 @@ def test_lengths_make_a_row_each_and_a_picture(tmp_path):
     assert not seed_table.plot([*results, other_batch], tmp_path / "mixed.png")
 
 
+def test_rates_of_one_model_make_a_picture_though_batches_differ(tmp_path):
+    few = [made(f"small-b{2048 // l}-l{l}", l, batch=2048 // l) for l in (1024, 256)]
+    other = made("base-b2-l512", 512, batch=2, d_model=768)
+    assert not seed_table.plot_rates([*few, other], tmp_path / "it.png")  # three lengths, but not of one model
+    three = [*few, other, made("small-b4-l512", 512, batch=4)]
+    assert seed_table.plot_rates(three, tmp_path / "it.png")
+    assert 1_000 < (tmp_path / "it.png").stat().st_size < 150_000
+
+
 def test_writer_as_a_command(tmp_path, monkeypatch, capsys):
     harness.save(made(), tmp_path)
     document = tmp_path / "README.md"
