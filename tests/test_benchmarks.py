@@ -205,7 +205,7 @@ def test_lengths_make_a_row_each_and_a_picture(tmp_path):
 
 def test_rates_of_one_model_make_a_picture_though_batches_differ(tmp_path):
     few = [made(f"small-b{2048 // l}-l{l}", l, batch=2048 // l) for l in (1024, 256)]
-    other = made("base-b2-l512", 512, batch=2, d_model=768)
+    other = made("base-b2-l512", 512, batch=2, model={"d_model": 768, "n_layer": 4})
     assert not seed_table.plot_rates([*few, other], tmp_path / "it.png")  # three lengths, but not of one model
     three = [*few, other, made("small-b4-l512", 512, batch=4)]
     assert seed_table.plot_rates(three, tmp_path / "it.png")
