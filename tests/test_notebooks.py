@@ -178,3 +178,10 @@ def test_runs_from_scratch(path):
     before = path.read_bytes()
     run_all.run(path)
     assert path.read_bytes() == before
+
+
+def test_a_kernel_lets_threads_sleep_while_they_wait_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert run_all._environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert run_all._environment()["OMP_WAIT_POLICY"] == "ACTIVE"
