@@ -92,8 +92,9 @@ def run(path: Path, timeout: int = 600, write: bool = False) -> float:
 
 
 def _environment() -> dict[str, str]:
-    """That of a kernel. The notebooks import torch before mamba2_min, which would see to it that threads sleep while they
-    wait: spinning ones hold each other up on a busy machine, and two minutes became half an hour."""
+    """That of a kernel, whose threads sleep while they wait. The notebooks import torch before mamba2_min, which would
+    see to that. Threads that spin hold each other up on a busy machine: two minutes became half an hour.
+    """
     inherited = os.environ.get("PYTHONPATH")
     path = str(ROOT) + (os.pathsep + inherited if inherited else "")
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path}
