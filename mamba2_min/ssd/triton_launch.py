@@ -90,7 +90,9 @@ class Launch:
         self.chunks = -(-self.l // tiles.q)
         # The chunks of a head follow one another. Where few heads leave a GPU idle, sections of them run side by side,
         # at the price of reading the tokens twice.
-        programs = self.b * self.h * -(-self.n // tiles.columns)
+        self.columns = min(tiles.columns, _power(self.n))  # of a state, that a program of `states` holds
+        self.parts = -(-self.n // self.columns)
+        programs = self.b * self.h * self.parts
         sections = max(1, min(-(-_PROGRAMS // programs), self.chunks // _SPAN))
         self.span = -(-self.chunks // sections)
         self.sections = -(-self.chunks // self.span)
@@ -153,17 +155,15 @@ class Launch:
         self, v: Tensor, K: Tensor, decays: Decays, start: Tensor, forward: Tensor | None, reverse: bool,
         write: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        columns = min(self.tiles.columns, _power(self.n))
-        parts = -(-self.n // columns)
         last = self.empty(self.sections, self.b, self.h, self.p, self.n)
         H = self.empty(self.b, self.chunks, self.h, self.p, self.n, dtype=v.dtype) if write else last
-        carried = self.empty(parts, self.b, self.chunks, self.h) if write and reverse else last
+        carried = self.empty(self.parts, self.b, self.chunks, self.h) if write and reverse else last
         warps, stages = self.tiles.states
-        kernels.states[(self.b * self.h, parts, self.sections)](
+        kernels.states[(self.b * self.h, self.parts, self.sections)](
             v, K, decays.enter if reverse else decays.leave, decays.dt, decays.across, start,
             H if forward is None else forward, H, last, carried, *v.stride()[:3], *K.stride()[:3], self.l, self.chunks,
             self.h, self.r, self.p, self.n, self.b * self.h, self.span,
-            REVERSE=reverse, WRITE=write, **self.sizes, BQ=self.tiles.piece, BN=columns, num_warps=warps,
+            REVERSE=reverse, WRITE=write, **self.sizes, BQ=self.tiles.piece, BN=self.columns, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
         return H, last, carried
