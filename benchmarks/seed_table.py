@@ -276,7 +276,7 @@ def plot(results: list[Measurement], path: Path) -> bool:
     """Draws time and memory against length; False, and no picture, where the results are not a series of lengths."""
     import matplotlib.pyplot as plt
 
-    from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE, STYLE
+    from mamba2_min.plots import GREY, STYLE
 
     length, unit = ("l", "tokens") if results[0]["benchmark"] == "scan" else ("length", "tokens of context")
     series = sorted((r for r in results if r["about"].get("backward", True)), key=lambda r: r["about"][length])
@@ -287,7 +287,7 @@ def plot(results: list[Measurement], path: Path) -> bool:
     panels = [("median", 1, "seconds"), ("peak_bytes", 1e9, "peak memory, GB")]
     if any("kept_bytes" in peer for _, peer in shown_peers(series[0])):
         panels.insert(1, ("kept_bytes", 1e9, "kept for the backward, GB"))
-    colours = dict(zip(names, (BLUE, ORANGE, GREEN, "#8e63b5", "#b8860b", "#c0504d"), strict=False)) | {FLOOR: GREY}
+    colours = colours_of(names)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
         for axis, (field, unit_size, title) in zip(axes, panels, strict=True):
@@ -306,9 +306,7 @@ def plot(results: list[Measurement], path: Path) -> bool:
             axis.set_xlabel(unit)
             axis.set_title(title, loc="left", fontsize=10)
         axes[0].legend(fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})  # the same picture for the same numbers
-        plt.close(figure)
+        save_picture(figure, path)
     return True
 
 
@@ -317,7 +315,7 @@ def plot_rates(results: list[Measurement], path: Path) -> bool:
     no picture, for fewer than three lengths."""
     import matplotlib.pyplot as plt
 
-    from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE, STYLE
+    from mamba2_min.plots import STYLE
 
     by_model: dict[str, list[Measurement]] = {}
     for r in sorted(results, key=lambda r: r["about"]["length"]):
@@ -326,28 +324,48 @@ def plot_rates(results: list[Measurement], path: Path) -> bool:
     lengths = [r["about"]["length"] for r in series]
     if len(lengths) < 3:
         return False
-    colours = iter((BLUE, ORANGE, GREEN, "#8e63b5"))
+    names = [name for name, _ in shown_peers(series[0])]
+    colours = colours_of(names)
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-        for name, _ in shown_peers(series[0]):
+        for name in names:
             points = [
                 (r["about"]["length"], r["peers"][name]["tokens_per_second"] / 1e3)
                 for r in series
                 if "median" in r["peers"].get(name, {})
             ]
             if len(points) > 2:
-                style = {"color": GREY, "linestyle": "--"} if name == FLOOR else {"color": next(colours), "marker": "o"}
-                axis.plot(*zip(*points, strict=True), label=plain(name), **style)
+                style = {"linestyle": "--"} if name == FLOOR else {"marker": "o"}
+                axis.plot(*zip(*points, strict=True), label=plain(name), color=colours[name], **style)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [f"{l:,}" for l in lengths])
         axis.set_ylim(bottom=0)
         axis.set_xlabel("tokens of a text")
         axis.set_ylabel("thousand tokens a second")
         axis.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+        save_picture(figure, path)
     return True
+
+
+# The picture of a benchmark's results, where one of the documents shows it.
+PICTURES = {"scan": plot, "memory": plot, "train_step": plot_rates}
+
+
+def colours_of(names: list[str]) -> dict[str, str]:
+    """A colour for each peer."""
+    from mamba2_min.plots import BLUE, GREEN, GREY, ORANGE
+
+    colours = (BLUE, ORANGE, GREEN, "#8e63b5", "#b8860b", "#c0504d")
+    return dict.fromkeys(names, GREY) | dict(zip(names, colours, strict=False)) | {FLOOR: GREY}
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Writes the same picture for the same numbers, and closes it."""
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
 
 
 def without(about: dict[str, Any], field: str) -> str:
@@ -388,7 +406,8 @@ def main() -> int:
         results, image = harness.load(path), args.images / f"{path.stem}.png"
         if image.name not in shown or not isinstance(results, list) or not results:
             continue
-        if (plot if TABLES.get(results[0]["benchmark"]) is length_table else plot_rates)(results, image):
+        picture = PICTURES.get(results[0]["benchmark"])
+        if picture and picture(results, image):
             print(f"drawn: {image.name}")
     return 0
 
