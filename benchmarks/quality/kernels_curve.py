@@ -53,10 +53,14 @@ def without_kernels() -> Iterator[None]:
         yield
 
 
-def train(corpus: Corpus, shape: dict[str, Any], args: argparse.Namespace, seed: int, kernels: bool) -> dict[str, Any]:
-    """One training; its losses are means of `log_every` steps each. Raises UserError where it ends early."""
-    with harness.explained():
-        settings = dataclasses.replace(TRAINING, max_steps=args.steps, seed=seed)
+def train(
+    corpus: Corpus, how: tuple[dict[str, Any], Settings], args: argparse.Namespace, seed: int, kernels: bool
+) -> dict[str, Any]:
+    """One training, of a shape with settings; its losses are means of `log_every` steps each.
+
+    Raises UserError where it ends early.
+    """
+    shape, settings = how[0], dataclasses.replace(how[1], seed=seed)
     folder = args.out / f"seed{seed}-{'kernels' if kernels else 'plain'}"
     model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), **shape), seed)
     begun = time.perf_counter()
@@ -121,19 +125,19 @@ def main() -> int:
         raise UserError("--seeds needs two seeds, for the difference between two")
     device = devices.pick_device(args.device)
     torch.set_num_threads(devices.cpu_threads(device))
-    shape = harness.model_values(MODEL, args.set)
+    shape, settings = texts.chosen(MODEL, TRAINING, args.set, max_steps=args.steps)
     part = args.data / "train.txt"
     both = {"val_path": args.data / "valid.txt"} if files.is_file(part) else {}
     corpus = load_corpus(part if both else args.data, 8192, pattern="llama3", **both)
-    settings = harness.changed(dataclasses.replace(TRAINING, max_steps=args.steps))
-    path, about = args.results / "quality-kernels_curve.json", {"model": shape, "training": settings}
+    path = args.results / "quality-kernels_curve.json"
+    about = {"model": shape, "training": harness.changed(settings)}
     old = files.load_json(path) if files.is_file(path) and not args.again else {}
     runs = old["runs"] if old and all(old[name] == value for name, value in about.items()) else []
     for seed in args.seeds:
         for kernels in (True, False):
             if any((run["seed"], run["kernels"]) == (seed, kernels) for run in runs):
                 continue
-            runs.append(train(corpus, shape, args, seed, kernels))
+            runs.append(train(corpus, (shape, settings), args, seed, kernels))
             told = {name: runs[-1][name] for name in ("seed", "kernels", "seconds", "validation")}
             print(", ".join(f"{name} {value}" for name, value in told.items()), flush=True)
             texts.write(path, "quality.kernels_curve", device, runs, **about)
