@@ -92,3 +92,5 @@ def test_regularisation_measures_each_row_once_and_draws_a_picture(tmp_path, mon
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["x", *told, "--only", "recipe"])
     assert regularisation.main() == 0 and "test perplexity" not in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["x", *told, "lr=0.002", "--only", "recipe"])
+    assert regularisation.main() == 0 and capsys.readouterr().out.count("test perplexity") == 2

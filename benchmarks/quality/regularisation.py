@@ -5,14 +5,13 @@
 A small model (d 256, 4 layers) reads the first quarter of WikiText-2 a few dozen times: about as often, for its size,
 as the model of `wikitext2` reads all of it. Words that are not in this quarter are <unk>, as the data set's rare words
 are, so perplexities compare with one another alone. A row's figure is the test perplexity of the model that was best on
-the validation text. Rows that are in the results are left out; --again measures them anew. The picture shows the
-figure of each seed, and the validation perplexity of each row on the way.
+the validation text. Rows that the results hold with the same settings are left out; --again measures them anew. The
+picture shows the figure of each seed, and the validation perplexity of each row on the way.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -104,10 +103,15 @@ def cut(data: Path, share: int, out: Path) -> Path:
     return out
 
 
+def asked(name: str, seed: int, args: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
+    """The model's shape and the settings of a row. Raises UserError for what cannot be set."""
+    return texts.chosen(MODEL, TRAINING, [*ROWS[name].items(), *args.set], seed=seed)
+
+
 def measure(name: str, seed: int, corpus: Corpus, test: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """Trains a row with a seed, and scores the best model on the test text."""
     device = devices.pick_device(args.device)
-    values, settings = texts.chosen(MODEL, TRAINING, [*ROWS[name].items(), *args.set], seed=seed)
+    values, settings = asked(name, seed, args)
     out = args.out / f"{name.replace(' ', '-')}-{seed}"
     model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), **values), seed=seed)
     trainer = Trainer(model, corpus, settings, out, device)
@@ -179,12 +183,12 @@ def main() -> int:
     if not chosen_rows:
         raise UserError(f"no row's name contains {' or '.join(args.only)}; there are {', '.join(ROWS)}")
     for name in chosen_rows:  # what cannot be is told before anything is read
-        texts.chosen(MODEL, TRAINING, [*ROWS[name].items(), *args.set])
+        asked(name, args.seeds[0], args)
     device = devices.pick_device(args.device)
     torch.set_num_threads(devices.cpu_threads(device))
     torch.backends.cuda.matmul.allow_tf32 = True
     path = args.results / RESULTS
-    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if files.is_file(path) else []
+    runs: list[dict[str, Any]] = files.load_json(path)["runs"] if files.is_file(path) else []
     folder = cut(args.data, args.share, args.out / "data")
     how: dict[str, Any] = {"min_count": 1, "pattern": "whitespace"}
     corpus = load_corpus(folder / "train.txt", val_path=folder / "valid.txt", **how)
@@ -193,10 +197,13 @@ def main() -> int:
     print(f"{about['train']:,} words to train on, {about['words']:,} different ones", flush=True)
     for seed in args.seeds:
         for name in chosen_rows:
-            if not args.again and any((run["name"], run["seed"]) == (name, seed) for run in runs):
+            values, settings = asked(name, seed, args)
+            before = [run for run in runs if (run["name"], run["seed"]) == (name, seed)]
+            same = any(run["model"] == values and Settings(**run["training"]) == settings for run in before)
+            if same and not args.again:
                 continue
             row = measure(name, seed, corpus, test, args)
-            runs = [run for run in runs if (run["name"], run["seed"]) != (name, seed)] + [row]
+            runs = [run for run in runs if run not in before] + [row]
             runs.sort(key=lambda run: (list(ROWS).index(run["name"]), run["seed"]))
             texts.write(path, "quality.regularisation", device, runs, tokens=about)
     plot(runs, args.image)

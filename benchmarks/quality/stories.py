@@ -10,7 +10,6 @@ A row of the same recipe, seed and minutes that is in the results is replaced.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from typing import Any
 
@@ -83,7 +82,7 @@ def main() -> int:
     for seed in args.seeds:
         for recipe in args.recipes:
             row = measure(args, recipe, seed, device)
-            old = json.loads(path.read_text())["runs"] if files.is_file(path) else []
+            old = files.load_json(path)["runs"] if files.is_file(path) else []
             runs = [one for one in old if any(one[name] != row[name] for name in _NAMES)]
             runs = sorted([*runs, row], key=lambda one: [str(one[name]) for name in _NAMES])
             texts.write(path, "quality.stories", device, runs)
