@@ -1,4 +1,4 @@
-"""What each means against learning by heart brings: a recipe, and the same with one thing changed, by seeds.
+"""What each technique against learning by heart brings: a recipe, and the same with one thing changed, by seeds.
 
     python -m benchmarks.quality.regularisation --data wikitext-2 --device cuda
 
