@@ -386,12 +386,18 @@ def save(result: Measurement, folder: Path) -> Path:
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """NAME=VALUE of a command line, the value as JSON has it: for argparse, which makes one line of the error."""
+    """NAME=VALUE of a command line: for argparse, which makes one line of the error.
+
+    The value is as JSON has it, or a word without quotes, as in optimizer=muon.
+    """
     name, _, value = text.partition("=")
     try:
         return name, json.loads(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a value such as 64, 0.1 or true") from None
+        if value.isidentifier():
+            return name, value
+        expected = "NAME=VALUE with a value such as 64, 0.1, true or a word"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
 
 
 @contextmanager

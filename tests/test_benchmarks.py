@@ -429,9 +429,18 @@ def test_a_side_that_fails_or_takes_too_long_costs_itself_alone():
 
 @pytest.mark.parametrize(
     "text, value",
-    [("d_model=64", 64), ("dropout=0.1", 0.1), ("graph=true", True), ("a=b=1", None), ("lr", None), ("lr=", None)],
+    [
+        ("d_model=64", 64),
+        ("dropout=0.1", 0.1),
+        ("graph=true", True),
+        ("optimizer=muon", "muon"),
+        ('optimizer="muon"', "muon"),
+        ("a=b=1", None),
+        ("lr", None),
+        ("lr=", None),
+    ],
 )
-def test_an_assignment_is_a_name_and_a_value_of_json(text, value):
+def test_an_assignment_is_a_name_and_a_value_of_json_or_a_word(text, value):
     if value is None:
         with pytest.raises(argparse.ArgumentTypeError, match="NAME=VALUE"):
             harness.assignment(text)
