@@ -187,6 +187,15 @@ def test_a_table_without_results_is_left_as_it_is(tmp_path):
     assert seed_table.rewrite(text, tmp_path) == (text, ["decode-cuda"])
 
 
+def test_the_tables_of_the_documents_are_those_of_the_results():
+    documents = [forked.ROOT / "README.md", *sorted((forked.ROOT / "docs").glob("*.md"))]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in documents}
+    assert sum("<!-- benchmark:" in text for text in texts.values()) >= 2  # the check reads something
+    for name, text in texts.items():
+        new, missing = seed_table.rewrite(text, forked.ROOT / "benchmarks" / "results")
+        assert (new == text, missing) == (True, []), f"{name}: run python -m benchmarks.seed_table"
+
+
 def test_lengths_make_a_row_each_and_a_picture(tmp_path):
     for length in (1024, 256, 512):
         path = harness.save(made(f"small-b8-l{length}", length, "memory"), tmp_path)
