@@ -3,8 +3,9 @@
     gpt3          the Mamba paper's first (arXiv:2312.00752, appendix E.2.1): GPT-3's peak rate, AdamW's usual betas
     improved      its second: five times that peak, betas (0.9, 0.95), down to 1e-5; what its Mamba models trained with
     small-corpus  ours, for a small model that reads a small corpus several times: the defaults (docs/LOG.md)
+    many-epochs   ours, for a model that reads its corpus dozens of times: against learning by heart (docs/quality.md)
 
-The paper's two are for text that is read about once. Both have warm-up, a cosine, decay 0.1, clipping at 1 and no
+The paper's two are for text that is read about once. They have warm-up, a cosine, decay 0.1, clipping at 1 and no
 dropout. The paper does not say where the first one's cosine ends: GPT-3's ends at a tenth of its peak. Both also ask
 for RMSNorm and no biases, which every model here has.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-RECIPES = ("small-corpus", "gpt3", "improved")
+RECIPES = ("small-corpus", "many-epochs", "gpt3", "improved")
 
 # GPT-3's peak learning rate by the number of parameters (arXiv:2005.14165, table 2.1).
 PEAKS = {125e6: 6e-4, 350e6: 3e-4, 760e6: 2.5e-4, 1.3e9: 2e-4, 2.7e9: 1.6e-4, 6.7e9: 1.2e-4, 13e9: 1e-4, 175e9: 0.6e-4}
@@ -35,6 +36,8 @@ def recipe(name: str, parameters: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if name == "small-corpus":
         return {}, {}
+    if name == "many-epochs":
+        return {"lr": 3e-3, "ema_decay": 0.999}, {"dropout": 0.0, "variational_dropout": 0.5, "embedding_dropout": 0.1}
     peak = peak_rate(parameters)
     if name == "gpt3":
         return {**_SHARED, "lr": peak, "min_lr": round(peak / 10, 10), "beta2": 0.999}, {"dropout": 0.0}

@@ -66,6 +66,25 @@ def test_stories_write_a_row_for_each_recipe_and_seed_and_replace_an_older_one(t
     assert runs[2]["training"]["optimizer"] == "muon" and runs[2]["model"]["dropout"] == 0.05
 
 
+def test_wikitext2_keeps_what_was_measured_with_other_settings(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for part, birds in (("train", 12), ("valid", 3), ("test", 5)):
+        text = "".join(f" the {k} birds sat on a wall and sang . \n" for k in range(birds))
+        (data / f"{part}.txt").write_text(text)
+    small = ["d_model=16", "n_layer=1", "headdim=16", "max_steps=4", "eval_every=2", "context=16", "batch_size=2"]
+    where = ["--data", str(data), "--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--device", "cpu"]
+    for changes in (["dropout=0"], ["dropout=0.1", "optimizer=muon"], ["dropout=0"]):
+        monkeypatch.setattr("sys.argv", ["x", *where, "--set", *small, "graph=false", *changes])
+        assert wikitext2.main() == 0
+        assert "test perplexity" in capsys.readouterr().out
+    runs = json.loads((tmp_path / "quality-wikitext2.json").read_text())["runs"]
+    assert [run["model"]["dropout"] for run in runs] == [0.1, 0]
+    assert runs[0]["training"]["optimizer"] == "muon" and runs[1]["training"]["recipe"] == "many-epochs"
+    assert all(run["test"]["perplexity"] > 1 and run["test"]["tokens"] == 5 * 11 for run in runs)
+    assert [[step for step, _ in run["validation_by_step"]] for run in runs] == [[2, 4], [2, 4]]
+
+
 def test_regularisation_measures_each_row_once_and_draws_a_picture(tmp_path, monkeypatch, capsys):
     data = tmp_path / "data"
     data.mkdir()

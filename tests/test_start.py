@@ -171,6 +171,13 @@ class TestRecipes:
             recipe("gpt4", 1)
         assert RECIPES[0] == Settings.recipe
 
+    def test_against_learning_by_heart(self, train):
+        training, model = recipe("many-epochs", 4_000_000)
+        assert model["dropout"] == 0 < model["variational_dropout"]  # dropout of blocks did harm: docs/quality.md
+        assert Settings(**training).ema_decay
+        said = train("--recipe", "many-epochs", "--d-model", "16", "--n-layer", "1", "--headdim", "8")
+        assert "dropout 0, 0.5 of channels, 0.1 of words, average of weights 0.999" in said
+
     def test_flags_beside_it_win(self, tmp_path):
         spec = plan_run(tmp_path, {"recipe": "improved", "lr": 1e-2, "dropout": 0.2}, preset="tiny")
         assert (spec.training.lr, spec.training.beta2, spec.model["dropout"]) == (1e-2, 0.95, 0.2)

@@ -28,7 +28,6 @@ from mamba2_min.errors import UserError, run_script
 from mamba2_min.evaluation.perplexity import evaluate
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.settings import Settings
-from mamba2_min.training.metrics import read_metrics
 from mamba2_min.training.trainer import Trainer
 
 SHARE = 4  # one article of so many
@@ -122,7 +121,6 @@ def measure(name: str, seed: int, corpus: Corpus, test: Corpus, args: argparse.N
     seconds = time.perf_counter() - begun
     with devices.matmul_precision(device, "float32"):
         score = evaluate(trainer.model, test.train, test.train_bytes, corpus.tokenizer.eos_id)
-    way = [m for m in read_metrics(out / "metrics.jsonl") if m["split"] == "validation"]
     print(f"{name}, seed {seed}: test perplexity {score.perplexity:.2f}, best at step {result.best_step}", flush=True)
     return {
         "name": name,
@@ -132,7 +130,7 @@ def measure(name: str, seed: int, corpus: Corpus, test: Corpus, args: argparse.N
         "best_step": result.best_step,
         "validation": round(result.best.perplexity, 3),
         "test": round(score.perplexity, 3),
-        "validation_by_step": [[m["step"], round(m["perplexity"], 2)] for m in way],
+        "validation_by_step": texts.validation_by_step(out),
         "parameters": model.config.num_parameters(),
         "model": values,
         "training": harness.changed(settings),

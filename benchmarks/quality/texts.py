@@ -13,6 +13,7 @@ import torch
 from benchmarks import harness
 from mamba2_min import files
 from mamba2_min.settings import Settings
+from mamba2_min.training.metrics import read_metrics
 
 
 def parser(
@@ -53,6 +54,12 @@ def chosen(
     with harness.explained():
         changes = usual | {name: value for name, value in assignments if name in names}
         return values, dataclasses.replace(training, **changes)
+
+
+def validation_by_step(run: Path) -> list[list[float]]:
+    """[step, validation perplexity] of each evaluation of a run, from its metrics.jsonl."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return [[m["step"], round(m["perplexity"], 2)] for m in lines if m["split"] == "validation"]
 
 
 def say(event: str, values: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mamba2_min import console
+from mamba2_min.config import Mamba2Config
 from mamba2_min.data.corpus import Corpus
 from mamba2_min.data.tokenizer import WordTokenizer
 from mamba2_min.errors import printable
@@ -22,7 +23,7 @@ from mamba2_min.inference.writing import FEW_WORDS, WRITING
 from mamba2_min.models.evaluating import evaluating
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.ops.sampling import Sampler
-from mamba2_min.settings import DataSettings
+from mamba2_min.settings import DataSettings, Settings
 from mamba2_min.training.guards import JUMPED, NOT_FINITE
 from mamba2_min.training.metrics import clock
 from mamba2_min.training.trainer import Result, Trainer
@@ -167,12 +168,23 @@ def show_training(trainer: Trainer, needed: str, free: str) -> None:
     show(
         "recipe",
         f"{s.recipe}: {s.optimizer}, warm-up {s.warmup_steps:,} steps, decay {s.weight_decay:g}, betas ({s.beta1:g}, "
-        f"{s.beta2:g}), clip {s.clip:g}, dropout {c.dropout:g}",
+        f"{s.beta2:g}), clip {s.clip:g}, {_against_learning_by_heart(s, c)}",
     )
     for note in trainer.notes:
         show("note", note)
     memory = f"needs about {needed}" + (f" of {free} free" if free else "")
     show("device", f"{trainer.device}, {trainer.precision}; {memory}")
+
+
+def _against_learning_by_heart(s: Settings, c: Mamba2Config) -> str:
+    """The dropout of blocks, and what else of this kind is on."""
+    more = {
+        f"{c.variational_dropout:g} of channels": c.variational_dropout,
+        f"{c.embedding_dropout:g} of words": c.embedding_dropout,
+        f"input noise {s.input_noise:g}": s.input_noise,
+        f"average of weights {s.ema_decay:g}": s.ema_decay,
+    }
+    return ", ".join([f"dropout {c.dropout:g}", *(what for what, value in more.items() if value)])
 
 
 def show_start(trainer: Trainer, folder: str, corpus: Corpus) -> None:
