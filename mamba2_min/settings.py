@@ -61,7 +61,9 @@ class Settings:
         acceptable=True,
     )
     adapt_micro_batch: bool = setting(False, acceptable=True)  # out of memory: halve micro_batch instead of ending
-    max_steps: int = setting(0, "step limit", shown="10 passes over the data, at least 200", acceptable=True)
+    max_steps: int = setting(
+        0, "step limit", shown="10 passes over the data, many-epochs 60, at least 200 steps", acceptable=True
+    )
     max_minutes: float = setting(  # the learning rate then also falls with the clock
         0.0, "time limit", shown="none", acceptable=True
     )

@@ -74,6 +74,7 @@ def test_wikitext2_keeps_what_was_measured_with_other_settings(tmp_path, monkeyp
         (data / f"{part}.txt").write_text(text)
     small = ["d_model=16", "n_layer=1", "headdim=16", "max_steps=4", "eval_every=2", "context=16", "batch_size=2"]
     where = ["--data", str(data), "--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--device", "cpu"]
+    where += ["--image", str(tmp_path / "it.png")]
     for changes in (["dropout=0"], ["dropout=0.1", "optimizer=muon"], ["dropout=0"]):
         monkeypatch.setattr("sys.argv", ["x", *where, "--set", *small, "graph=false", *changes])
         assert wikitext2.main() == 0
@@ -83,6 +84,8 @@ def test_wikitext2_keeps_what_was_measured_with_other_settings(tmp_path, monkeyp
     assert runs[0]["training"]["optimizer"] == "muon" and runs[1]["training"]["recipe"] == "many-epochs"
     assert all(run["test"]["perplexity"] > 1 and run["test"]["tokens"] == 5 * 11 for run in runs)
     assert [[step for step, _ in run["validation_by_step"]] for run in runs] == [[2, 4], [2, 4]]
+    assert (tmp_path / "it.png").stat().st_size > 5000
+    assert wikitext2.described(runs[0]) == "0M, blocks 0.1, channels 0.5, muon"
 
 
 def test_regularisation_measures_each_row_once_and_draws_a_picture(tmp_path, monkeypatch, capsys):

@@ -146,6 +146,8 @@ def test_it_takes_ten_passes_unless_told_otherwise(tmp_path, data):
     per_epoch = trainer.windows.targets_per_epoch / 16
     assert trainer.settings.max_steps == round(10 * per_epoch)
     assert make_trainer(tmp_path / "run", data, max_steps=0, batch_size=99).settings.max_steps == 200
+    many = make_trainer(tmp_path / "run", data, max_steps=0, batch_size=1, recipe="many-epochs")
+    assert many.settings.max_steps == round(60 * per_epoch)
 
 
 @pytest.mark.parametrize("context", [16, 100_000])
