@@ -15,10 +15,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from mamba2_min.config import DROPOUTS
+
 RECIPES = ("small-corpus", "many-epochs", "gpt3", "improved")
 
 # GPT-3's peak learning rate by the number of parameters (arXiv:2005.14165, table 2.1).
 PEAKS = {125e6: 6e-4, 350e6: 3e-4, 760e6: 2.5e-4, 1.3e9: 2e-4, 2.7e9: 1.6e-4, 6.7e9: 1.2e-4, 13e9: 1e-4, 175e9: 0.6e-4}
+NO_DROPOUT = dict.fromkeys(DROPOUTS, 0.0)
 _SHARED = {"weight_decay": 0.1, "beta1": 0.9, "clip": 1.0}
 
 
@@ -29,11 +32,6 @@ def peak_rate(parameters: int) -> float:
     return PEAKS[size]
 
 
-def epochs(name: str) -> int:
-    """How often a run with this recipe reads its corpus, where no step limit is given."""
-    return 60 if name == "many-epochs" else 10
-
-
 def recipe(name: str, parameters: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a recipe sets for a model of this many parameters: fields of Settings, and of Mamba2Config.
 
@@ -42,14 +40,11 @@ def recipe(name: str, parameters: int) -> tuple[dict[str, Any], dict[str, Any]]:
     if name == "small-corpus":
         return {}, {}
     if name == "many-epochs":
-        return {"lr": 3e-3, "ema_decay": 0.999, "eval_every": 200, "patience": 20}, {
-            "dropout": 0.0,  # of blocks it does harm
-            "variational_dropout": 0.5,
-            "embedding_dropout": 0.1,
-        }
+        training = {"lr": 3e-3, "ema_decay": 0.999, "epochs": 60, "eval_every": 200, "patience": 20}
+        return training, {"dropout": 0.0, "variational_dropout": 0.5, "embedding_dropout": 0.1}
     peak = peak_rate(parameters)
     if name == "gpt3":
-        return {**_SHARED, "lr": peak, "min_lr": round(peak / 10, 10), "beta2": 0.999}, {"dropout": 0.0}
+        return {**_SHARED, "lr": peak, "min_lr": round(peak / 10, 10), "beta2": 0.999}, NO_DROPOUT
     if name == "improved":
-        return {**_SHARED, "lr": round(5 * peak, 10), "min_lr": 1e-5, "beta2": 0.95}, {"dropout": 0.0}
+        return {**_SHARED, "lr": round(5 * peak, 10), "min_lr": 1e-5, "beta2": 0.95}, NO_DROPOUT
     raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {name!r}")

@@ -44,7 +44,7 @@ class Settings:
     3e-3, weight_decay 0.1, beta2 0.95), which is meant for text that is read once (docs/LOG.md).
     """
 
-    recipe: str = setting(  # what it set stands in the other fields; the name is kept to tell one run from another
+    recipe: str = setting(  # what it sets stands in the other fields; the name is kept to tell one run from another
         "small-corpus",
         "settings that go together; flags beside it win",
         choices=RECIPES,
@@ -61,9 +61,8 @@ class Settings:
         acceptable=True,
     )
     adapt_micro_batch: bool = setting(False, acceptable=True)  # out of memory: halve micro_batch instead of ending
-    max_steps: int = setting(
-        0, "step limit", shown="10 passes over the data, many-epochs 60, at least 200 steps", acceptable=True
-    )
+    epochs: int = setting(10, "passes over the data, unless --max-steps is given", low=1, acceptable=True)
+    max_steps: int = setting(0, "step limit", shown="that of --epochs, at least 200", acceptable=True)
     max_minutes: float = setting(  # the learning rate then also falls with the clock
         0.0, "time limit", shown="none", acceptable=True
     )

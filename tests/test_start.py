@@ -9,6 +9,7 @@ from small_runs import SHAPE, assert_same_run, load_script, write_documents
 
 from mamba2_min import Mamba2Config, Mamba2LM, WordTokenizer
 from mamba2_min.checkpoints import checkpoint
+from mamba2_min.config import DROPOUTS
 from mamba2_min.errors import UserError
 from mamba2_min.recipes import PEAKS, RECIPES, peak_rate, recipe
 from mamba2_min.settings import Settings
@@ -163,7 +164,7 @@ class TestRecipes:
         training, model = recipe("improved", 4_000_000)
         s = Settings(**training)
         assert (s.lr, s.min_lr, s.beta1, s.beta2, s.weight_decay, s.clip) == (3e-3, 1e-5, 0.9, 0.95, 0.1, 1.0)
-        assert model == {"dropout": 0.0}
+        assert model == dict.fromkeys(DROPOUTS, 0.0)
         s = Settings(**recipe("gpt3", 4_000_000)[0])
         assert (s.lr, s.beta2, s.weight_decay) == (6e-4, 0.999, 0.1) and s.min_lr == 6e-5
         assert recipe("small-corpus", 1) == ({}, {})
@@ -174,7 +175,8 @@ class TestRecipes:
     def test_against_learning_by_heart(self, train):
         training, model = recipe("many-epochs", 4_000_000)
         assert model["dropout"] == 0 < model["variational_dropout"]  # dropout of blocks did harm: docs/quality.md
-        assert Settings(**training).ema_decay
+        s = Settings(**training)
+        assert (s.epochs, s.lr, s.ema_decay, s.patience * s.eval_every) == (60, 3e-3, 0.999, 4000)
         said = train("--recipe", "many-epochs", "--d-model", "16", "--n-layer", "1", "--headdim", "8")
         assert "dropout 0, 0.5 of channels, 0.1 of words, average of weights 0.999" in said
 
@@ -184,6 +186,16 @@ class TestRecipes:
         spec = plan_run(tmp_path, {"recipe": "gpt3", "vocab_size": 50_257}, preset="base")
         assert (spec.training.lr, spec.model["dropout"]) == (6e-4, 0.0)  # 160 million
         assert plan_run(tmp_path, {}).training == Settings()
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_a_run_from_a_preset_and_a_recipe_resumes_as_it_was_begun(self, tmp_path, name):
+        """The recipe sets another dropout than the preset."""
+        begun = {"recipe": name, "data": "documents"}
+        plan_run(tmp_path, begun, preset="tiny").save(tmp_path)
+        (tmp_path / "last.pt").touch()
+        assert plan_run(tmp_path, begun, preset="tiny", resume=True).training.recipe == name
+        with pytest.raises(UserError, match="did not begin with --preset small"):
+            plan_run(tmp_path, begun, preset="small", resume=True)
 
     def test_a_run_keeps_its_recipe(self, train, tmp_path):
         said = train("--recipe", "improved", "--d-model", "16", "--n-layer", "1", "--headdim", "8")

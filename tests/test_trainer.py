@@ -141,13 +141,14 @@ def test_a_training_learns_and_leaves_what_it_should(tmp_path, data):
     assert Mamba2LM.from_pretrained(out).config.vocab_size == 257 + len(words)
 
 
-def test_it_takes_ten_passes_unless_told_otherwise(tmp_path, data):
+def test_it_takes_ten_epochs_unless_told_otherwise(tmp_path, data):
     trainer = make_trainer(tmp_path / "run", data, max_steps=0, batch_size=1)
     per_epoch = trainer.windows.targets_per_epoch / 16
     assert trainer.settings.max_steps == round(10 * per_epoch)
     assert make_trainer(tmp_path / "run", data, max_steps=0, batch_size=99).settings.max_steps == 200
-    many = make_trainer(tmp_path / "run", data, max_steps=0, batch_size=1, recipe="many-epochs")
-    assert many.settings.max_steps == round(60 * per_epoch)
+    assert make_trainer(tmp_path / "run", data, max_steps=0, batch_size=1, epochs=60).settings.max_steps == round(
+        60 * per_epoch
+    )
 
 
 @pytest.mark.parametrize("context", [16, 100_000])

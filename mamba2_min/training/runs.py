@@ -163,7 +163,8 @@ def _saved_plan(out: Path, overrides: dict[str, Any], preset: str | None, accept
     plan = dataclasses.replace(read_plan(out), accept_documents=DOCUMENTS in accept)
     data, training = dataclasses.asdict(plan.data), dataclasses.asdict(plan.training)
     before = {**defaults(Mamba2Config), **plan.model, **training, **data}
-    if preset and any(before[name] != value for name, value in PRESETS[preset].items() if name not in overrides):
+    set_otherwise = overrides.keys() | recipe(plan.training.recipe, 1)[1].keys()
+    if preset and any(before[name] != value for name, value in PRESETS[preset].items() if name not in set_otherwise):
         raise UserError(f"the run in {out} did not begin with --preset {preset}; leave it out, or start a new run")
     for name, value in overrides.items():
         if name in ("data", "val_data"):  # the documents may have moved: their content is checked instead

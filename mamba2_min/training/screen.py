@@ -168,7 +168,7 @@ def show_training(trainer: Trainer, needed: str, free: str) -> None:
     show(
         "recipe",
         f"{s.recipe}: {s.optimizer}, warm-up {s.warmup_steps:,} steps, decay {s.weight_decay:g}, betas ({s.beta1:g}, "
-        f"{s.beta2:g}), clip {s.clip:g}, {_against_learning_by_heart(s, c)}",
+        f"{s.beta2:g}), clip {s.clip:g}, {_regularisation(s, c)}",
     )
     for note in trainer.notes:
         show("note", note)
@@ -176,15 +176,15 @@ def show_training(trainer: Trainer, needed: str, free: str) -> None:
     show("device", f"{trainer.device}, {trainer.precision}; {memory}")
 
 
-def _against_learning_by_heart(s: Settings, c: Mamba2Config) -> str:
+def _regularisation(s: Settings, c: Mamba2Config) -> str:
     """The dropout of blocks, and what else of this kind is on."""
-    more = {
-        f"{c.variational_dropout:g} of channels": c.variational_dropout,
-        f"{c.embedding_dropout:g} of words": c.embedding_dropout,
-        f"input noise {s.input_noise:g}": s.input_noise,
-        f"average of weights {s.ema_decay:g}": s.ema_decay,
-    }
-    return ", ".join([f"dropout {c.dropout:g}", *(what for what, value in more.items() if value)])
+    more = [
+        (c.variational_dropout, f"{c.variational_dropout:g} of channels"),
+        (c.embedding_dropout, f"{c.embedding_dropout:g} of words"),
+        (s.input_noise, f"input noise {s.input_noise:g}"),
+        (s.ema_decay, f"average of weights {s.ema_decay:g}"),
+    ]
+    return ", ".join([f"dropout {c.dropout:g}", *(text for value, text in more if value)])
 
 
 def show_start(trainer: Trainer, folder: str, corpus: Corpus) -> None:
