@@ -33,6 +33,7 @@ from mamba2_min.finetune.talk import Chat
 from mamba2_min.finetune.talk import load as load_talk
 from mamba2_min.finetune.talk import save as save_talk
 from mamba2_min.merge import merge
+from mamba2_min.models.mamba2 import Mamba2Backbone
 from mamba2_min.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +139,23 @@ def test_it_learns_and_resumes_to_the_bit(base, tmp_path, monkeypatch, task, met
         a, b = (torch.load(tmp_path / n / "model.pt", weights_only=True) for n in ("whole", "parts"))
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert same_files(tmp_path / "whole", tmp_path / "parts", names)
+
+
+@pytest.mark.parametrize(("task", "method"), [*KINDS, ("classify", "scratch")])
+def test_dropout_of_channels_and_words_ends_with_pretraining(base, tmp_path, task, method):
+    """It is for a corpus that is read dozens of times (`--recipe many-epochs`); an adapter still fits its base."""
+    config = Mamba2LM.from_pretrained(base).config
+    Mamba2LM(dataclasses.replace(config, embedding_dropout=0.3, variational_dropout=0.5), seed=0).save_pretrained(base)
+    data, out = write_lines(tmp_path / "data.jsonl", PAIRS if task == "chat" else TEXTS), tmp_path / "run"
+    spec = spec_of(base, data, out, task=task, method=method, val_fraction=0.3, lora_dropout=0.0)
+    model = run.prepare(spec, out).model.train()
+    (backbone,) = [module for module in model.modules() if isinstance(module, Mamba2Backbone)]
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(backbone(ids)[0], backbone(ids)[0])
+    if (task, method) == ("chat", "lora"):
+        finetune(base, data, out, task=task, method=method, val_fraction=0.3)
+        assert load_completer(base, out, CPU).model.config.variational_dropout == 0.5
 
 
 @pytest.mark.parametrize("method", [{"method": "full"}, {"method": "lora", "lora_targets": "in_proj,lm_head"}], ids=str)

@@ -89,6 +89,9 @@ def finetune(spec: FinetuneSpec, out: str | Path, device: torch.device, again: s
     return result
 
 
+_OFF = {"embedding_dropout": 0.0, "variational_dropout": 0.0}
+
+
 def check_memory(ready: Prepared, spec: FinetuneSpec, device: torch.device) -> None:
     """Raises UserError where a step with the longest text needs more memory than is free: nothing is ever cut."""
     s, free = spec.training, devices.free_memory(device)
@@ -121,6 +124,9 @@ def prepare(spec: FinetuneSpec, out: Path) -> Prepared:
     """Reads the base and the data, and freezes what is not trained. Raises UserError."""
     f = spec.finetune
     model = Mamba2LM.from_pretrained(f.model)
+    # Dropout of channels and words is for a corpus that is read dozens of times. Of the model's own config nothing
+    # changes: the base is known by it (adapter.base_digest).
+    model.backbone.config = dataclasses.replace(model.config, **_OFF)
     tokenizer = checkpoint.load_tokenizer(f.model, model.config.vocab_size)
     with _user_errors():
         if f.task == "classify":
@@ -186,7 +192,7 @@ def _sorting(f: FinetuneSettings, spec: FinetuneSpec, model: Mamba2LM, tokenizer
     )
     if scratch:
         tokenizer = data.own_words or tokenizer
-        config = dataclasses.replace(model.config, vocab_size=len(tokenizer))
+        config = dataclasses.replace(model.config, vocab_size=len(tokenizer), **_OFF)
         model, kept = Mamba2LM(config, seed=spec.training.seed), ModelFiles()
     else:
         model, kept = _method(f, spec.training.seed, model, tokenizer, data.train)
