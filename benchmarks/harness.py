@@ -394,7 +394,7 @@ def assignment(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except ValueError:
-        if value.isidentifier():
+        if value.replace("-", "_").isidentifier():
             return name, value
         expected = "NAME=VALUE with a value such as 64, 0.1, true or a word"
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None

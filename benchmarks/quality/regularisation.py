@@ -115,9 +115,7 @@ def measure(name: str, seed: int, corpus: Corpus, test: Corpus, args: argparse.N
     model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), **values), seed=seed)
     trainer = Trainer(model, corpus, settings, out, device)
     begun = time.perf_counter()
-    result = trainer.train()
-    if result.best is None or result.signal:
-        raise UserError("the training was stopped, or ended without a finite loss")
+    result = texts.trained(trainer)
     seconds = time.perf_counter() - begun
     with devices.matmul_precision(device, "float32"):
         score = evaluate(trainer.model, test.train, test.train_bytes, corpus.tokenizer.eos_id)
@@ -197,8 +195,7 @@ def main() -> int:
         for name in chosen_rows:
             values, settings = asked(name, seed, args)
             before = [run for run in runs if (run["name"], run["seed"]) == (name, seed)]
-            same = any(run["model"] == values and Settings(**run["training"]) == settings for run in before)
-            if same and not args.again:
+            if any(texts.is_of(run, seed, values, settings) for run in before) and not args.again:
                 continue
             row = measure(name, seed, corpus, test, args)
             runs = [run for run in runs if run not in before] + [row]

@@ -12,8 +12,10 @@ import torch
 
 from benchmarks import harness
 from mamba2_min import files
+from mamba2_min.errors import UserError
 from mamba2_min.settings import Settings
 from mamba2_min.training.metrics import read_metrics
+from mamba2_min.training.trainer import Result, Trainer
 
 
 def parser(
@@ -50,10 +52,25 @@ def chosen(
     Raises UserError for what neither can have.
     """
     names = {field.name for field in dataclasses.fields(Settings)}
+    if "recipe" in dict(assignments):
+        raise UserError("--set cannot name recipe: name the values that it sets")
     values = harness.model_values(model, [(name, value) for name, value in assignments if name not in names])
     with harness.explained():
         changes = usual | {name: value for name, value in assignments if name in names}
         return values, dataclasses.replace(training, **changes)
+
+
+def trained(trainer: Trainer) -> Result:
+    """Trains. Raises UserError where it was stopped, or ended without a finite loss: that is no result to keep."""
+    result = trainer.train()
+    if result.best is None or result.signal:
+        raise UserError("the training was stopped, or ended without a finite loss")
+    return result
+
+
+def is_of(run: dict[str, Any], seed: int, model: dict[str, Any], training: Settings) -> bool:
+    """Whether a run of the results was made with these."""
+    return run["seed"] == seed and run["model"] == model and Settings(**run["training"]) == training
 
 
 def validation_by_step(run: Path) -> list[list[float]]:

@@ -62,16 +62,16 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Trains with one seed, and scores the best model on both parts that it did not learn from."""
     model_values, settings = texts.chosen(MODEL, TRAINING, args.set, seed=seed, max_minutes=args.minutes)
     device = devices.pick_device(args.device)
-    files = {"val_path": args.data / "valid.txt", "min_count": 1, "pattern": "whitespace"}
-    corpus = load_corpus(args.data / "train.txt", **files)
-    test = load_corpus(args.data / "test.txt", tokenizer=corpus.tokenizer, **files)
+    how: dict[str, Any] = {"val_path": args.data / "valid.txt", "min_count": 1, "pattern": "whitespace"}
+    corpus = load_corpus(args.data / "train.txt", **how)
+    test = load_corpus(args.data / "test.txt", tokenizer=corpus.tokenizer, **how)
     if len(corpus.tokenizer) != WORDS:
         print(f"the vocabulary has {len(corpus.tokenizer):,} words, and WikiText-2 has {WORDS:,}: another data set?")
     model = Mamba2LM(Mamba2Config(vocab_size=len(corpus.tokenizer), **model_values), seed=seed)
     out = args.out / f"seed{seed}"
     trainer = Trainer(model, corpus, settings, out, device, report=texts.say)
     begun = time.perf_counter()
-    result = trainer.train()
+    result = texts.trained(trainer)
     minutes = (time.perf_counter() - begun) / 60
     scores = {}
     for name, tokens, size in (
@@ -84,6 +84,7 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         print(f"seed {seed}: {name} perplexity {score.perplexity:.2f} over {score.tokens:,} tokens", flush=True)
     return {
         "seed": seed,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "minutes": round(minutes, 2),
         "steps": result.step,
         "best_step": result.best_step,
@@ -96,7 +97,7 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """The validation perplexity of each run on the way, the run that was best on it in front, with test figures."""
+    """The validation perplexity of each run by step; the best run stands out. The legend has the test figures."""
     import matplotlib.pyplot as plt
 
     from mamba2_min.plots import BLUE, STYLE, save_figure
@@ -132,6 +133,7 @@ def described(run: dict[str, Any]) -> str:
         f"channels {model['variational_dropout']:g}",
         f"noise {noise:g}" if noise else "",
         optimizer,
+        f"seed {run['seed']}" if run["seed"] else "",
     ]
     return ", ".join(part for part in parts if part)
 
@@ -144,7 +146,8 @@ def main() -> int:
     runs: list[dict[str, Any]] = files.load_json(path)["runs"] if files.is_file(path) else []
     for seed in args.seeds:
         new = measure(args, seed)
-        runs = [run for run in runs if any(run[what] != new[what] for what in ("seed", "model", "training"))] + [new]
+        training = Settings(**new["training"])
+        runs = [run for run in runs if not texts.is_of(run, seed, new["model"], training)] + [new]
         texts.write(path, "quality.wikitext2", devices.pick_device(args.device), runs, published=PUBLISHED)
     plot(runs, args.image)
     return 0
