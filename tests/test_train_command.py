@@ -120,7 +120,7 @@ BAD = {
     "a device that is no device": (["--device", "cpu:x"], "'cpu:x' is not a device"),
     "threads": (["--threads", "-1"], "--threads must be at least 1"),
     "more threads than there are": (["--threads", "9" * 30], "--threads must be at least 1 and at most 1,024"),
-    "accepting what can't be": (["--accept", "seed"], "--accept takes micro-batch, adapt-micro-batch, epochs, max-steps, "),
+    "accepting what can't be": (["--accept", "seed"], "--accept takes micro-batch, adapt-micro-batch, epochs, "),
 }
 
 
