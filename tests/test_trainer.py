@@ -146,6 +146,7 @@ def test_it_takes_ten_epochs_unless_told_otherwise(tmp_path, data):
     per_epoch = trainer.windows.targets_per_epoch / 16
     assert trainer.settings.max_steps == round(10 * per_epoch)
     assert make_trainer(tmp_path / "run", data, max_steps=0, batch_size=99).settings.max_steps == 200
+    assert make_trainer(tmp_path / "run", data, max_steps=0, epochs=2**31 - 1).settings.max_steps == 2**31 - 1
     assert make_trainer(tmp_path / "run", data, max_steps=0, batch_size=1, epochs=60).settings.max_steps == round(
         60 * per_epoch
     )

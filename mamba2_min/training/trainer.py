@@ -35,7 +35,7 @@ from mamba2_min.evaluation.perplexity import Score
 from mamba2_min.models.base import LanguageModel, decay_groups
 from mamba2_min.models.mamba2 import Mamba2LM
 from mamba2_min.ops.loss import IGNORE
-from mamba2_min.settings import Settings, learning_rate
+from mamba2_min.settings import LARGEST, Settings, learning_rate
 from mamba2_min.training import distributed, memory, sharding
 from mamba2_min.training.averaging import Average
 from mamba2_min.training.carried import CarriedState
@@ -303,5 +303,5 @@ def _noise(task: Task, p: float, device: torch.device) -> UnigramNoise:
 def _resolved(settings: Settings, task: Task, batches: Epochs) -> Settings:
     """The settings with what depends on the data filled in, and a warm-up that a short run has time for."""
     planned = round(settings.epochs * task.steps_per_epoch(batches, settings))
-    max_steps = settings.max_steps or max(200, planned)
+    max_steps = settings.max_steps or min(max(200, planned), LARGEST)
     return dataclasses.replace(settings, max_steps=max_steps, warmup_steps=min(settings.warmup_steps, max_steps // 5))
